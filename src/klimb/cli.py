@@ -1,0 +1,235 @@
+"""The command line: a recipe or nothing first, then key=value, and --flags for behaviour only.
+
+    klimb run quickstart seed=0..4
+    klimb grpo model=DIR data=my.jsonl reward=my_reward.py:score algorithm.kl.beta=0.1
+
+Nothing heavy is imported before a command runs, so that `klimb --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+Arguments = Annotated[list[str] | None, typer.Argument(metavar="[RECIPE] [KEY=VALUE]...", help="changes to the defaults")]
+Json = Annotated[bool, typer.Option("--json", help="print the result as JSON")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="check and print the resolved config, train nothing")]
+Fresh = Annotated[bool, typer.Option("--fresh", help="delete what an earlier run left in `out` and start anew")]
+
+
+class Commands(TyperGroup):
+    """An algorithm's or a preference loss's name is a command too: `klimb grpo …`, `klimb dpo …`."""
+
+    def get_command(self, ctx: Any, name: str) -> Any:
+        return super().get_command(ctx, name) or _method_command(name)
+
+
+app = typer.Typer(
+    cls=Commands, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None, add_completion=False,
+    help="Climb the reward, mind the KL: post-train language models. `klimb grpo …`, `klimb dpo …` and every other "
+    "algorithm of `klimb algorithms` are commands too.",
+)  # fmt: skip
+
+
+@app.command()
+def quickstart(arguments: Arguments = None, as_json: Json = False, dry_run: DryRun = False, fresh: Fresh = False) -> None:
+    """The whole story on a small world: SFT, comparisons, reward model, best-of-n, DPO, PPO, GRPO, report."""
+    _pipeline("quickstart", arguments or [], as_json, dry_run, fresh)
+
+
+@app.command()
+def run(arguments: Arguments = None, as_json: Json = False, dry_run: DryRun = False, fresh: Fresh = False) -> None:
+    """Run a recipe: a YAML file of named stages, or the name of a shipped one."""
+    if not arguments or "=" in arguments[0]:
+        raise typer.BadParameter("which recipe? klimb run RECIPE.yaml [key=value ...]")
+    _pipeline(arguments[0], arguments[1:], as_json, dry_run, fresh)
+
+
+@app.command()
+def sft(arguments: Arguments = None, as_json: Json = False, dry_run: DryRun = False, fresh: Fresh = False) -> None:
+    """Supervised fine-tuning on demonstrations."""
+    _stage("sft", "sft", arguments or [], {}, as_json, dry_run, fresh)
+
+
+@app.command()
+def reward(arguments: Arguments = None, as_json: Json = False, dry_run: DryRun = False, fresh: Fresh = False) -> None:
+    """Train a reward model on comparisons."""
+    _stage("reward", "reward", arguments or [], {}, as_json, dry_run, fresh)
+
+
+@app.command()
+def rl(arguments: Arguments = None, as_json: Json = False, dry_run: DryRun = False, fresh: Fresh = False) -> None:
+    """Reinforcement learning with any algorithm of the table (default: grpo)."""
+    _stage("rl", "rl", arguments or [], {}, as_json, dry_run, fresh)
+
+
+@app.command()
+def preference(arguments: Arguments = None, as_json: Json = False, dry_run: DryRun = False, fresh: Fresh = False) -> None:
+    """Direct preference optimisation with any preference loss (default: dpo)."""
+    _stage("preference", "preference", arguments or [], {}, as_json, dry_run, fresh)
+
+
+@app.command()
+def sample(arguments: Arguments = None, as_json: Json = False, dry_run: DryRun = False, fresh: Fresh = False) -> None:
+    """Completions of a model to a file, scored and paired if wanted."""
+    _stage("sample", "sample", arguments or [], {}, as_json, dry_run, fresh)
+
+
+@app.command()
+def evaluate(arguments: Arguments = None, as_json: Json = False, dry_run: DryRun = False, fresh: Fresh = False) -> None:
+    """Measure a model: proxy and gold with intervals, KL, best-of-n."""
+    _stage("evaluate", "evaluate", arguments or [], {}, as_json, dry_run, fresh)
+
+
+@app.command()
+def report(directory: Annotated[Path, typer.Argument(help="run or pipeline directory")]) -> None:
+    """Write report.html of a run, also of one that is still going."""
+    from klimb.report.page import write_report
+
+    print(write_report(directory))
+
+
+@app.command()
+def algorithms(as_json: Json = False) -> None:
+    """The table of algorithms: every one a point on the same axes."""
+    from klimb.objective.spec import algorithm_table
+
+    rows = algorithm_table()
+    if as_json:
+        print(json.dumps(rows, indent=1, ensure_ascii=False))
+    else:
+        _print_table(rows)
+
+
+def _method_command(name: str) -> Any:
+    """The command of an algorithm or loss; the tables are loaded only when no other command has this name."""
+    if name.startswith("-"):
+        return None
+    from klimb.objective.algorithms import ALGORITHMS
+    from klimb.objective.preference import PREFERENCE_LOSSES
+
+    if name not in ALGORITHMS and name not in PREFERENCE_LOSSES:
+        return None
+    stage, key = ("rl", "algorithm") if name in ALGORITHMS else ("preference", "loss")
+
+    def command(arguments: Arguments = None, as_json: Json = False, dry_run: DryRun = False, fresh: Fresh = False) -> None:
+        _stage(stage, name, arguments or [], {key: name}, as_json, dry_run, fresh)
+
+    alone = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+    alone.command(name, help=f"The {stage} stage with {key}={name}.")(command)
+    return typer.main.get_command(alone)
+
+
+def _stage(
+    stage: str, name: str, arguments: Sequence[str], given: Mapping[str, Any], as_json: bool, dry_run: bool, fresh: bool
+) -> None:
+    from klimb.config import dump_config, load_yaml
+    from klimb.runtime import ranks
+    from klimb.stages.registry import run_stage, stage_config
+
+    recipe = None if not arguments or "=" in arguments[0] else Path(arguments[0])
+    overrides = list(arguments[1:] if recipe else arguments)
+    values = {**(load_yaml(recipe) if recipe else {}), **given}
+    config = stage_config(stage, values, overrides, where=str(recipe or "config"))
+    if dry_run:
+        print(dump_config(config), end="")
+        return
+    with ranks.process_group():
+        result = run_stage(stage, config, name=name, fresh=fresh, say=_say(as_json))
+        if ranks.rank() == 0:
+            _write_report(Path(result["run"]))
+            _print_result(result, as_json)
+
+
+def _pipeline(recipe: str, overrides: Sequence[str], as_json: bool, dry_run: bool, fresh: bool) -> None:
+    from klimb.config import dump_config, load_recipe
+    from klimb.stages.pipeline import check_recipe, run_pipeline, with_overrides
+
+    loaded = load_recipe(recipe)
+    values = with_overrides(loaded.values, overrides)
+    if dry_run:
+        check_recipe(loaded.name, values)
+        print(dump_config(values), end="")
+        return
+    summary = run_pipeline(loaded.name, values, fresh=fresh, say=_say(as_json))
+    if as_json:
+        print(json.dumps(summary, indent=1, ensure_ascii=False))
+        return
+    _print_table([{k: v for k, v in row.items() if k not in ("algorithm", "by")} for row in summary["rows"]])
+    for row in summary["rows"]:
+        if row.get("algorithm"):
+            print(f"{row['method']}: {row['algorithm']}")
+    print(f"summary: {summary['out']}/summary.json\nreport:  {summary['out']}/report.html")
+
+
+def _write_report(directory: Path) -> None:
+    from klimb.report.page import write_report
+
+    write_report(directory)
+
+
+def _say(as_json: bool) -> Any:
+    from klimb.runtime import ranks
+    from klimb.stages.common import say_aside
+
+    return (lambda line: None) if as_json or ranks.rank() else say_aside
+
+
+def _print_result(result: Mapping[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(result, indent=1, ensure_ascii=False))
+        return
+    evaluation = result.get("evaluation") or {}
+    facts = {k: v for k, v in {**result, **evaluation}.items() if isinstance(v, str | int | float) and v != ""}
+    for key in ("method", "algorithm", "model", "proxy", "gold", "gold_low", "gold_high", "kl", "accuracy", "seconds", "run"):
+        if key in facts:
+            print(f"{key:10} {_cell(facts[key])}")
+
+
+def _print_table(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Plain columns: they survive a pipe, a log and NO_COLOR."""
+    if not rows:
+        return
+    names = list(rows[0])
+    cells = [[_cell(row.get(name)) for name in names] for row in rows]
+    widths = [max(len(name), *(len(line[i]) for line in cells)) for i, name in enumerate(names)]
+    for line in [names, *cells]:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def main() -> None:
+    """Entry point: what a person did wrong is one line on standard error and exit code 1."""
+    from klimb.errors import KlimbError
+
+    if "-h" in sys.argv[1:2]:
+        sys.argv[1] = "--help"
+    try:
+        app()
+    except (KlimbError, ValueError) as error:
+        if os.environ.get("KLIMB_DEBUG"):
+            raise
+        print(f"klimb: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("klimb: interrupted; what was saved at the last checkpoint is kept", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        if type(error).__name__ != "Interrupted":
+            raise
+        print(f"klimb: {error}", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,245 @@
+"""Texts → tokens and a mask: the one rendering path for training, sampling and evaluation."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+from klimb.data.encode import Encoded, Encoder
+from klimb.data.template import ChatTemplate, Content, RenderError, Written, any_of, difference
+from klimb.types import Message, Text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+T = TypeVar("T")
+
+
+class Tokens(NamedTuple):
+    """A prompt, and what follows it; `mask` is True for the tokens of `completion` that are trained on."""
+
+    prompt: list[int]
+    completion: list[int]
+    mask: list[bool]
+
+
+class Renderer:
+    """How texts become tokens for one tokenizer.
+
+    Strings are taken as they are: BOS if the tokenizer adds one, the prompt, the completion, EOS. Messages go
+    through the chat template, with `system` put before those that have no system message, and `options` for
+    the template (as `enable_thinking`). Methods in the plural take many, with an error in the place of each
+    that failed.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, *, system: str | None = None, **options: Any
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.system = system
+        self._options = options
+        self._encoder = Encoder(tokenizer)
+
+    @cached_property
+    def template(self) -> ChatTemplate:
+        """Its `source` is what a model trained on conversations has to be saved with."""
+        special = [self._encoder.literals[id] for id in self._encoder.special]
+        return ChatTemplate(self.tokenizer, self._encoder.added, special, self._options)
+
+    # --- one text ----------------------------------------------------------------------------------------
+
+    def prompt(self, text: Text) -> list[int]:
+        """The tokens that the model continues: for messages, up to the start of the assistant's turn."""
+        return _only(self.prompts([text]))
+
+    def completion(self, prompt: Text, completion: Text) -> Tokens:
+        """`prompt` as above, and the completion with its end token; trained on the assistant's part."""
+        return _only(self.completions([(prompt, completion)]))
+
+    def conversation(self, messages: list[Message]) -> Tokens:
+        """Trained on every assistant message; the prompt is all before the first of them."""
+        return _only(self.conversations([messages]))
+
+    def document(self, text: str) -> Tokens:
+        """Trained on everything but the first token, which nothing predicts."""
+        return _only(self.documents([text]))
+
+    # --- many --------------------------------------------------------------------------------------------
+
+    def prompts(self, texts: Sequence[Text]) -> list[list[int] | RenderError]:
+        conversational = _conversational(texts)
+        written = [_attempt(self._write_prompt, text) for text in texts]
+        encoded = self._encoded(written, conversational)
+        return [_attempt(self._prompt_tokens, item, conversational) for item in encoded]
+
+    def completions(self, pairs: Sequence[tuple[Text, Text]]) -> list[Tokens | RenderError]:
+        written = [_attempt(self._write_completion, prompt, completion) for prompt, completion in pairs]
+        return self._tokens(written, _conversational([prompt for prompt, _ in pairs]))
+
+    def conversations(self, conversations: Sequence[list[Message]]) -> list[Tokens | RenderError]:
+        return self._tokens(
+            [_attempt(self._write_conversation, messages) for messages in conversations], True
+        )
+
+    def documents(self, texts: Sequence[str]) -> list[Tokens | RenderError]:
+        whole = [Written(text, [Content(0, len(text), True)], [(0, len(text))]) for text in texts]
+        return self._tokens(whole, False)
+
+    # --- back --------------------------------------------------------------------------------------------
+
+    def stop_tokens(self, conversational: bool) -> frozenset[int]:
+        """The ids that end a completion: training trains them, sampling has to stop at them."""
+        end = {self._encoder.added[self.template.end]} if conversational else set()
+        return frozenset(end | ({self.tokenizer.eos_token_id} - {None}))
+
+    def decode(self, tokens: Sequence[int], like: Text) -> Text:
+        """A completion as a reward function reads it: in the form of its prompt, without control tokens."""
+        control, _ = self._control(isinstance(like, list))
+        text = self._encoder.decode([token for token in tokens if token not in control])
+        return text if isinstance(like, str) else [{"role": "assistant", "content": text}]
+
+    def control_string(self, text: Text) -> str | None:
+        """The first control token that is spelled out in the text, where it will be read as plain text."""
+        pattern = self._spelled_out if isinstance(text, str) else self._spelled_out_in_chat
+        contents = [text] if isinstance(text, str) else [message["content"] for message in text]
+        return next((match[0] for part in contents if (match := pattern.search(part))), None)
+
+    @cached_property
+    def _spelled_out(self) -> re.Pattern[str]:
+        return re.compile(any_of([self._encoder.literals[id] for id in self._encoder.special]))
+
+    @cached_property
+    def _spelled_out_in_chat(self) -> re.Pattern[str]:
+        return re.compile(any_of(self.template.control))
+
+    # --- text --------------------------------------------------------------------------------------------
+
+    def _write_prompt(self, text: Text) -> Written:
+        if isinstance(text, str):
+            return Written(text, [Content(0, len(text), False)])
+        return self.template.prompt(self._with_system(text))
+
+    def _write_completion(self, prompt: Text, completion: Text) -> Written:
+        if isinstance(prompt, str) and isinstance(completion, str):
+            border, end = len(prompt), len(prompt) + len(completion)
+            if border == end:
+                raise RenderError("the completion is empty")
+            contents = [Content(0, border, False), Content(border, end, True)]
+            return Written(prompt + completion, contents, [(border, end)], [border])
+        if isinstance(prompt, str) or isinstance(completion, str):
+            raise RenderError("the prompt and the completion have to be both strings or both messages")
+        messages = self._with_system(prompt)
+        asked = self.template.prompt(messages)
+        answered = self.template.conversation([*messages, *completion], first=len(messages))
+        border = len(asked.text)
+        if not answered.text.startswith(asked.text):
+            raise RenderError(
+                "the chat template renders the prompt differently once it is answered",
+                why=difference(asked.text, answered.text),
+                fix="use a template whose prompts stay as they are",
+            )
+        trained = [span for span in answered.trained if span[0] >= border]
+        return Written(answered.text, answered.contents, trained, [border, *(start for start, _ in trained)])
+
+    def _write_conversation(self, messages: list[Message]) -> Written:
+        return self.template.conversation(self._with_system(messages))
+
+    def _with_system(self, messages: list[Message]) -> list[Message]:
+        if self.system is None or any(message["role"] == "system" for message in messages):
+            return messages
+        return [{"role": "system", "content": self.system}, *messages]
+
+    # --- tokens ------------------------------------------------------------------------------------------
+
+    def _control(self, conversational: bool) -> tuple[frozenset[int], frozenset[int]]:
+        """Ids that no content may become, and further ones that only the assistant's may (as <think>)."""
+        return self._chat_control if conversational else (self._encoder.special, frozenset())
+
+    @cached_property
+    def _chat_control(self) -> tuple[frozenset[int], frozenset[int]]:
+        added = self._encoder.added
+        control = frozenset(added[literal] for literal in self.template.control)
+        return control, frozenset(id for literal, id in added.items() if literal in self.template.source)
+
+    def _encoded(
+        self, written: Sequence[Written | RenderError], conversational: bool
+    ) -> list[Encoded | RenderError]:
+        good = [item for item in written if isinstance(item, Written)]
+        if not good:
+            return [item for item in written if isinstance(item, RenderError)]
+        encoded = iter(self._encoder.encode(good, *self._control(conversational)))
+        return [next(encoded) if isinstance(item, Written) else item for item in written]
+
+    def _tokens(
+        self, written: Sequence[Written | RenderError], conversational: bool
+    ) -> list[Tokens | RenderError]:
+        encoded = self._encoded(written, conversational)
+        return [_attempt(self._split, item, ids, conversational) for item, ids in zip(written, encoded)]
+
+    def _prompt_tokens(self, encoded: Encoded, conversational: bool) -> list[int]:
+        tokens = encoded.ids if conversational else [*self._encoder.prefix, *encoded.ids]
+        self._check_prompt(tokens)
+        return tokens
+
+    def _split(self, written: Written, encoded: Encoded, conversational: bool) -> Tokens:
+        """Prompt | completion, with the mask; what follows the last trained token is left out."""
+        ids, mask = list(encoded.ids), [False] * len(encoded.ids)
+        for start, end in written.trained:
+            first, last = encoded.index(start), encoded.index(end)
+            mask[first:last] = [True] * (last - first)
+            if conversational:
+                self._check_end(ids, last)
+        border = encoded.index(written.cuts[0]) if written.cuts else 0
+        if not conversational:
+            if self.tokenizer.eos_token_id is None:
+                raise RenderError(
+                    "the tokenizer has no EOS token to end a completion with", fix="set its eos_token"
+                )
+            ids, mask = [*self._encoder.prefix, *ids, self.tokenizer.eos_token_id], [*mask, True]
+            mask = [False] * len(self._encoder.prefix) + mask
+            border += len(self._encoder.prefix)
+        if not written.cuts:
+            border = max(border, 1)
+        end = len(mask) - mask[::-1].index(True) if True in mask else 0
+        self._check_prompt(ids[:border])
+        if end <= border:
+            raise RenderError("there is no token to train on")
+        return Tokens(ids[:border], ids[border:end], mask[border:end])
+
+    def _check_prompt(self, prompt: list[int]) -> None:
+        if not prompt:
+            raise RenderError("the prompt has no tokens, so nothing predicts the first of the completion")
+        if prompt[:2] == [self.tokenizer.bos_token_id] * 2:
+            raise RenderError("the prompt starts with two BOS tokens", fix="let the chat template write one")
+
+    def _check_end(self, ids: list[int], after: int) -> None:
+        """A trained span ends before token `after`."""
+        end, fix = self._encoder.added[self.template.end], "use another chat template"
+        if not after or ids[after - 1] != end:
+            raise RenderError("the end of the assistant's turn is not trained", fix=fix)
+        if ids[after : after + 1] == [end]:
+            raise RenderError("the assistant's turn ends with two end tokens", fix=fix)
+
+
+def _conversational(texts: Sequence[Text]) -> bool:
+    return bool(texts) and not isinstance(texts[0], str)
+
+
+def _attempt(function: Callable[..., T], *arguments: Any) -> T | RenderError:
+    """The result, or the error: that of an earlier step if there was one."""
+    for argument in arguments:
+        if isinstance(argument, RenderError):
+            return argument
+    try:
+        return function(*arguments)
+    except RenderError as error:
+        return error
+
+
+def _only(results: list[T | RenderError]) -> T:
+    [result] = results
+    if isinstance(result, RenderError):
+        raise result
+    return result

@@ -1,0 +1,1 @@
+"""Models: loading, packed attention, log-probs in chunks, heads."""

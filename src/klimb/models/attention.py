@@ -1,0 +1,175 @@
+"""klimb's attention behind the transformers attention interface.
+
+A model is called on one flat run of tokens ``[1, N]`` without padding, and is told nothing about rows: every linear
+layer just sees N tokens. What may look at what is decided here, by the *plan* that travels with the call::
+
+    model(input_ids=flat[None], position_ids=positions[None], attention_plan=plan)
+
+`PackedAttention` is the plan of training (rows side by side, a prompt once for all its completions), `KVCache` in
+`klimb.models.cache` that of generation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+NAME = "klimb"
+# What klimb implements or may ignore; a model that passes anything else (attention sinks, biases) is refused.
+_UNDERSTOOD = {"dropout", "scaling", "sliding_window", "softcap", "is_causal", "attention_plan", "position_ids"}
+_SMALL = 4096  # attention scores that cost less than another kernel call
+_HARMLESS = {"use_cache", "output_attentions", "output_hidden_states", "return_dict", "cache_position"}
+
+
+class AttentionPlan(Protocol):
+    """Who sees whom. q [1, H, N, D]; k, v [1, H_kv, N, D]; returns [1, N, H, D_v]."""
+
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, softcap: float | None
+    ) -> Tensor: ...
+
+
+def _planned_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    attention_plan: AttentionPlan | None = None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    dropout: float = 0.0,
+    **further: Any,
+) -> tuple[Tensor, None]:
+    if attention_plan is None:
+        raise ValueError("this model is loaded for klimb's packed attention and needs an attention_plan; "
+                         "call it through klimb.models, or reload it with another attn_implementation")  # fmt: skip
+    unknown = [name for name, given in further.items() if given is not None and name not in _UNDERSTOOD | _HARMLESS]
+    if unknown:
+        raise ValueError(f"{type(module).__name__} asks for attention features that klimb lacks: {', '.join(unknown)}")
+    if dropout:
+        raise ValueError("attention dropout is on: klimb trains without it, since it makes log-probs random")
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    layer = int(getattr(module, "layer_idx", 0) or 0)
+    return attention_plan.attend(layer, query, key, value, scale, sliding_window, softcap), None
+
+
+AttentionInterface.register(NAME, _planned_attention)
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, softcap: float | None
+) -> Tensor:
+    """Softmax attention with an additive mask. q [R, H, Lq, D], k, v [R, H_kv, Lk, D], mask [R, 1, Lq, Lk]."""
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1 and q.shape[2] == 1:  # one query: the heads of a group become its queries, nothing is copied
+        folded = q.reshape(q.shape[0], k.shape[1], groups, q.shape[-1])
+        return attention(folded, k, v, mask, scale, softcap).reshape(*q.shape[:-1], v.shape[-1])
+    if groups > 1:
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    if softcap is None:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    scores = softcap * torch.tanh(q @ k.transpose(-1, -2) * (scale / softcap)) + mask
+    return scores.float().softmax(dim=-1).to(q.dtype) @ v
+
+
+def additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
+    """Boolean mask → 0 where allowed, -inf elsewhere."""
+    return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(~allowed, -torch.inf)
+
+
+class _Bucket:
+    """Sequences of similar length, padded to each other for the attention alone.
+
+    Index tensors point into the flat run; padding points at the first token and is masked (as a key) or thrown away
+    (as a query).
+    """
+
+    def __init__(self, queries: Sequence[range], contexts: Sequence[range], device: torch.device) -> None:
+        q_length = max(len(q) for q in queries)
+        context_length = max(len(c) for c in contexts)
+        self.q_index = _padded(queries, q_length, device)
+        self.shape = tuple(self.q_index.shape)
+        self.places = torch.cat([torch.arange(len(q), device=device) + i * q_length for i, q in enumerate(queries)])
+        self.k_index = torch.cat([_padded(contexts, context_length, device), self.q_index], dim=1)
+        contexts_l = torch.tensor([len(c) for c in contexts], device=device)[:, None]
+        # Positions within the sequence; context first, own tokens after it.
+        own = torch.arange(q_length, device=device)[None, :] + contexts_l
+        context = torch.arange(context_length, device=device)[None, :].expand(len(queries), -1)
+        self.q_position = own
+        self.k_position = torch.cat([torch.where(context < contexts_l, context, torch.iinfo(torch.long).max), own], 1)
+        self.masks: dict[tuple[int | None, torch.dtype], Tensor] = {}
+
+    def mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
+        """Causal, within the window: [R, 1, Lq, Lk]. Built once for all layers."""
+        if (window, dtype) not in self.masks:
+            distance = self.q_position[:, :, None] - self.k_position[:, None, :]
+            allowed = distance >= 0 if window is None else (distance >= 0) & (distance < window)
+            self.masks[window, dtype] = additive(allowed[:, None], dtype)
+        return self.masks[window, dtype]
+
+
+def _padded(ranges: Sequence[range], length: int, device: torch.device) -> Tensor:
+    starts = torch.tensor([r.start for r in ranges], device=device)[:, None]
+    sizes = torch.tensor([len(r) for r in ranges], device=device)[:, None]
+    steps = torch.arange(length, device=device)[None, :]
+    return torch.where(steps < sizes, starts + steps, 0)
+
+
+class PackedAttention:
+    """Causal attention within each sequence of a flat run; a sequence may continue a context elsewhere in the run.
+
+    spans: (query range, context range) of every sequence; each flat position is in exactly one query range.
+    """
+
+    def __init__(self, spans: Sequence[tuple[range, range]], device: torch.device) -> None:
+        self.buckets = [
+            _Bucket([spans[i][0] for i in bucket], [spans[i][1] for i in bucket], device) for bucket in _bucket(spans)
+        ]
+        order = torch.cat([bucket.q_index.reshape(-1)[bucket.places] for bucket in self.buckets])
+        self.inverse = torch.empty_like(order)
+        self.inverse[order] = torch.arange(len(order), device=device)
+
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, softcap: float | None
+    ) -> Tensor:
+        q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # [N, H, D]
+        outputs = []
+        for bucket in self.buckets:
+            out = attention(
+                _gather(q, bucket.q_index), _gather(k, bucket.k_index), _gather(v, bucket.k_index),
+                bucket.mask(window, q.dtype), scale, softcap,
+            )  # fmt: skip
+            outputs.append(out.transpose(1, 2).flatten(0, 1)[bucket.places])
+        return torch.cat(outputs)[self.inverse][None]
+
+
+def _gather(x: Tensor, index: Tensor) -> Tensor:
+    """[N, H, D] at [R, L] → [R, H, L, D]."""
+    return x.index_select(0, index.reshape(-1)).view(*index.shape, *x.shape[1:]).transpose(1, 2)
+
+
+def _bucket(spans: Sequence[tuple[range, range]], waste: float = 1.25) -> list[list[int]]:
+    """Sequences in order of size; a new bucket starts where padding would grow the work of one by `waste`."""
+    order = sorted(range(len(spans)), key=lambda i: (len(spans[i][1]) > 0, len(spans[i][0]), len(spans[i][1]), i))
+    buckets: list[list[int]] = []
+    exact = longest_q = longest_c = 0
+    for i in order:
+        queries, context = len(spans[i][0]), len(spans[i][1])
+        work = queries * (queries + context)
+        grown_q, grown_c = max(longest_q, queries), max(longest_c, context)
+        padded = (len(buckets[-1]) + 1) * grown_q * (grown_q + grown_c) if buckets else 0
+        if buckets and padded <= waste * (exact + work) + _SMALL:
+            buckets[-1].append(i)
+            exact, longest_q, longest_c = exact + work, grown_q, grown_c
+        else:
+            buckets.append([i])
+            exact, longest_q, longest_c = work, queries, context
+    return buckets

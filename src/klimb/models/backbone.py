@@ -1,0 +1,106 @@
+"""One set of weights and the faces it shows: policy, reference, critic.
+
+With LoRA they are adapters on one base, which is held once; the reference is the base itself (adapter off), or a
+frozen copy of the adapter that training started from. With full weights each face has a backbone of its own.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from klimb.errors import KlimbError
+from klimb.models.attention import AttentionPlan
+from klimb.models.load import LoRA, context_length
+from klimb.models.logprobs import Head
+
+
+class Backbone(nn.Module):
+    """A transformers model called on flat runs, with any number of named adapters on it."""
+
+    def __init__(self, model: PreTrainedModel, adapter: Path | None = None, lora: LoRA | None = None) -> None:
+        """adapter: the LoRA to continue from (merged into the weights when `lora` is None: full training)."""
+        super().__init__()
+        self.peft: Any = None
+        if adapter is not None:
+            from peft import PeftModel
+
+            self.peft = PeftModel.from_pretrained(model, str(adapter), adapter_name="policy", is_trainable=True)
+            if lora is None:
+                model, self.peft = self.peft.merge_and_unload(), None
+        elif lora is not None:
+            self.peft = _new_adapter(model, lora)
+        self.model = model
+        self.started_from_adapter = adapter is not None and self.peft is not None
+        self.context = context_length(model)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
+
+    @property
+    def hidden_size(self) -> int:
+        return int(self.model.config.get_text_config().hidden_size)
+
+    def use(self, adapter: str | None) -> None:
+        """Make one adapter active (None: the base alone). Frozen ones are recognised by their name."""
+        if self.peft is None:
+            return
+        if adapter is None:
+            self.peft.base_model.disable_adapter_layers()
+        else:
+            self.peft.base_model.enable_adapter_layers()
+            self.peft.base_model.set_adapter(adapter, inference_mode=adapter == "reference")
+
+    def states(
+        self, tokens: Tensor, positions: Tensor, plan: AttentionPlan, keep: Tensor, *, logits: bool = False
+    ) -> Tensor:
+        """Hidden states [K, d] after the final norm at the flat places `keep` [K], or the model's own logits [K, V]."""
+        inputs = {"input_ids": tokens[None], "position_ids": positions[None], "attention_plan": plan, "use_cache": False}
+        if logits:
+            return self.model(**inputs, logits_to_keep=keep).logits[0]
+        return self.model.base_model(**inputs).last_hidden_state[0].index_select(0, keep)
+
+    def head(self) -> Head | None:
+        """The output layer as a formula, or None when klimb has none for it (then the model's own logits are used)."""
+        layer = self.model.get_output_embeddings()
+        if type(layer) is not nn.Linear:  # an adapter on the head, a quantised layer
+            return None
+        config = self.model.config.get_text_config()
+        scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
+        return Head(layer.weight, layer.bias, scale, getattr(config, "final_logit_softcapping", None))
+
+    def add_adapter(self, name: str, source: str) -> None:
+        """A further adapter, of the same shape as `source` and with the same numbers."""
+        self.peft.add_adapter(name, self.peft.peft_config[source])
+        numbers = dict(self.model.named_parameters())
+        with torch.no_grad():
+            for path, parameter in numbers.items():
+                if f".{source}." in path and "lora_" in path:
+                    numbers[path.replace(f".{source}.", f".{name}.")].copy_(parameter)
+
+    def trainable(self, adapter: str | None = "policy") -> dict[str, nn.Parameter]:
+        """The parameters that training moves, by name: the adapter's, or all of a model without adapters."""
+        if self.peft is None:
+            return dict(self.model.named_parameters())
+        return {n: p for n, p in self.model.named_parameters() if "lora_" in n and f".{adapter}." in n}
+
+
+def _new_adapter(model: PreTrainedModel, lora: LoRA) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=lora.rank, lora_alpha=lora.alpha, target_modules=lora.targets, lora_dropout=0.0, task_type="CAUSAL_LM"
+    )
+    try:
+        return get_peft_model(model, config, adapter_name="policy")
+    except ValueError as error:
+        raise KlimbError(f"lora.targets={lora.targets}: {str(error).splitlines()[0]}") from None

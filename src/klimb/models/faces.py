@@ -1,0 +1,163 @@
+"""What stages call: a policy that gives log-probs, a critic that gives values, a reward model that gives scores.
+
+Each takes a `TokenBatch` and answers in its [B, T] or [B]; how rows are packed is nobody's business above.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from klimb.batch import TokenBatch
+from klimb.models.backbone import Backbone
+from klimb.models.load import score_head
+from klimb.models.logprobs import Head, full_kl, token_logps
+from klimb.models.packing import Packed, pack, split_by_budget
+
+
+@dataclass(frozen=True)
+class PolicyOutputs:
+    """logps [B, T] at the sampling temperature; entropy [B, T] in nats where it was asked for. Zero where not masked."""
+
+    logps: Tensor
+    entropy: Tensor | None
+
+
+class Policy(nn.Module):
+    """π over a backbone. `adapter`: which adapter is this policy; None is the base alone."""
+
+    def __init__(self, backbone: Backbone, adapter: str | None = "policy", own_head: bool = False) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.adapter = adapter
+        self.own_head = own_head or backbone.head() is None
+
+    def forward(self, batch: TokenBatch, *, temperature: float = 1.0, entropy: bool = False) -> PolicyOutputs:
+        packed = pack(batch, self.backbone.device)
+        head, states = self.predictions(packed)
+        logps, entropies = token_logps(head, states, packed.targets, temperature=temperature, entropy=entropy)
+        return PolicyOutputs(_scatter(logps, batch), None if entropies is None else _scatter(entropies, batch))
+
+    def predictions(self, packed: Packed) -> tuple[Head, Tensor]:
+        """The head and the states [M, d] that predict the marked tokens."""
+        self.backbone.use(self.adapter)
+        states = self.backbone.states(
+            packed.tokens, packed.positions, packed.plan, packed.predictors, logits=self.own_head
+        )
+        return self.head(), states
+
+    def head(self) -> Head:
+        """Identity when the model computes its own logits."""
+        head = None if self.own_head else self.backbone.head()
+        return head if head is not None else Head(None)
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        return self.backbone.trainable(self.adapter)
+
+
+class Critic(nn.Module):
+    """V over a backbone: one linear layer on the state before each marked token. Starts at 0, or at a reward model's."""
+
+    def __init__(self, backbone: Backbone, adapter: str | None = "critic", head: nn.Linear | None = None) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.adapter = adapter
+        dtype = next(backbone.parameters()).dtype
+        self.value = nn.Linear(backbone.hidden_size, 1, device=backbone.device, dtype=dtype)
+        with torch.no_grad():
+            self.value.bias.zero_()
+            if head is None:
+                self.value.weight.zero_()
+            else:
+                self.value.weight.copy_(head.weight)
+
+    def forward(self, batch: TokenBatch) -> Tensor:
+        """values [B, T] in nats of nothing: the units of the reward. Zero where not masked."""
+        packed = pack(batch, self.backbone.device)
+        self.backbone.use(self.adapter)
+        states = self.backbone.states(packed.tokens, packed.positions, packed.plan, packed.predictors)
+        return _scatter(self.value(states).squeeze(-1).float(), batch)
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        own = {f"value.{name}": parameter for name, parameter in self.value.named_parameters()}
+        return {**self.backbone.trainable(self.adapter), **own}
+
+
+class RewardModel(nn.Module):
+    """r over a sequence classifier: read at the last token of each sample's last row."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = score_head(backbone.model)
+
+    def forward(self, batch: TokenBatch) -> Tensor:
+        """Raw scores [B]."""
+        packed = pack(batch, self.backbone.device)
+        self.backbone.use("policy")
+        states = self.backbone.states(packed.tokens, packed.positions, packed.plan, packed.last)
+        scores = self.head(states).squeeze(-1).float()
+        final = scores.new_zeros(len(batch), dtype=torch.long)
+        final[packed.last_sample] = torch.arange(len(scores), device=scores.device)  # the last of its rows wins
+        return scores[final]
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        return self.backbone.trainable()
+
+
+def _scatter(values: Tensor, batch: TokenBatch) -> Tensor:
+    """[M] in the order of the marked tokens → [B, T]."""
+    grid = values.new_zeros(batch.mask.shape)
+    return grid.masked_scatter(batch.mask.to(values.device), values)
+
+
+@torch.no_grad()
+def policy_logps(
+    policy: Policy, batch: TokenBatch, *, budget: int, temperature: float = 1.0, entropy: bool = False
+) -> PolicyOutputs:
+    """Log-probs of a whole batch without gradient, split by token budget."""
+    parts = split_by_budget(batch, budget)
+    outputs = [policy(batch.select(part), temperature=temperature, entropy=entropy) for part in parts]
+    logps = _join([out.logps for out in outputs], parts, batch)
+    entropies = [out.entropy for out in outputs if out.entropy is not None]
+    return PolicyOutputs(logps, _join(entropies, parts, batch) if entropy else None)
+
+
+@torch.no_grad()
+def critic_values(critic: Critic, batch: TokenBatch, *, budget: int) -> Tensor:
+    """Values [B, T] of a whole batch without gradient, split by token budget."""
+    parts = split_by_budget(batch, budget)
+    return _join([critic(batch.select(part)) for part in parts], parts, batch)
+
+
+@torch.no_grad()
+def reward_scores(model: RewardModel, batch: TokenBatch, *, budget: int) -> Tensor:
+    """Raw scores [B] of a whole batch without gradient, split by token budget."""
+    scores = torch.zeros(len(batch))
+    for part in split_by_budget(batch, budget):
+        scores[part] = model(batch.select(part)).cpu()
+    return scores
+
+
+@torch.no_grad()
+def sequence_kl(policy: Policy, reference: Policy, batch: TokenBatch, *, budget: int, temperature: float = 1.0) -> Tensor:
+    """Σ_t KL(π(·|s_t) ‖ π_ref(·|s_t)) along each sample, nats: [B]."""
+    kls = torch.zeros(len(batch), dtype=torch.float64)
+    for part in split_by_budget(batch, budget):
+        micro = batch.select(part)
+        packed = pack(micro, policy.backbone.device)
+        # The states are copied out before the other face moves in: both may live on one backbone.
+        head, states = policy.predictions(packed)
+        reference_head, reference_states = reference.predictions(packed)
+        kl = full_kl(head, states, reference_head, reference_states, temperature)
+        kls[part] = _scatter(kl.double(), micro).sum(dim=1).cpu()
+    return kls
+
+
+def _join(parts: list[Tensor], indices: list[list[int]], batch: TokenBatch) -> Tensor:
+    joined = parts[0].new_zeros(batch.mask.shape)
+    for values, index in zip(parts, indices, strict=True):
+        joined[torch.tensor(index), : values.shape[1]] = values
+    return joined

@@ -1,0 +1,171 @@
+"""From a directory (or a hub name) to a model on a device, and back to a directory that transformers and peft load."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from transformers.utils import logging as transformers_logging
+
+from klimb.errors import KlimbError
+from klimb.models import attention
+
+transformers_logging.disable_progress_bar()
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+
+class LoRA(BaseModel):
+    """Low-rank adapters (Hu et al. 2021, arXiv 2106.09685) on the named linear layers."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    rank: int = Field(16, ge=1)
+    alpha: float = 32.0
+    targets: str | list[str] = "all-linear"
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto` takes cuda, then mps, then cpu."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise KlimbError(f"device={name}: no such device; use auto, cpu, cuda or mps") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise KlimbError(f"device={name}: torch sees no CUDA device here; use device=cpu or install a CUDA build")
+    return device
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto`: bfloat16 on a GPU that computes in it, else float32."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    if name not in DTYPES:
+        raise KlimbError(f"dtype={name}: unknown; use auto, {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
+    """The tokenizer beside the weights (of an adapter: its own copy, else its base model's)."""
+    try:
+        return AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError, KeyError) as error:
+        raise KlimbError(f"model={model}: no tokenizer can be loaded from it ({_first_line(error)})") from None
+
+
+def load_causal(model: str, device: torch.device, dtype: torch.dtype) -> tuple[PreTrainedModel, Path | None]:
+    """A causal language model, and the adapter directory when `model` is a LoRA adapter (its base is what is loaded)."""
+    adapter = Path(model) if (Path(model) / "adapter_config.json").is_file() else None
+    base = model
+    if adapter is not None:
+        base = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
+    return _from_pretrained(AutoModelForCausalLM, base, device, dtype), adapter
+
+
+def load_classifier(model: str, device: torch.device, dtype: torch.dtype, seed: int = 0) -> PreTrainedModel:
+    """A sequence classifier with one output. A causal model gets a new head that starts at zero, so that the first
+    Bradley–Terry loss is ln 2 exactly."""
+    if (Path(model) / "adapter_config.json").is_file():
+        raise KlimbError(f"model={model} is a LoRA adapter; a reward model starts from merged weights: "
+                         "export it merged first, or train the stage before without lora")  # fmt: skip
+    fresh = not _is_classifier(model)
+    torch.manual_seed(seed)
+    classifier = _from_pretrained(AutoModelForSequenceClassification, model, device, dtype, num_labels=1)
+    if fresh:
+        nn.init.zeros_(score_head(classifier).weight)
+    return classifier
+
+
+def score_head(classifier: PreTrainedModel) -> nn.Linear:
+    """The linear layer [1, d] that reads the score off a hidden state."""
+    head = getattr(classifier, "score", None)
+    if not isinstance(head, nn.Linear) or head.out_features != 1:
+        raise KlimbError(f"{type(classifier).__name__}: klimb reads scores off a single linear layer `score` with one output")
+    return head
+
+
+def _is_classifier(model: str) -> bool:
+    config = Path(model) / "config.json"
+    names = json.loads(config.read_text()).get("architectures") if config.is_file() else None
+    return any(name.endswith("ForSequenceClassification") for name in names or [])
+
+
+def _from_pretrained(
+    kind: Any, model: str, device: torch.device, dtype: torch.dtype, **options: Any
+) -> PreTrainedModel:
+    path = Path(model)
+    if path.exists() and not (path / "config.json").is_file():
+        raise KlimbError(f"model={model}: not a model directory (no config.json in it); give a Hugging Face model "
+                         "directory, the `model/` folder of a klimb run, or a hub name")  # fmt: skip
+    if not path.exists() and (model.startswith((".", "/", "~")) or model.count("/") > 1):
+        raise KlimbError(f"model={model}: no such directory")
+    try:
+        loaded = kind.from_pretrained(model, dtype=dtype, attn_implementation=attention.NAME, **options)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise KlimbError(f"model={model}: cannot be loaded ({_first_line(error)})") from None
+    for module in loaded.modules():  # dropout makes log-probs random: the ratio of the first update would not be 1
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return loaded.to(device).eval()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def context_length(model: PreTrainedModel) -> int:
+    """Longest sequence the positions allow."""
+    config = model.config.get_text_config()
+    return int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 1 << 30)
+
+
+def save_causal(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path, stop_tokens: list[int]
+) -> None:
+    """Hugging Face layout; the generation config stops on the tokens that training taught the model to stop with."""
+    if model.generation_config is not None:
+        model.generation_config.eos_token_id = stop_tokens
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
+    _save(model, tokenizer, directory)
+
+
+def save_classifier(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path, normalisation: dict[str, float]
+) -> None:
+    """A reward model that transformers scores padded batches with: its pad token is one that never occurs in text.
+
+    transformers finds the end of a row by looking for pad tokens, so a text that ends in PAD = EOS would be read one
+    token early. normalisation: {"mean", "std"} of raw scores on reference samples, kept beside the weights.
+    """
+    pad = tokenizer.pad_token_id
+    if pad is None or pad == tokenizer.eos_token_id:
+        tokenizer.add_special_tokens({"pad_token": "<|klimb_pad|>"})
+        if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+            model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    model.config.pad_token_id = tokenizer.pad_token_id
+    _save(model, tokenizer, directory)
+    (directory / "reward.json").write_text(json.dumps(normalisation, indent=2) + "\n")
+
+
+def _save(model: nn.Module, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
+Face = Literal["policy", "reference", "critic"]

@@ -1,0 +1,116 @@
+"""Rows → one flat run of tokens: no padding enters a model, and a prompt enters once for all its completions."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from klimb.batch import Row, TokenBatch
+from klimb.models.attention import PackedAttention
+
+
+@dataclass(frozen=True)
+class Packed:
+    """N flat tokens, M marked tokens of [B, T], R rows.
+
+    tokens, positions [N]. predictors [M]: flat place of the token whose hidden state predicts the marked token (so
+    of the state that its value is of); targets [M]: its id. last [R]: flat place of each row's last token, and
+    last_sample [R] whose row it is.
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    plan: PackedAttention
+    predictors: Tensor
+    targets: Tensor
+    last: Tensor
+    last_sample: Tensor
+
+
+def pack(batch: TokenBatch, device: torch.device) -> Packed:
+    """Lay out a batch. Neighbouring rows with equal prompts share it; a completion continues it in its own branch."""
+    tokens: list[int] = []
+    positions: list[int] = []
+    spans: list[tuple[range, range]] = []
+    predictors: list[int] = []
+    targets: list[int] = []
+    last: list[int] = []
+    last_sample: list[int] = []
+    trunk, trunk_prompt = range(0), None
+    for sample, rows in enumerate(batch.rows):
+        for row in rows:
+            if trunk_prompt is None or not _equal(trunk_prompt, row.prompt):
+                trunk, trunk_prompt = range(len(tokens), len(tokens) + len(row.prompt)), row.prompt
+                if row.prompt:
+                    spans.append((trunk, range(0)))
+                tokens.extend(row.prompt)
+                positions.extend(range(len(row.prompt)))
+            start = len(tokens)
+            if row.completion:
+                spans.append((range(start, start + len(row.completion)), trunk))
+            tokens.extend(row.completion)
+            positions.extend(range(len(trunk), len(trunk) + len(row.completion)))
+            for place, (token, marked) in enumerate(zip(row.completion, row.mask, strict=True)):
+                if marked:
+                    if place == 0 and not trunk:
+                        raise ValueError(f"sample {batch.ids[sample]}: its first token has nothing that predicts it; "
+                                         "leave it unmarked or give the row a prompt (a BOS is enough)")  # fmt: skip
+                    predictors.append(start + place - 1 if place else trunk[-1])
+                    targets.append(token)
+            last.append(len(tokens) - 1 if row.completion else trunk[-1])
+            last_sample.append(sample)
+    as_tensor = lambda values: torch.tensor(values, dtype=torch.long, device=device)  # noqa: E731
+    return Packed(
+        as_tensor(tokens), as_tensor(positions), PackedAttention(spans, device), as_tensor(predictors),
+        as_tensor(targets), as_tensor(last), as_tensor(last_sample),
+    )  # fmt: skip
+
+
+def _equal(a: Sequence[int], b: Sequence[int]) -> bool:
+    return a is b or (len(a) == len(b) and list(a) == list(b))
+
+
+def flat_length(rows: Sequence[Row], prompt: Sequence[int] | None = None) -> int:
+    """Flat tokens that these rows add after a row with this prompt (shared when equal)."""
+    length = 0
+    for row in rows:
+        length += len(row.completion) if prompt is not None and _equal(prompt, row.prompt) else len(row)
+        prompt = row.prompt
+    return length
+
+
+def split_by_budget(batch: TokenBatch, budget: int) -> list[list[int]]:
+    """Samples → micro-batches of at most `budget` flat tokens (a longer sample is alone), by lengths alone.
+
+    Samples of one group stay neighbours, so that they share their prompt, and the parts are balanced: their number
+    is what the budget asks for, then each takes its share of the tokens.
+    """
+    units = _units(batch)
+    whole = flat_length([row for unit in units for i in unit for row in batch.rows[i]])
+    parts = -(-whole // budget)
+    share = whole / max(parts, 1)
+    micro_batches: list[list[int]] = []
+    length, prompt = 0, None
+    for unit in units:
+        rows = [row for i in unit for row in batch.rows[i]]
+        grown = length + flat_length(rows, prompt)
+        # The next part starts when this one has its share, unless the unit lies nearer to this part than to the next.
+        share_is_full = len(micro_batches) < parts and grown - share > share - length
+        if not micro_batches or grown > budget or share_is_full:
+            micro_batches.append([])
+            grown = flat_length(rows)
+        micro_batches[-1].extend(unit)
+        length, prompt = grown, rows[-1].prompt
+    return micro_batches
+
+
+def _units(batch: TokenBatch) -> list[list[int]]:
+    """What may not be torn apart: samples, or whole groups; those of a group are neighbours in any case."""
+    order = sorted(range(len(batch)), key=lambda i: (int(batch.group[i]), i))
+    if not batch.whole_groups:
+        return [[i] for i in order]
+    return [list(unit) for _, unit in itertools.groupby(order, key=lambda i: int(batch.group[i]))]

@@ -1,0 +1,186 @@
+"""Credit: scores of a whole update → what each token deserves.
+
+score on the last token, − β·KL on every token where the KL enters the reward → advantage → normalisation
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from klimb import metrics
+from klimb.metrics import Metrics
+from klimb.objective.advantage import Rewards, has_variance, last_token
+from klimb.objective.algorithms import Algorithm
+from klimb.objective.critic import explained_variance
+from klimb.objective.kl import State
+
+
+@dataclass(frozen=True)
+class Credit:
+    """advantages [B, T] float64, zero where not masked; returns [B, T], the critic's targets, if it has one.
+
+    state belongs to the *next* update; `policy_loss` of this one takes the state that `assign_credit` was
+    given.
+    """
+
+    advantages: Tensor
+    returns: Tensor | None
+    metrics: Metrics
+    state: dict[str, Tensor]
+
+
+def assign_credit(
+    algorithm: Algorithm,
+    *,
+    scores: Tensor,
+    mask: Tensor,
+    group: Tensor,
+    logps: Tensor,
+    ref_logps: Tensor | None = None,
+    values: Tensor | None = None,
+    interrupted: Tensor | None = None,
+    state: Mapping[str, Tensor] | None = None,
+) -> Credit:
+    """Advantages of one whole update (all ranks), before it is split.
+
+    scores [B]; mask [B, T] left aligned; group [B]; logps (as sampled), ref_logps, values [B, T]; interrupted
+    [B] bool marks samples without a score whose end is bootstrapped (with `gae` only). A sample without a
+    policy token takes part in nothing and gets zeros. Raises ValueError: a score is not finite, or an input
+    that the algorithm needs is missing.
+    """
+    state = dict(state or {})
+    rows = mask.any(dim=1).nonzero().squeeze(1)
+    if len(rows) == 0:
+        empty = torch.zeros(mask.shape, dtype=torch.float64, device=mask.device)
+        return Credit(empty, None if values is None else empty, {}, state)
+    if len(rows) < len(mask):
+        present = assign_credit(
+            algorithm,
+            scores=scores[rows],
+            mask=mask[rows],
+            group=group[rows],
+            logps=logps[rows],
+            ref_logps=None if ref_logps is None else ref_logps[rows],
+            values=None if values is None else values[rows],
+            interrupted=None if interrupted is None else interrupted[rows],
+            state=state,
+        )
+        return _widen(present, rows, len(mask))
+
+    _check(algorithm, scores, ref_logps, interrupted)
+    log_ratio = None if ref_logps is None else torch.where(mask, logps.double() - ref_logps.double(), 0.0)
+    rewards = Rewards(
+        _token_rewards(algorithm, scores, mask, log_ratio, interrupted, state),
+        mask,
+        group,
+        values,
+        interrupted,
+        state,
+    )
+    advantages = algorithm.advantage(rewards)
+    advantages = torch.where(mask, advantages[:, None] if advantages.ndim == 1 else advantages, 0.0)
+    returns = None if values is None else torch.where(mask, advantages + values.double(), 0.0)
+    if algorithm.normalise is not None:
+        advantages = algorithm.normalise(advantages, mask)
+    return Credit(
+        advantages,
+        returns,
+        _report(algorithm, scores, rewards, log_ratio, advantages, returns),
+        state | _next_state(algorithm, rewards, log_ratio),
+    )
+
+
+def _token_rewards(
+    algorithm: Algorithm,
+    scores: Tensor,
+    mask: Tensor,
+    log_ratio: Tensor | None,
+    interrupted: Tensor | None,
+    state: State,
+) -> Tensor:
+    """[B, T] float64: the score on the last policy token, less β·KL on each if the KL enters the reward."""
+    final = scores.double()
+    if algorithm.overlong is not None:
+        final = final + algorithm.overlong(mask.sum(dim=1))
+    if interrupted is not None:
+        final = torch.where(interrupted, 0.0, final)
+    rewards = torch.where(last_token(mask), final[:, None], 0.0)
+    if algorithm.kl.in_reward and log_ratio is not None:
+        penalty = algorithm.kl.penalty(log_ratio, mask)
+        rewards = rewards - torch.where(mask, algorithm.kl.coefficient(state) * penalty, 0.0)
+    return rewards
+
+
+def _next_state(algorithm: Algorithm, rewards: Rewards, log_ratio: Tensor | None) -> dict[str, Tensor]:
+    following = getattr(algorithm.advantage, "next_state", None)
+    state: dict[str, Tensor] = following(rewards) if following is not None else {}
+    if log_ratio is not None:
+        state |= algorithm.kl.next_state(rewards.state, log_ratio.sum(dim=1).mean())
+    return state
+
+
+def _report(
+    algorithm: Algorithm,
+    scores: Tensor,
+    rewards: Rewards,
+    log_ratio: Tensor | None,
+    advantages: Tensor,
+    returns: Tensor | None,
+) -> Metrics:
+    mask, group = rewards.mask, rewards.group
+    scored = scores if rewards.interrupted is None else scores[~rewards.interrupted]
+    found = {
+        "reward/mean": metrics.mean(scored),
+        "reward/std": metrics.ratio(scored.double().std(correction=0) if len(scored) else 0.0, 1.0),
+        "advantage/std": metrics.ratio(advantages[mask].std(correction=0), 1.0),
+    }
+    groups = len(group.unique())
+    if groups < len(group):
+        flat = len(group[~has_variance(rewards.returns, group)].unique())
+        found["groups/no_variance"] = metrics.ratio(flat, groups)
+    if log_ratio is not None:
+        found["kl"] = metrics.mean(log_ratio.sum(dim=1))
+        found["kl_per_token"] = metrics.mean(log_ratio, mask)
+    if algorithm.kl.active:
+        found["beta"] = metrics.ratio(algorithm.kl.coefficient(rewards.state), 1.0)
+    if returns is not None and rewards.values is not None:
+        found["critic/explained_variance"] = explained_variance(rewards.values, returns, mask)
+    return found
+
+
+def _check(
+    algorithm: Algorithm, scores: Tensor, ref_logps: Tensor | None, interrupted: Tensor | None
+) -> None:
+    name = algorithm.name
+    if algorithm.kl.active and ref_logps is None:
+        raise ValueError(
+            f"{name}: its KL needs ref_logps and none were given; compute them, or set kl to none."
+        )
+    if (
+        interrupted is not None
+        and bool(interrupted.any())
+        and not getattr(algorithm.advantage, "needs_values", False)
+    ):
+        raise ValueError(
+            f"{name}: only values can stand in for the score of an interrupted sample; use advantage gae."
+        )
+    bad = ~scores.isfinite() if interrupted is None else ~scores.isfinite() & ~interrupted
+    if bool(bad.any()):
+        row = int(bad.nonzero()[0])
+        raise ValueError(
+            f"{name}: the score of sample {row} is {float(scores[row])}; leave unscored samples out."
+        )
+
+
+def _widen(credit: Credit, rows: Tensor, samples: int) -> Credit:
+    """Zeros for the samples that took no part."""
+
+    def widen(part: Tensor) -> Tensor:
+        return part.new_zeros(samples, part.shape[1]).index_copy(0, rows, part)
+
+    returns = None if credit.returns is None else widen(credit.returns)
+    return Credit(widen(credit.advantages), returns, credit.metrics, credit.state)

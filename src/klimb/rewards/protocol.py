@@ -1,0 +1,80 @@
+"""What every reward source is: texts and columns in, scores out, and a list of what went wrong.
+
+A failure is never a score. It is an entry in `failures`, and its value is None; None without an entry means
+that the source chose not to score the row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from klimb.types import Text
+
+Values = list[float | None]
+Columns = dict[str, list[Any]]
+"""Further columns of the batch by name, one entry per row."""
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why one row has no score. `details` holds the traceback and what the function printed, where there is
+    any.
+    """
+
+    row: int
+    reason: str
+    details: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """One value per row. Failed rows are None and listed in `failures`, at most once each."""
+
+    values: Values
+    failures: list[Failure] = field(default_factory=list)
+    parts: dict[str, Values] = field(default_factory=dict)
+    """The components of a weighted sum, unweighted; empty where there is only one."""
+    notes: list[str] = field(default_factory=list)
+    """What went wrong without costing a score, such as a worker that was replaced."""
+
+
+class Reward(Protocol):
+    """Scores completions. Raises RewardError only where no row can ever be scored (a missing file or
+    column).
+    """
+
+    @property
+    def name(self) -> str:
+        """The name under which the scores are logged."""
+        ...
+
+    def __call__(self, prompts: Sequence[Text], completions: Sequence[Text], columns: Columns) -> Scores: ...
+
+    def close(self) -> None:
+        """Give back processes and memory. May be called twice."""
+        ...
+
+
+@dataclass
+class FakeReward:
+    """A reward for tests: `score` of each completion; `fail` says for which rows of which call it breaks."""
+
+    score: Callable[[Text], float | None] = len
+    fail: Callable[[int, int], bool] = lambda call, row: False
+    name: str = "fake"
+    calls: int = 0
+    closed: bool = False
+
+    def __call__(self, prompts: Sequence[Text], completions: Sequence[Text], columns: Columns) -> Scores:
+        failures = [
+            Failure(row, "told to fail") for row in range(len(completions)) if self.fail(self.calls, row)
+        ]
+        failed = {failure.row for failure in failures}
+        self.calls += 1
+        values = [None if row in failed else self.score(text) for row, text in enumerate(completions)]
+        return Scores(values, failures)
+
+    def close(self) -> None:
+        self.closed = True

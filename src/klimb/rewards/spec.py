@@ -1,0 +1,145 @@
+"""What a recipe or a command line says after ``reward:``, made into a Reward.
+
+::
+
+    reward: my_reward.py:score                           a function in a file, in a process of its own
+    reward: exact                                        a rule of rules.py
+    reward: {numeric: {column: solution}}                a rule with options
+    reward: {my_reward.py:score: {timeout: 300}}         a function with more time than 60 s a call
+    reward: runs/rm/model                                the directory of a trained reward model
+    reward:                                              a weighted sum
+      - {reward: my_reward.py:score, weight: 1.0}
+      - {reward: length, weight: -0.01, name: brevity}
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from klimb.errors import RewardError, did_you_mean, nearest
+from klimb.rewards.combine import Part, WeightedSum
+from klimb.rewards.function import START_TIMEOUT, TIMEOUT, FunctionReward, from_callable, from_file
+from klimb.rewards.process import WorkerProcess
+from klimb.rewards.protocol import Reward
+from klimb.rewards.rules import RULES, format, parse_rule, regex, rule_function
+
+ModelLoader = Callable[[str], Reward]
+KNOWN = f"known: my_reward.py:NAME, {', '.join(RULES)}, a reward model's directory, a weighted list of these"
+
+
+def parse_reward(spec: Any, *, model_loader: ModelLoader | None = None) -> Reward:
+    """The Reward that `spec` means: text, a mapping or a list as in a recipe, a callable, or a Reward as it
+    is.
+
+    `model_loader` makes a Reward of the directory (or hub name) of a trained reward model. Starts the
+    processes of functions from files, so that what is wrong with them is said now. Raises RewardError.
+    """
+    if isinstance(spec, list | tuple):
+        return _weighted_sum(spec, model_loader)
+    if isinstance(spec, dict) and "reward" in spec:
+        return _weighted_sum([spec], model_loader)
+    if isinstance(spec, dict):
+        if len(spec) != 1:
+            raise RewardError(
+                f"a reward with options is one name and its options, not the keys {sorted(map(str, spec))}",
+                fix="write {exact: {column: answer}}, or a list of {reward: …, weight: …} for a sum",
+            )
+        [(name, options)] = spec.items()
+        return _named(str(name), dict(options or {}), model_loader)
+    if isinstance(spec, str):
+        return _named(spec, {}, model_loader)
+    if callable(spec):
+        return spec if hasattr(spec, "close") and hasattr(spec, "name") else from_callable(spec)
+    raise RewardError(f"{spec!r} is no reward", fix=KNOWN)
+
+
+def reward_files(spec: Any) -> list[Path]:
+    """The files and directories that the scores depend on, for hashes. Starts nothing and reads nothing."""
+    if isinstance(spec, list | tuple):
+        return [path for part in spec for path in reward_files(part)]
+    if isinstance(spec, dict):
+        return reward_files(spec["reward"] if "reward" in spec else next(iter(spec), None))
+    if not isinstance(spec, str) or spec in RULES:
+        return []
+    path = Path(spec.rpartition(":")[0] if _is_function(spec) else spec)
+    return [path] if path.exists() else []
+
+
+def _named(spec: str, options: dict[str, Any], model_loader: ModelLoader | None) -> Reward:
+    if _is_function(spec):
+        return _function(spec, options)
+    if spec in RULES:
+        return _rule(spec, options)
+    if spec.endswith(".py"):
+        raise RewardError("a file without the name of a function", where=spec, fix=f"write {spec}:NAME")
+    if Path(spec).is_dir() or spec.count("/") == 1:
+        if options:
+            raise RewardError(f"a reward model takes no options, not {sorted(options)}", where=spec)
+        if model_loader is None:
+            raise RewardError(
+                "a reward model cannot be used here", where=spec, fix="use a function or a rule"
+            )
+        return model_loader(spec)
+    close = nearest(spec, RULES)
+    raise RewardError(f"unknown reward {spec!r}", fix=f"did you mean {close!r}? {KNOWN}" if close else KNOWN)
+
+
+def _is_function(spec: str) -> bool:
+    return ".py:" in spec
+
+
+def _function(spec: str, options: dict[str, Any]) -> FunctionReward:
+    for option in options:
+        if option != "timeout":
+            raise RewardError(f"unknown option {option!r}", where=spec, fix="known: timeout")
+    timeout = options.get("timeout", TIMEOUT)
+    if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not 0 < timeout < float("inf"):
+        raise RewardError(f"timeout is {timeout!r}", where=spec, fix="give the seconds of one call, above 0")
+    return from_file(spec, timeout=float(timeout))
+
+
+def _rule(name: str, options: dict[str, Any]) -> FunctionReward:
+    """A rule with a pattern gets a process: on some texts a pattern takes for ever, and nothing else can
+    stop it.
+    """
+    rule = parse_rule(name, options)
+    if isinstance(rule, regex) or (isinstance(rule, format) and rule.pattern):
+        target = json.dumps({name: options})
+        return FunctionReward(name, f"reward {name}", lambda: WorkerProcess(target, START_TIMEOUT), TIMEOUT)
+    return from_callable(rule_function(rule), name=name)
+
+
+def _weighted_sum(specs: Sequence[Any], model_loader: ModelLoader | None) -> WeightedSum:
+    parts: list[Part] = []
+    try:
+        for spec in specs:
+            parts.append(_part(spec, model_loader))
+        return WeightedSum(parts)
+    except BaseException:
+        for part in parts:
+            part.reward.close()
+        raise
+
+
+def _part(spec: Any, model_loader: ModelLoader | None) -> Part:
+    if not isinstance(spec, dict) or "reward" not in spec:
+        spec = {"reward": spec}
+    known = ("reward", "weight", "name")
+    for key in spec:
+        if key not in known:
+            raise RewardError(f"unknown key {key!r} in a weighted reward", fix=did_you_mean(str(key), known))
+    if isinstance(spec["reward"], list | tuple) or (
+        isinstance(spec["reward"], dict) and "reward" in spec["reward"]
+    ):
+        raise RewardError("a sum within a sum", where="reward", fix="put all parts into one list")
+    weight = spec.get("weight", 1.0)
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
+        raise RewardError(
+            f"weight is {weight!r}", where=f"reward {spec['reward']}", fix="give a finite number"
+        )
+    reward = parse_reward(spec["reward"], model_loader=model_loader)
+    return Part(str(spec.get("name", reward.name)), reward, float(weight))

@@ -1,0 +1,92 @@
+"""Drawing tokens. The random number of a token depends on (seed, prompt, sample index, position) and nothing else,
+so neither batch composition nor a resume changes what is drawn."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to draw. Training uses `temperature` alone: top-k, top-p and the penalty change the distribution whose
+    log-probs are trained, so they belong to sampling and evaluation. temperature 0 is greedy."""
+
+    max_tokens: int
+    stop: frozenset[int]
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+
+    @property
+    def plain(self) -> bool:
+        """True when what is drawn is exactly softmax(logits / temperature)."""
+        return self.temperature > 0 and not self.top_k and self.top_p == 1.0 and self.repetition_penalty == 1.0
+
+
+def stream_key(seed: int, prompt_id: str, index: int) -> int:
+    """64-bit key of one sample's random numbers."""
+    digest = hashlib.blake2b(f"{seed}/{prompt_id}/{index}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
+
+
+def uniforms(keys: list[int], positions: int) -> Tensor:
+    """Numbers in [0, 1) for positions 0 … positions−1 of each key: [len(keys), positions], float64.
+
+    SplitMix64 (Steele, Lea & Flood 2014) as a counter-based generator: the finaliser of key + position · golden.
+    """
+    counters = np.arange(1, positions + 1, dtype=np.uint64) * _GOLDEN
+    z = np.array(keys, dtype=np.uint64)[:, None] + counters[None, :]
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    z = z ^ (z >> np.uint64(31))
+    return torch.from_numpy((z >> np.uint64(11)).astype(np.float64) * 2.0**-53)
+
+
+def draw(logits: Tensor, u: Tensor, params: SamplingParams, seen: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Inverse-CDF draw. logits [N, V] (fp32), u [N] in [0, 1) → tokens [N], log π(token) at temperature [N].
+
+    seen [N, V] bool: tokens already in the text, for the repetition penalty. Log-probs are those of the plain policy
+    also where top-k or top-p restricted the draw (and at temperature 1 for a greedy one).
+    """
+    z = logits / params.temperature if params.temperature > 0 else logits
+    normaliser = z.logsumexp(-1, keepdim=True)
+    if params.plain:
+        tokens = _invert((z - normaliser).exp_(), u)
+    else:
+        tokens = _restricted(logits, u, params, seen)
+    return tokens, (z.gather(1, tokens[:, None]) - normaliser).squeeze(1)
+
+
+def _invert(probabilities: Tensor, u: Tensor) -> Tensor:
+    """Smallest token whose cumulative probability exceeds u. [N, V], [N] → [N]."""
+    # fp32 sums over a large vocabulary lose the small probabilities that come late.
+    wide = torch.float64 if probabilities.shape[-1] > 1 << 15 and probabilities.device.type != "mps" else None
+    cdf = probabilities.cumsum(-1, dtype=wide)
+    target = u.to(cdf.dtype)[:, None] * cdf[:, -1:]
+    return torch.searchsorted(cdf, target, right=True).clamp_(max=cdf.shape[-1] - 1).squeeze(1)
+
+
+def _restricted(logits: Tensor, u: Tensor, params: SamplingParams, seen: Tensor | None) -> Tensor:
+    if seen is not None and params.repetition_penalty != 1.0:  # Keskar et al. 2019, CTRL, eq. 7
+        penalised = torch.where(logits > 0, logits / params.repetition_penalty, logits * params.repetition_penalty)
+        logits = torch.where(seen, penalised, logits)
+    if params.temperature == 0:
+        return logits.argmax(-1)
+    probabilities = (logits / params.temperature).softmax(-1)
+    if params.top_k and params.top_k < logits.shape[-1]:
+        smallest = probabilities.topk(params.top_k, dim=-1).values[:, -1:]
+        probabilities = torch.where(probabilities >= smallest, probabilities, 0.0)
+    if params.top_p < 1.0:
+        ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
+        before = ordered.cumsum(-1) - ordered
+        kept = torch.where(before < params.top_p * probabilities.sum(-1, keepdim=True), ordered, 0.0)
+        probabilities = torch.zeros_like(probabilities).scatter_(-1, order, kept)
+    return _invert(probabilities, u)

@@ -1,0 +1,1 @@
+"""What carries a run: its directory, its checkpoints, its learner, its way out on Ctrl-C."""

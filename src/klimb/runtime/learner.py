@@ -1,0 +1,211 @@
+"""One learner for every stage: it is given a loss, never an algorithm's name.
+
+``learner.step(batch, loss)`` splits the batch by the token budget, sums the gradients of the parts and takes one AdamW
+step. `loss(micro_batch, totals)` returns a part that is already divided by the totals of the *whole* batch, so the
+split, and the number of ranks that share it, change nothing but rounding.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from pydantic import Field
+from torch import Tensor, nn
+
+from klimb import metrics
+from klimb.batch import BatchTotals, TokenBatch
+from klimb.config import StageConfig
+from klimb.errors import KlimbError
+from klimb.metrics import Metric, Metrics
+from klimb.models.packing import split_by_budget
+from klimb.runtime.ranks import gather, rank, world
+
+Loss = Callable[[TokenBatch, BatchTotals], tuple[Tensor, Metrics]]
+Stage = Literal["sft", "reward", "preference", "rl", "critic"]
+
+LEARNING_RATES: dict[Stage, tuple[float, float]] = {
+    "sft": (2e-5, 2e-4),
+    "reward": (1e-5, 1e-4),
+    "preference": (1e-6, 1e-5),
+    "rl": (1e-6, 1e-5),
+    "critic": (1e-5, 1e-4),
+}
+"""Starting points for pretrained models of 0.5–8 B parameters, (all weights, LoRA); LoRA takes about ten times the
+rate of full training (Schulman et al. 2025, "LoRA without regret"). A model made from scratch wants 10–100 times more."""
+
+
+class Optimizer(StageConfig):
+    """AdamW (Loshchilov & Hutter 2019) with warm-up, decay and a bound on the gradient's global norm."""
+
+    lr: float | None = Field(None, gt=0, description="None: by stage, full or LoRA, from the printed table")
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = Field(0.0, ge=0)
+    warmup_steps: int = Field(0, ge=0)
+    decay: Literal["constant", "linear", "cosine"] = "constant"
+    final_lr: float = Field(0.0, ge=0, le=1, description="share of lr left at the end of the decay")
+    max_grad_norm: float | None = Field(1.0, gt=0)
+
+
+class NotFinite(KlimbError):
+    """A loss or gradient was NaN or infinite; the weights are those before the step."""
+
+
+class Learner:
+    """AdamW over named parameters, in fp32 whatever the weights compute in.
+
+    Weights in bfloat16 get an fp32 master each; the working copy, which rollouts use too, is written from it.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        optimizer: Optimizer,
+        *,
+        lr: float,
+        total_steps: int,
+        budget: int,
+    ) -> None:
+        """budget: flat tokens in one micro-batch. lr: peak, after the table was asked."""
+        self.working = dict(parameters)
+        self.masters = {
+            name: p if p.dtype in (torch.float32, torch.float64) else nn.Parameter(p.detach().float())
+            for name, p in parameters.items()
+        }
+        self.config = optimizer
+        self.lr = lr
+        self.total_steps = max(total_steps, 1)
+        self.budget = budget
+        self.steps = 0
+        self.adam = torch.optim.AdamW(
+            list(self.masters.values()), lr=lr, betas=optimizer.betas, eps=optimizer.eps,
+            weight_decay=optimizer.weight_decay, fused=True,
+        )  # fmt: skip
+
+    def step(self, batch: TokenBatch, loss: Loss, totals: BatchTotals | None = None) -> Metrics:
+        """One update. Raises NotFinite, with the ids of the rows, before any weight has changed."""
+        totals = totals or batch.totals
+        parts = self._accumulate(batch, loss, totals)
+        self._share_gradients()
+        norm = self._clip()
+        merged = _over_ranks(metrics.merge(parts))
+        if not torch.isfinite(norm) or not all(
+            torch.isfinite(m.value) for m in parts[0].values() if m.kind == "mean"
+        ):
+            self._forget_gradients()
+            raise NotFinite(self._accusation(batch, loss, totals))
+        for group in self.adam.param_groups:
+            group["lr"] = self.rate(self.steps)
+        merged |= {"grad_norm": metrics.ratio(norm, 1.0), "lr": metrics.ratio(self.rate(self.steps), 1.0)}
+        self.adam.step()
+        self._forget_gradients()
+        self._write_working_copies()
+        self.steps += 1
+        return merged
+
+    def _accumulate(self, batch: TokenBatch, loss: Loss, totals: BatchTotals) -> list[Metrics]:
+        micro_batches = split_by_budget(batch, self.budget)
+        parts: list[Metrics] = []
+        for index in micro_batches[rank() :: world()]:
+            value, measured = loss(batch.select(index).to(self.device), totals)
+            value.backward()
+            parts.append({**measured, "objective": metrics.total(value)})
+            for name, parameter in self.working.items():
+                master = self.masters[name]
+                if master is not parameter and parameter.grad is not None:
+                    master.grad = (
+                        parameter.grad.float() if master.grad is None else master.grad + parameter.grad
+                    )
+                    parameter.grad = None
+        return parts
+
+    def _share_gradients(self) -> None:
+        if world() == 1:
+            return
+        for master in self.masters.values():
+            if master.grad is None:
+                master.grad = torch.zeros_like(master)
+            dist.all_reduce(master.grad)
+
+    def _clip(self) -> Tensor:
+        """The gradient's norm before clipping, over all parameters, after the ranks were summed."""
+        bound = self.config.max_grad_norm
+        return nn.utils.clip_grad_norm_(
+            self.masters.values(), bound if bound is not None else math.inf
+        ).detach()
+
+    def _write_working_copies(self) -> None:
+        with torch.no_grad():
+            for name, parameter in self.working.items():
+                if self.masters[name] is not parameter:
+                    parameter.copy_(self.masters[name])
+
+    def _forget_gradients(self) -> None:
+        for parameter in [*self.masters.values(), *self.working.values()]:
+            parameter.grad = None
+
+    def _accusation(self, batch: TokenBatch, loss: Loss, totals: BatchTotals) -> str:
+        guilty = []
+        for i in range(len(batch)):
+            value, _ = loss(batch.select([i]).to(self.device), totals)
+            if not torch.isfinite(value):
+                guilty.append(batch.ids[i])
+        rows = f"rows {', '.join(guilty[:8])}" if guilty else "no single row (the gradient overflowed)"
+        return (f"update {self.steps + 1}: the loss or its gradient is not finite: {rows}; nothing was changed: "
+                "look at these rows, lower lr, or use dtype=float32")  # fmt: skip
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.working.values())).device
+
+    def rate(self, step: int) -> float:
+        """Learning rate of update `step` (from 0): linear warm-up, then the decay."""
+        c = self.config
+        if step < c.warmup_steps:
+            return self.lr * (step + 1) / c.warmup_steps
+        done = min((step - c.warmup_steps) / max(self.total_steps - c.warmup_steps, 1), 1.0)
+        shape = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[c.decay]
+        return self.lr * (c.final_lr + (1 - c.final_lr) * shape if c.decay != "constant" else 1.0)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything a resume needs, by logical name: the masters and AdamW's moments."""
+        named = {f"weights.{name}": master.detach() for name, master in self.masters.items()}
+        for name, master in self.masters.items():
+            for key, value in self.adam.state.get(master, {}).items():
+                named[f"adam.{key}.{name}"] = value
+        return named
+
+    def load(self, tensors: Mapping[str, Tensor], steps: int) -> None:
+        """The inverse of `tensors`."""
+        self.steps = steps
+        with torch.no_grad():
+            for name, master in self.masters.items():
+                master.copy_(tensors[f"weights.{name}"])
+                keys = ("step", "exp_avg", "exp_avg_sq")
+                state: dict[str, Any] = {
+                    k: tensors[f"adam.{k}.{name}"].clone() for k in keys if f"adam.{k}.{name}" in tensors
+                }
+                if state:
+                    self.adam.state[master] = {
+                        k: v if k == "step" else v.to(master.device) for k, v in state.items()
+                    }
+        self._write_working_copies()
+
+
+def _over_ranks(measured: Metrics) -> Metrics:
+    """The same metrics on every rank. Ranks without a micro-batch contribute nothing."""
+    if world() == 1:
+        return measured
+    mine = {name: (metric.kind, float(metric.value), float(metric.weight)) for name, metric in measured.items()}
+    return metrics.merge(
+        {name: Metric(kind, _float64(value), _float64(weight)) for name, (kind, value, weight) in theirs.items()}
+        for theirs in gather(mine)
+    )
+
+
+def _float64(value: float) -> Tensor:
+    return torch.tensor(value, dtype=torch.float64)

@@ -1,0 +1,46 @@
+"""Ctrl-C or SIGTERM once: finish the step, save, leave. Twice: leave at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+
+
+@dataclass
+class Interrupt:
+    """The loop reads `requested` at the border between two steps."""
+
+    requested: bool = False
+
+
+@contextmanager
+def interruptible() -> Iterator[Interrupt]:
+    """Collects the first signal in the value it yields; the second raises KeyboardInterrupt.
+
+    Outside the main thread, where Python gets no signals, the value never changes.
+    """
+    interrupt = Interrupt()
+
+    def handle(number: int, _frame: FrameType | None) -> None:
+        if interrupt.requested:
+            raise KeyboardInterrupt
+        interrupt.requested = True
+        line = (
+            f"{signal.Signals(number).name}: saving after this step, then leaving; once more leaves at once\n"
+        )
+        os.write(2, line.encode())  # print() could interrupt itself here
+
+    if threading.current_thread() is not threading.main_thread():
+        yield interrupt
+        return
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield interrupt
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

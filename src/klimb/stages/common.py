@@ -1,0 +1,193 @@
+"""What every training stage has: its settings, its device and threads, its journal."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+import torch
+from pydantic import Field, PlainSerializer, model_validator
+from torch import Tensor
+
+from klimb import metrics
+from klimb.config import StageConfig
+from klimb.errors import ConfigError
+from klimb.metrics import Metrics
+from klimb.models.load import LoRA, resolve_device, resolve_dtype
+from klimb.runtime import checkpoint
+from klimb.runtime.learner import LEARNING_RATES, Learner, Optimizer, Stage
+from klimb.runtime.ranks import rank
+from klimb.runtime.run import Run
+from klimb.runtime.signals import Interrupt
+
+
+def _described(value: Any) -> Any:
+    """A value from Python as a config file can hold it: plain ones as they are, others by what they are."""
+    if callable(value):
+        code = getattr(value, "__code__", None)
+        place = f"{code.co_filename}:{code.co_firstlineno}" if code else type(value).__module__
+        return f"<{getattr(value, '__qualname__', value)} of {place}>"
+    try:
+        text = json.dumps(value)
+    except (TypeError, ValueError):
+        return f"<{value!r}>"
+    is_rows = isinstance(value, list) and value and isinstance(value[0], dict) and "reward" not in value[0]
+    return f"<{len(value)} rows, sha256 {hashlib.sha256(text.encode()).hexdigest()[:16]}>" if is_rows else value
+
+
+Given = Annotated[Any, PlainSerializer(_described)]
+"""A path, a name or a spec in a recipe; from Python also rows, functions and values themselves."""
+
+
+class TrainConfig(StageConfig):
+    """Settings that all training stages share."""
+
+    model: str = Field(description="directory or hub name; an existing path wins")
+    data: Given
+    eval_data: Given = None
+    columns: dict[str, str] = Field({}, description="names of your columns: {prompt: question}")
+    lora: LoRA | None = None
+    optimizer: Optimizer = Optimizer()
+    out: str | None = Field(None, description="run directory; default runs/NAME-HASH")
+    seed: int = Field(0, ge=0)
+    device: str = "auto"
+    dtype: str = "auto"
+    threads: int | None = Field(None, ge=1, description="CPU threads; default: all cores")
+    token_budget: int = Field(8192, ge=1, description="flat tokens in a micro-batch; changes memory, not results")
+    checkpoint_every: int = Field(50, ge=0, description="steps between checkpoints; 0: none but at Ctrl-C")
+    method: str = Field("", description="how the result is called in tables and pictures")
+
+
+    @model_validator(mode="after")
+    def _one_source_of_evaluation(self) -> Self:
+        if self.eval_data is not None and getattr(self, "eval_fraction", 0):
+            raise ValueError("eval_data and eval_fraction both say what is held out: give one of them")
+        return self
+
+
+class Interrupted(Exception):
+    """Ctrl-C: the state is saved, the same command continues."""
+
+
+@dataclass
+class Session:
+    """One run of one stage in this process: what it runs on, and the journal of its steps."""
+
+    run: Run
+    interrupt: Interrupt
+    device: torch.device
+    dtype: torch.dtype
+    say: Callable[[str], None]
+    learners: dict[str, Learner] = field(default_factory=dict)
+    started: float = field(default_factory=time.monotonic)
+    timings: dict[str, float] = field(default_factory=dict)
+    _shown: float = 0.0
+
+    @staticmethod
+    def begin(config: TrainConfig, run: Run, interrupt: Interrupt, say: Callable[[str], None]) -> Session:
+        """Fix whatever can change rounding, as it was when the run began."""
+        device = resolve_device(config.device)
+        torch.set_num_threads(int(run.decide("threads", lambda: config.threads or torch.get_num_threads())))
+        dtype = str(run.decide("dtype", lambda: str(resolve_dtype(config.dtype, device)).removeprefix("torch.")))
+        torch.manual_seed(config.seed)
+        return Session(run, interrupt, device, getattr(torch, dtype), say)
+
+    def learner(
+        self, name: str, stage: Stage, parameters: Mapping[str, torch.nn.Parameter], config: TrainConfig,
+        optimizer: Optimizer, total_steps: int,
+    ) -> Learner:  # fmt: skip
+        """A learner that checkpoints know by `name`; its rate is the optimizer's or the table's."""
+        if not parameters:
+            raise ConfigError(f"{name}: nothing to train, the model has no trainable parameter")
+        rate = optimizer.lr if optimizer.lr is not None else LEARNING_RATES[stage][config.lora is not None]
+        trained = sum(p.numel() for p in parameters.values())
+        source = "" if optimizer.lr is not None else f" (table: {stage}, {'LoRA' if config.lora else 'full'})"
+        self.say(f"{name}: {trained:,} trained parameters, lr {rate:g}{source}")
+        self.learners[name] = Learner(
+            parameters, optimizer, lr=rate, total_steps=total_steps, budget=config.token_budget
+        )
+        return self.learners[name]
+
+    @contextmanager
+    def timed(self, what: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.timings[what] = self.timings.get(what, 0.0) + time.perf_counter() - start
+
+    # The journal ----------------------------------------------------------------------------------------------------
+
+    def resume(self) -> checkpoint.Checkpoint | None:
+        """The newest intact checkpoint, its learners loaded, and the run's files cut back to it."""
+        found = checkpoint.load_latest(self.run.checkpoints, self.run.report)
+        self.run.truncate(found.step if found else -1)
+        if found:
+            for name, learner in self.learners.items():
+                learner.load(found.tensors[name], int(found.state["learners"][name]))
+            self.say(f"continuing after step {found.step}")
+        return found
+
+    def end_step(
+        self, step: int, total: int, measured: Metrics | Mapping[str, float], *, every: int,
+        state: Callable[[], dict[str, Any]], tensors: Callable[[], dict[str, Tensor]] = dict,
+        samples: Sequence[Mapping[str, Any]] = (),
+    ) -> None:  # fmt: skip
+        """Log step `step` of `total`, save when it is due, leave when Ctrl-C asked for it."""
+        plain = {k: v.result() if isinstance(v, metrics.Metric) else float(v) for k, v in measured.items()}
+        if rank() == 0:
+            if samples:
+                self.run.write_samples(step, samples)
+            self.run.log(step, {**plain, **{f"time/{k}": v for k, v in self.timings.items()}})
+        self._show(step, total, plain)
+        self.timings = {}
+        due = bool(every) and (step % every == 0 or step == total)
+        if (due or self.interrupt.requested) and rank() == 0:
+            self.run.sync()
+            named: dict[str, Mapping[str, Tensor]] = {n: learner.tensors() for n, learner in self.learners.items()}
+            saved = {"learners": {n: learner.steps for n, learner in self.learners.items()}, "stage": state()}
+            checkpoint.save(self.run.checkpoints, step, {**named, "state": tensors()}, saved)
+        if self.interrupt.requested:
+            raise Interrupted(f"saved after step {step} of {total} in {self.run.path}; the same command continues")
+
+    def _show(self, step: int, total: int, plain: Mapping[str, float]) -> None:
+        """One line at most every two seconds (and for the last step): who waits wants to see it move."""
+        now = time.monotonic()
+        if now - self._shown < 2 and step != total:
+            return
+        self._shown = now
+        known = [key for key in _SHOWN if key in plain]
+        self.say(f"  step {step}/{total}  " + "  ".join(f"{key} {plain[key]:.4g}" for key in known))
+
+
+_SHOWN = (
+    "loss", "accuracy", "eval/loss", "eval/accuracy", "reward/mean", "gold/mean", "kl", "entropy", "length/mean",
+    "clip_fraction", "critic/explained_variance", "tokens_per_second",
+)  # fmt: skip
+
+
+def stream_seed(seed: int, purpose: str, step: int = 0) -> int:
+    """Seed of the random streams of one purpose at one step: (seed, purpose, step) and nothing hidden."""
+    digest = hashlib.blake2b(f"{seed}/{purpose}/{step}".encode(), digest_size=6).digest()
+    return int.from_bytes(digest, "little")
+
+
+def say_aside(line: str) -> None:
+    """Progress goes to standard error: standard output is for results."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def inputs_of(config: TrainConfig, *further: Any) -> dict[str, Path | str]:
+    """The files and folders that a config points at, for hashes."""
+    inputs: dict[str, Path | str] = {}
+    for key, value in {"model": config.model, "data": config.data, "eval_data": config.eval_data}.items():
+        if isinstance(value, str):
+            inputs[key] = Path(value) if Path(value).exists() else value
+    for path in further:
+        inputs[f"file:{path}"] = Path(path)
+    return inputs

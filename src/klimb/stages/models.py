@@ -1,0 +1,112 @@
+"""Which weights a stage runs on: the policy, what it is compared with, and the critic that judges it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from klimb.data.render import Renderer
+from klimb.models.backbone import Backbone
+from klimb.models.faces import Critic, Policy, RewardModel
+from klimb.models.load import LoRA, load_causal, load_classifier, load_tokenizer, save_causal, score_head
+from klimb.models.probe import probed_policy
+from klimb.stages.common import Session
+from klimb.types import Prompt
+
+
+@dataclass
+class Loaded:
+    """A policy, how its texts become tokens, and where it came from."""
+
+    policy: Policy
+    renderer: Renderer
+    source: str
+
+    @property
+    def backbone(self) -> Backbone:
+        return self.policy.backbone
+
+    def stop_tokens(self, prompts: Sequence[Prompt]) -> frozenset[int]:
+        """Where generation ends: the tokens that training on texts of this form teaches as the last."""
+        return self.renderer.stop_tokens(any(isinstance(prompt.text, list) for prompt in prompts))
+
+    def all_stop_tokens(self) -> list[int]:
+        """For the generation config: of strings, and of conversations where there is a template."""
+        conversational = self.renderer.stop_tokens(True) if self.renderer.tokenizer.chat_template else frozenset()
+        return sorted(conversational | self.renderer.stop_tokens(False))
+
+    def save(self, directory: Path) -> None:
+        """Hugging Face layout: the model, or its adapter alone when there is one."""
+        backbone = self.backbone
+        if backbone.peft is None:
+            save_causal(backbone.model, self.renderer.tokenizer, directory, self.all_stop_tokens())
+            return
+        backbone.peft.save_pretrained(directory, selected_adapters=["policy"])
+        _flatten_adapter(directory)
+        self.renderer.tokenizer.save_pretrained(directory)
+
+
+def _flatten_adapter(directory: Path) -> None:
+    """peft puts a named adapter in a folder of its name; loaders look for it at the top."""
+    for file in (directory / "policy").iterdir():
+        file.replace(directory / file.name)
+    (directory / "policy").rmdir()
+
+
+def load_policy(session: Session, model: str, lora: LoRA | None, seed: int) -> Loaded:
+    """The policy that training starts from, its numbers held against the model's own."""
+    tokenizer = load_tokenizer(model)
+    network, adapter = load_causal(model, session.device, session.dtype)
+    torch.manual_seed(seed)  # a new adapter draws its first matrices
+    backbone = Backbone(network, adapter, lora)
+    policy, path = probed_policy(backbone, "policy" if backbone.peft is not None else None)
+    session.say(f"{model}: {path}")
+    return Loaded(policy, Renderer(tokenizer), model)
+
+
+def load_reference(session: Session, policy: Loaded, reference: str | None = None) -> Policy:
+    """π_ref, frozen: the named model, else the policy as it is now, before its first update.
+
+    On LoRA nothing is loaded twice: the reference is the base with the adapter off, or a frozen copy of the adapter
+    that training started from, which is another thing than the base.
+    """
+    backbone = policy.backbone
+    if reference is None and backbone.peft is not None:
+        if not backbone.started_from_adapter:
+            return Policy(backbone, None, policy.policy.own_head)
+        backbone.add_adapter("reference", "policy")
+        return Policy(backbone, "reference", policy.policy.own_head)
+    network, adapter = load_causal(reference or policy.source, session.device, session.dtype)
+    frozen = Backbone(network, adapter)
+    frozen.requires_grad_(False)
+    return Policy(frozen, None, policy.policy.own_head)
+
+
+def load_critic(session: Session, policy: Loaded, model: str | None) -> Critic:
+    """The critic starts from a reward model's weights and head, or as a copy of the policy with a head of zeros."""
+    if model is not None and is_reward_model(model):
+        classifier = load_classifier(model, session.device, session.dtype)
+        return Critic(Backbone(classifier), None, score_head(classifier))
+    backbone = policy.backbone
+    if model is None and backbone.peft is not None:
+        backbone.add_adapter("critic", "policy")
+        return Critic(backbone, "critic")
+    network, adapter = load_causal(model or policy.source, session.device, session.dtype)
+    return Critic(Backbone(network, adapter), None)
+
+
+def load_reward_model(session: Session, model: str, lora: LoRA | None = None, seed: int = 0) -> RewardModel:
+    classifier = load_classifier(model, session.device, session.dtype, seed)
+    return RewardModel(Backbone(classifier, None, lora))
+
+
+def is_reward_model(model: str) -> bool:
+    config = Path(model) / "config.json"
+    if not config.is_file():
+        return False
+    names = json.loads(config.read_text()).get("architectures") or []
+    return any(name.endswith("ForSequenceClassification") for name in names)

@@ -1,0 +1,100 @@
+"""Direct preference optimisation: the same objective in closed form, fitted to pairs without sampling."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from klimb.batch import BatchTotals, TokenBatch
+from klimb.data.load import load_preferences, split_by_prompt
+from klimb.data.sampler import Sampler
+from klimb.errors import KlimbError
+from klimb.metrics import Metrics
+from klimb.models.faces import Policy, policy_logps
+from klimb.objective.preference import PreferenceLoss, known_start, parse_preference, preference_loss
+from klimb.runtime.run import Run
+from klimb.runtime.signals import Interrupt
+from klimb.stages.common import Given, Session, TrainConfig
+from klimb.stages.evaluate import Judges, Measurement
+from klimb.stages.models import load_policy, load_reference
+from klimb.stages.reward import batch_of
+
+_START_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.1}
+"""Relative: how far the first loss may be from the value that π = π_ref has. bfloat16 rounds sums of log-probs."""
+
+
+class PreferenceConfig(TrainConfig):
+    """β, and one epoch at a low rate, as in the paper (arXiv 2305.18290, appendix B)."""
+
+    loss: Given = "dpo"
+    reference: str | None = Field(None, description="model to stay near; default: where training starts")
+    steps: int | None = Field(None, ge=1)
+    epochs: float = Field(1.0, gt=0)
+    batch_size: int = Field(64, ge=1, description="pairs in an update")
+    max_tokens: int | None = Field(None, ge=1)
+    eval_fraction: float = Field(0.0, ge=0, lt=1)
+    measure: Measurement | None = None
+
+
+def pair_loss(
+    policy: Policy, loss: PreferenceLoss, batch: TokenBatch, totals: BatchTotals
+) -> tuple[Tensor, Metrics]:
+    log_ratio = torch.where(batch.mask, policy(batch).logps - batch["ref_logps"], 0.0).sum(dim=1)
+    tokens = batch.mask.sum(dim=1)
+    return preference_loss(
+        loss,
+        chosen_log_ratio=log_ratio[0::2],
+        rejected_log_ratio=log_ratio[1::2],
+        chosen_tokens=tokens[0::2],
+        rejected_tokens=tokens[1::2],
+        pairs=totals.groups,
+    )
+
+
+def train(config: PreferenceConfig, run: Run, interrupt: Interrupt, say: Any) -> dict[str, Any]:
+    loss = parse_preference(config.loss)
+    session = Session.begin(config, run, interrupt, say)
+    loaded = load_policy(session, config.model, config.lora, config.seed)
+    reference = load_reference(session, loaded, config.reference)
+    max_length = min(config.max_tokens or loaded.backbone.context, loaded.backbone.context)
+    data = load_preferences(config.data, loaded.renderer, max_length=max_length, columns=config.columns)
+    say(str(data.report))
+    training, held_out = split_by_prompt(data.items, config.eval_fraction, config.seed)
+    steps = config.steps or max(1, round(config.epochs * len(training) / config.batch_size))
+    learner = session.learner("policy", "preference", loaded.policy.trainable(), config, config.optimizer, steps)
+    sampler = Sampler(len(training), config.batch_size, config.seed)
+    judges = Judges.for_measurement(config.measure, session, loaded)
+    start = 0
+    if found := session.resume():
+        start = found.step
+        sampler.restore(found.state["stage"]["sampler"])
+
+    for step in range(start + 1, steps + 1):
+        batch = batch_of([training[i] for i in sampler.next_batch()])
+        with session.timed("reference"):
+            batch = batch.with_columns(ref_logps=policy_logps(reference, batch, budget=config.token_budget).logps)
+        with session.timed("train"):
+            measured = learner.step(batch, lambda micro, totals: pair_loss(loaded.policy, loss, micro, totals))
+        if step == 1 and config.reference is None:
+            _check_start(loss, measured["loss"].result(), session.dtype)
+        session.end_step(
+            step, steps, measured, every=config.checkpoint_every, state=lambda: {"sampler": sampler.state()}
+        )
+
+    loaded.save(run.model)
+    evaluation = judges.evaluate(loaded.policy, reference, "evaluate") if judges else None
+    return {"model": str(run.model), "steps": learner.steps, "algorithm": repr(loss), "evaluation": evaluation}
+
+
+def _check_start(loss: PreferenceLoss, first: float, dtype: torch.dtype) -> None:
+    """At the first update policy and reference are the same: the loss is known, so a wrong reference shows."""
+    known = known_start(loss)
+    if abs(first - known) > _START_TOLERANCE[dtype] * max(known, 1.0):
+        raise KlimbError(
+            f"the first loss is {first:.6g} where π = π_ref gives {known:.6g}", where="preference",
+            why="the reference is not the model that training starts from",
+            fix="name the reference that you mean with reference=DIR",
+        )  # fmt: skip

@@ -1,0 +1,75 @@
+"""The stages by name, and how one of them is run: config → run directory → result."""
+
+from __future__ import annotations
+
+import importlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from klimb.config import StageConfig, load_config
+from klimb.errors import ConfigError, did_you_mean
+from klimb.plugin import is_reference
+from klimb.rewards.spec import reward_files
+from klimb.runtime.run import Run
+from klimb.runtime.signals import interruptible
+from klimb.stages.common import inputs_of, say_aside
+
+STAGES: Mapping[str, tuple[str, str]] = {
+    "sft": ("klimb.stages.sft", "SftConfig"),
+    "reward": ("klimb.stages.reward", "RewardConfig"),
+    "rl": ("klimb.stages.rl", "RlConfig"),
+    "preference": ("klimb.stages.preference", "PreferenceConfig"),
+    "sample": ("klimb.stages.sample", "SampleConfig"),
+    "evaluate": ("klimb.stages.evaluate", "EvaluateConfig"),
+}
+
+
+def stage_config(stage: str, values: Mapping[str, Any], overrides: Sequence[str] = (), where: str = "config") -> Any:
+    """The typed config of a stage. Raises ConfigError that names every problem."""
+    if stage not in STAGES:
+        raise ConfigError(f"unknown stage {stage!r}", where=where, fix=did_you_mean(stage, STAGES))
+    module, name = STAGES[stage]
+    cls: type[StageConfig] = getattr(importlib.import_module(module), name)
+    return load_config(cls, values, overrides, where)
+
+
+def run_stage(
+    stage: str, config: Any, *, name: str, out: str | Path | None = None, fresh: bool = False,
+    say: Callable[[str], None] = say_aside,
+) -> dict[str, Any]:  # fmt: skip
+    """Run one stage, or continue it, or return what it found before. The result names its run directory."""
+    module = importlib.import_module(STAGES[stage][0])
+    with Run.open(out or config.out, config, inputs_of(config, *code_files(config)), name=name, fresh=fresh, say=say) as run:
+        if (result := run.result) is not None:
+            say(f"{run.path}: finished before, nothing has changed")
+            return {**result, "run": str(run.path)}
+        started = time.monotonic()
+        with interruptible() as interrupt:
+            result = module.train(config, run, interrupt, say)
+        result = {
+            "stage": stage, "name": name, "method": config.method or name, "seed": config.seed, **result,
+            "seconds": round(time.monotonic() - started, 2),
+        }  # fmt: skip
+        run.write_result(result)
+        return {**result, "run": str(run.path)}
+
+
+def code_files(config: Any) -> list[Path]:
+    """Files of the user's that decide the result: reward functions, own algorithms and losses."""
+    files: list[Path] = []
+    for key in ("reward", "gold"):
+        for holder in (config, getattr(config, "measure", None), getattr(config, "until", None)):
+            files += reward_files(getattr(holder, key, None))
+    for key in ("algorithm", "loss"):
+        files += [Path(text.rpartition(":")[0]) for text in _texts(getattr(config, key, None)) if is_reference(text)]
+    return list(dict.fromkeys(files))
+
+
+def _texts(value: Any) -> list[str]:
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, Mapping):
+        return [text for key, inner in value.items() for text in [*_texts(key), *_texts(inner)]]
+    return []

@@ -1,0 +1,130 @@
+"""The reward model: fits r to comparisons by Bradley–Terry, so that it can stand in for whoever compared."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from klimb import metrics
+from klimb.batch import BatchTotals, Row, TokenBatch
+from klimb.config import StageConfig
+from klimb.data.load import load_preferences, split_by_prompt
+from klimb.data.render import Renderer
+from klimb.data.sampler import Sampler
+from klimb.errors import RewardError
+from klimb.metrics import Metrics
+from klimb.models.faces import RewardModel, reward_scores
+from klimb.models.load import load_tokenizer, save_classifier
+from klimb.objective.critic import reward_loss
+from klimb.runtime.run import Run
+from klimb.runtime.signals import Interrupt
+from klimb.stages.common import Given, Session, TrainConfig
+from klimb.stages.models import load_reward_model
+from klimb.types import Preference
+
+
+class RewardConfig(TrainConfig):
+    """One epoch; more make a reward model sure of itself (arXiv 2203.02155, appendix C.2)."""
+
+    steps: int | None = Field(None, ge=1)
+    epochs: float = Field(1.0, gt=0)
+    batch_size: int = Field(64, ge=1, description="pairs in an update")
+    max_tokens: int | None = Field(None, ge=1)
+    centering: float = Field(0.01, ge=0, description="arXiv 2312.09244: keeps scores near zero")
+    eval_fraction: float = Field(0.0, ge=0, lt=1, description="share of pairs held out, by hash of the prompt")
+    eval_every: int = Field(50, ge=1)
+    reference: Given = Field(None, description="prompts with completions: scores are scaled to mean 0, std 1 on them")
+    min_accuracy: float = Field(0.0, ge=0, le=1, description="stop here when held-out accuracy is below")
+
+
+def batch_of(pairs: Sequence[Preference]) -> TokenBatch:
+    """2P samples, chosen before rejected; a pair is a group and stays together."""
+    rows, groups, ids = [], [], []
+    for place, pair in enumerate(pairs):
+        rows += [[Row(pair.prompt, pair.chosen, pair.chosen_mask)], [Row(pair.prompt, pair.rejected, pair.rejected_mask)]]
+        groups += [place, place]
+        ids += [f"{pair.id}/chosen", f"{pair.id}/rejected"]
+    batch = TokenBatch.from_rows(rows, groups, ids, whole_groups=True)
+    return batch.with_columns(margin=torch.tensor([pair.margin for pair in pairs for _ in range(2)]))
+
+
+def pair_loss(model: RewardModel, batch: TokenBatch, totals: BatchTotals, centering: float) -> tuple[Tensor, Metrics]:
+    scores = model(batch)
+    return reward_loss(
+        scores[0::2], scores[1::2], margin=batch["margin"][0::2], centering=centering, pairs=totals.groups
+    )
+
+
+def train(config: RewardConfig, run: Run, interrupt: Interrupt, say: Any) -> dict[str, Any]:
+    session = Session.begin(config, run, interrupt, say)
+    tokenizer = load_tokenizer(config.model)
+    renderer = Renderer(tokenizer)
+    model = load_reward_model(session, config.model, config.lora, config.seed)
+    max_length = min(config.max_tokens or model.backbone.context, model.backbone.context)
+    data = load_preferences(config.data, renderer, max_length=max_length, columns=config.columns)
+    say(str(data.report))
+    training, held_out = split_by_prompt(data.items, config.eval_fraction, config.seed)
+    if config.eval_data is not None:
+        held_out = load_preferences(config.eval_data, renderer, max_length=max_length, columns=config.columns).items
+    steps = config.steps or max(1, round(config.epochs * len(training) / config.batch_size))
+    learner = session.learner("reward", "reward", model.trainable(), config, config.optimizer, steps)
+    sampler = Sampler(len(training), config.batch_size, config.seed)
+    start = 0
+    if found := session.resume():
+        start = found.step
+        sampler.restore(found.state["stage"]["sampler"])
+
+    for step in range(start + 1, steps + 1):
+        batch = batch_of([training[i] for i in sampler.next_batch()])
+        with session.timed("train"):
+            measured = learner.step(
+                batch, lambda micro, totals: pair_loss(model, micro, totals, config.centering)
+            )
+        if held_out and (step % config.eval_every == 0 or step == steps):
+            measured["eval/accuracy"] = _accuracy(model, held_out, config.token_budget)
+        session.end_step(
+            step, steps, measured, every=config.checkpoint_every, state=lambda: {"sampler": sampler.state()}
+        )
+
+    accuracy = _accuracy(model, held_out, config.token_budget).result() if held_out else None
+    if accuracy is not None and accuracy < config.min_accuracy:
+        raise RewardError(
+            f"held-out accuracy is {accuracy:.3f}, below min_accuracy={config.min_accuracy}", where=run.path,
+            why="what climbs such a reward climbs noise", fix="more pairs, more epochs, or a larger model",
+        )  # fmt: skip
+    normalisation = _normalisation(model, config, renderer, training, max_length)
+    if model.backbone.peft is not None:
+        model.backbone.model = model.backbone.peft.merge_and_unload()
+    save_classifier(model.backbone.model, tokenizer, run.model, normalisation)
+    return {"model": str(run.model), "steps": learner.steps, "evaluation": None, "accuracy": accuracy,
+            "held_out_pairs": len(held_out), **normalisation}  # fmt: skip
+
+
+@torch.no_grad()
+def _accuracy(model: RewardModel, pairs: Sequence[Preference], budget: int) -> metrics.Metric:
+    scores = reward_scores(model, batch_of(pairs), budget=budget)
+    return metrics.mean(((scores[0::2] - scores[1::2]).sign() + 1) / 2)
+
+
+def _normalisation(
+    model: RewardModel, config: RewardConfig, renderer: Renderer, training: Sequence[Preference], max_length: int
+) -> dict[str, float]:
+    """Mean and standard deviation of raw scores on reference samples (by default: the compared completions)."""
+    if config.reference is None:
+        batch = batch_of(training)
+    else:
+        from klimb.data.load import load_examples
+        from klimb.stages.sft import batch_of as examples_batch
+
+        examples = load_examples(config.reference, renderer, max_length=max_length, columns=config.columns)
+        batch = examples_batch(examples.items)
+    scores = reward_scores(model, batch, budget=config.token_budget).double()
+    std = float(scores.std())
+    if not std > 0:
+        raise RewardError("all reference samples get the same score", where=config.model,
+                          why="nothing was learned from the pairs", fix="raise lr or the number of pairs")  # fmt: skip
+    return {"mean": float(scores.mean()), "std": std}

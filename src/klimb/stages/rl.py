@@ -1,0 +1,390 @@
+"""Reinforcement learning: prompt → rollout → reward → advantage → loss → step → weights back → metrics.
+
+Which algorithm is a value from the table; nothing below asks for its name. A critic, where the algorithm has one, is
+a second learner stepped on the same batch.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from klimb import metrics
+from klimb.batch import BatchTotals, TokenBatch, pad_tokens
+from klimb.config import StageConfig
+from klimb.data.load import load_prompts
+from klimb.data.sampler import Sampler
+from klimb.errors import KlimbError, RewardError
+from klimb.metrics import Metrics
+from klimb.models.faces import Critic, Policy, critic_values, policy_logps
+from klimb.objective.algorithms import Algorithm, validate
+from klimb.objective.credit import assign_credit
+from klimb.objective.critic import critic_loss
+from klimb.objective.policy_loss import policy_loss
+from klimb.objective.spec import describe, parse_algorithm
+from klimb.rewards.protocol import Reward
+from klimb.rewards.scorer import Scorer, dry_run
+from klimb.rollout.engine import Request, RolloutEngine, generate
+from klimb.rollout.sampling import SamplingParams
+from klimb.runtime.learner import Learner, Optimizer
+from klimb.runtime.run import Run
+from klimb.runtime.signals import Interrupt
+from klimb.stages.common import Given, Session, TrainConfig, stream_seed
+from klimb.stages.evaluate import Judges, Measurement, add_gold, batch_of, local_engine, open_reward
+from klimb.stages.models import Loaded, load_critic, load_policy, load_reference
+from klimb.types import Group, Prompt
+
+
+class CriticConfig(StageConfig):
+    """PPO's second learner. It starts from `model` (a reward model or policy), by default as a copy of the policy."""
+
+    model: str | None = None
+    optimizer: Optimizer = Optimizer()
+    warmup_steps: int = Field(0, ge=0, description="first steps in which only the critic learns (arXiv 2307.04964)")
+
+
+class RlConfig(TrainConfig):
+    """Batch numbers: `prompts_per_step` × `samples_per_prompt` samples, learnt from in `updates_per_step` parts."""
+
+    reward: Given
+    gold: Given = Field(None, description="held-out judge of the same completions; training never sees it")
+    algorithm: Given = "grpo"
+    steps: int = Field(100, ge=1)
+    prompts_per_step: int = Field(64, ge=1)
+    samples_per_prompt: int = Field(8, ge=1)
+    updates_per_step: int = Field(1, ge=1)
+    max_prompt_tokens: int | None = Field(None, ge=1)
+    max_tokens: int = Field(256, ge=1, description="longest completion")
+    temperature: float = Field(1.0, gt=0)
+    reference: str | None = Field(None, description="π_ref; default: where training starts")
+    measure_kl: bool = Field(False, description="load the reference to log the KL even where β = 0")
+    critic: CriticConfig = CriticConfig()
+    failure_limit: float = Field(0.05, ge=0, le=1, description="share of rows whose reward may fail")
+    max_refills: int = Field(8, ge=0, description="dynamic sampling: further rounds of prompts for one batch")
+    measure: Measurement | None = None
+
+
+@dataclass
+class Actors:
+    """Everything that a step needs, made once."""
+
+    config: RlConfig
+    session: Session
+    algorithm: Algorithm
+    loaded: Loaded
+    reference: Policy | None
+    critic: Critic | None
+    prompts: list[Prompt]
+    sampler: Sampler
+    engine: RolloutEngine
+    scorer: Scorer
+    gold: Reward | None
+    policy_learner: Learner
+    critic_learner: Learner | None
+
+    @property
+    def policy(self) -> Policy:
+        return self.loaded.policy
+
+
+def train(config: RlConfig, run: Run, interrupt: Interrupt, say: Any) -> dict[str, Any]:
+    session = Session.begin(config, run, interrupt, say)
+    actors = prepare(config, session)
+    judges = Judges.for_measurement(config.measure, session, actors.loaded, config.seed, config.token_budget)
+    state: dict[str, Tensor] = {}
+    start = 0
+    if found := session.resume():
+        start, state = found.step, found.tensors["state"]
+        actors.sampler.restore(found.state["stage"]["sampler"])
+        actors.scorer.counts = found.state["stage"]["reward_counts"]
+
+    for step in range(start + 1, config.steps + 1):
+        actors.engine.update_weights(step)
+        groups, counted = rollout(actors, step)
+        batch = look_up(actors, experience(groups), stale=is_stale(groups, step))
+        credit = assign_credit(
+            actors.algorithm, scores=batch["scores"], mask=batch.mask, group=batch.group,
+            logps=batch["behavior_logps"], ref_logps=batch.get("ref_logps"), values=batch.get("values"), state=state,
+        )  # fmt: skip
+        batch = batch.with_columns(advantages=credit.advantages)
+        if credit.returns is not None:
+            batch = batch.with_columns(returns=credit.returns)
+        measured = learn(actors, batch, step, state)
+        state = credit.state
+        session.end_step(
+            step, config.steps, {**credit.metrics, **measured, **counted}, every=config.checkpoint_every,
+            samples=sample_records(groups), tensors=lambda state=state: state,
+            state=lambda: {"sampler": actors.sampler.state(), "reward_counts": actors.scorer.counts},
+        )  # fmt: skip
+
+    actors.loaded.save(run.model)
+    reference = actors.reference or (load_reference(session, actors.loaded, config.model) if judges else None)
+    evaluation = judges.evaluate(actors.policy, reference, "evaluate") if judges and reference else None
+    actors.scorer.close()
+    return {"model": str(run.model), "steps": config.steps, "algorithm": describe(actors.algorithm),
+            "evaluation": evaluation}  # fmt: skip
+
+
+def prepare(config: RlConfig, session: Session) -> Actors:
+    """Load what the algorithm needs, cheapest first, so that a mistake shows before the time is spent."""
+    algorithm = parse_algorithm(config.algorithm).resolve(max_length=config.max_tokens)
+    validate(
+        algorithm, samples_per_prompt=config.samples_per_prompt, updates_per_step=config.updates_per_step
+    )
+    session.say(describe(algorithm))
+    session.say(
+        f"{config.prompts_per_step} prompts × {config.samples_per_prompt} samples = "
+        f"{config.prompts_per_step * config.samples_per_prompt} samples → {config.updates_per_step} update(s) of "
+        f"{config.prompts_per_step * config.samples_per_prompt // config.updates_per_step}"
+    )
+    loaded = load_policy(session, config.model, config.lora, config.seed)
+    room = loaded.backbone.context - config.max_tokens
+    longest = min(config.max_prompt_tokens or room, room)
+    data = load_prompts(config.data, loaded.renderer, max_length=longest, columns=config.columns)
+    session.say(str(data.report))
+    reward = open_reward(config.reward, session, loaded)
+    for line in dry_run(reward, data.items).lines()[:2]:
+        session.say(f"reward {reward.name}: {line}")
+    gold = None if config.gold is None else open_reward(config.gold, session, loaded)
+    needs = algorithm.needs
+    reference = load_reference(session, loaded, config.reference) if needs.ref or config.measure_kl else None
+    critic = load_critic(session, loaded, config.critic.model) if needs.critic else None
+    updates = config.steps * config.updates_per_step
+    warmup = config.critic.warmup_steps * config.updates_per_step if critic else 0
+    policy_learner = session.learner(
+        "policy", "rl", loaded.policy.trainable(), config, config.optimizer, updates - warmup
+    )
+    critic_learner = None
+    if critic is not None:
+        critic_learner = session.learner(
+            "critic", "critic", critic.trainable(), config, config.critic.optimizer, updates
+        )
+    rows = int(session.run.decide("rollout_rows", lambda: min(256, config.prompts_per_step * config.samples_per_prompt)))
+    return Actors(
+        config, session, algorithm, loaded, reference, critic, data.items,
+        Sampler(len(data.items), config.prompts_per_step, config.seed),
+        local_engine(loaded.policy, loaded, data.items, rows),
+        Scorer(reward, failure_limit=config.failure_limit, min_scored=min(2, config.samples_per_prompt),
+               on_event=lambda event: session.run.event(**event)),
+        gold, policy_learner, critic_learner,
+    )  # fmt: skip
+
+
+# One step -----------------------------------------------------------------------------------------------------------
+
+
+def rollout(actors: Actors, step: int) -> tuple[list[Group], dict[str, float]]:
+    """Scored groups for one batch. Groups that the algorithm's sampling refuses are replaced by further prompts."""
+    config, session = actors.config, actors.session
+    params = SamplingParams(config.max_tokens, actors.loaded.stop_tokens(actors.prompts), config.temperature)
+    kept: list[Group] = []
+    drawn: list[Group] = []
+    counts: dict[str, float] = {}
+    for refill in range(config.max_refills + 1):
+        prompts = [actors.prompts[i] for i in actors.sampler.next_batch()][: config.prompts_per_step - len(kept)]
+        seed = stream_seed(config.seed, f"rollout {refill}", step)
+        with session.timed("rollout"):
+            groups = generate(actors.engine, requests(prompts, config.samples_per_prompt, params, seed))
+        with session.timed("reward"):
+            report = actors.scorer.score(groups)
+            if actors.gold is not None:
+                add_gold(actors.gold, groups, lambda event: session.run.event(**event))
+        drawn += groups
+        counts["samples/dropped"] = counts.get("samples/dropped", 0) + report.dropped_samples
+        wanted = actors.algorithm.sampling
+        kept += [g for g in report.groups if wanted is None or wanted([float(s.score or 0.0) for s in g.samples])]
+        counts |= {key: value for key, value in report.metrics.items() if key not in ("reward/mean", "reward/std")}
+        if wanted is None or len(kept) >= config.prompts_per_step:
+            break
+    if not kept:
+        raise RewardError(
+            f"step {step}: no group to learn from out of {len(drawn)}", where="reward",
+            why="every group was unscored or had equal scores",
+            fix="look at samples/ and events.jsonl; use easier or harder prompts, or another sampling",
+        )  # fmt: skip
+    return kept, {**counts, **_sample_counts(drawn, kept)}
+
+
+def requests(prompts: Sequence[Prompt], samples: int, params: SamplingParams, seed: int) -> list[Request]:
+    """One request a prompt; a prompt that comes again in the batch goes on counting its samples, for new randomness."""
+    seen: Counter[str] = Counter()
+    made = []
+    for prompt in prompts:
+        made.append(Request(prompt, samples, params, seed, first=seen[prompt.id] * samples))
+        seen[prompt.id] += 1
+    return made
+
+
+def _sample_counts(drawn: Sequence[Group], kept: Sequence[Group]) -> dict[str, float]:
+    samples = [s for g in drawn for s in g.samples]
+    lengths = [sum(s.mask) for s in samples]
+    golds = [g for g in (s.rewards.get("gold") for s in samples) if g is not None]
+    found = {
+        "length/mean": sum(lengths) / len(lengths),
+        "length/max": float(max(lengths)),
+        "finish/length": sum(s.finish == "length" for s in samples) / len(samples),
+        "groups/drawn": float(len(drawn)),
+        "groups/kept": float(len(kept)),
+        "tokens": float(sum(lengths)),
+    }
+    if golds:
+        found["gold/mean"] = sum(golds) / len(golds)
+    return found
+
+
+def experience(groups: Sequence[Group]) -> TokenBatch:
+    """Groups → one batch with what was recorded while sampling: behaviour log-probs and scores."""
+    batch = batch_of(groups)
+    samples = [s for g in groups for s in g.samples]
+    return batch.with_columns(
+        behavior_logps=pad_tokens([s.logps for s in samples], batch.mask),
+        scores=torch.tensor([s.score for s in samples], dtype=torch.float64),
+    )
+
+
+def is_stale(groups: Sequence[Group], version: int) -> bool:
+    """Was a token sampled by other weights than the present ones?"""
+    return any(v != version for g in groups for s in g.samples for segment in s.segments for v in segment.versions)
+
+
+def look_up(actors: Actors, batch: TokenBatch, stale: bool) -> TokenBatch:
+    """Add what the algorithm needs from frozen weights or from before the update: references, values, old log-probs.
+
+    The first update on fresh samples needs no old log-probs: the policy is the one that sampled, and its ratio is 1
+    to the bit. Further updates compare with the behaviour log-probs, which in fp32 are the trainer's own to 1e-6; in
+    bfloat16 they are off by more than a clip range would forgive, so there a pass before the update takes their place.
+    """
+    config, budget = actors.config, actors.config.token_budget
+    with actors.session.timed("look up"):
+        if actors.reference is not None:
+            outputs = policy_logps(actors.reference, batch, budget=budget, temperature=config.temperature)
+            batch = batch.with_columns(ref_logps=outputs.logps.cpu())
+        if actors.critic is not None:
+            batch = batch.with_columns(values=critic_values(actors.critic, batch, budget=budget).cpu())
+        if stale or (config.updates_per_step > 1 and actors.session.dtype != torch.bfloat16):
+            batch = batch.with_columns(old_logps=batch["behavior_logps"])
+        elif config.updates_per_step > 1 and actors.algorithm.needs.old_logps:
+            outputs = policy_logps(actors.policy, batch, budget=budget, temperature=config.temperature)
+            batch = batch.with_columns(old_logps=outputs.logps.cpu())
+    return batch
+
+
+def learn(actors: Actors, batch: TokenBatch, step: int, state: dict[str, Tensor]) -> Metrics:
+    """`updates_per_step` updates of the policy, and of the critic on the same parts."""
+    config, session = actors.config, actors.session
+    warming_up = actors.critic is not None and step <= config.critic.warmup_steps
+    collected: list[Metrics] = []
+    check = Mismatch(session.dtype)
+    for update, part in enumerate(split_updates(batch, config.updates_per_step, config.seed, step)):
+        found: Metrics = {}
+        if not warming_up:
+            first = update == 0
+
+            def loss(micro: TokenBatch, totals: BatchTotals, first: bool = first) -> tuple[Tensor, Metrics]:
+                return rl_loss(actors, micro, totals, state, check if first else None)
+
+            with session.timed("train"):
+                found |= actors.policy_learner.step(part, loss)
+        if actors.critic_learner is not None:
+            with session.timed("critic"):
+                measured = actors.critic_learner.step(
+                    part, lambda micro, totals: value_loss(actors, micro, totals)
+                )
+            found |= {f"critic/{k}" if k in ("grad_norm", "lr") else k: v for k, v in measured.items() if k != "objective"}
+        collected.append(found)
+    merged = metrics.merge(collected)
+    if check.differences:
+        merged |= check.report(session, step, batch, fresh=config.reference is None)
+    return merged
+
+
+def rl_loss(
+    actors: Actors, micro: TokenBatch, totals: BatchTotals, state: dict[str, Tensor], check: Mismatch | None
+) -> tuple[Tensor, Metrics]:
+    outputs = actors.policy(micro, temperature=actors.config.temperature, entropy=True)
+    if check is not None:
+        check.add(outputs.logps, micro)
+    return policy_loss(
+        actors.algorithm, logps=outputs.logps, old_logps=micro.get("old_logps"),
+        behavior_logps=micro["behavior_logps"], ref_logps=micro.get("ref_logps"), advantages=micro["advantages"],
+        entropy=outputs.entropy, mask=micro.mask, totals=totals, state=state,
+    )  # fmt: skip
+
+
+def value_loss(actors: Actors, micro: TokenBatch, totals: BatchTotals) -> tuple[Tensor, Metrics]:
+    assert actors.critic is not None and actors.algorithm.critic is not None
+    return critic_loss(
+        actors.algorithm.critic, values=actors.critic(micro), returns=micro["returns"], old_values=micro["values"],
+        mask=micro.mask, totals=totals,
+    )  # fmt: skip
+
+
+def split_updates(batch: TokenBatch, updates: int, seed: int, step: int) -> Iterator[TokenBatch]:
+    """The batch in `updates` parts of whole groups, drawn at random by (seed, step)."""
+    if updates == 1:
+        yield batch
+        return
+    groups = batch.group.unique().tolist()
+    random.Random(stream_seed(seed, "updates", step)).shuffle(groups)
+    for part in range(updates):
+        chosen = set(groups[part::updates])
+        index = [i for i, group in enumerate(batch.group.tolist()) if group in chosen]
+        if index:
+            yield batch.select(index)
+
+
+_BOUNDS = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.5}
+"""Largest p99 of |log-prob at sampling − log-prob in training| that a run accepts; in fp32 it is about 1e-6."""
+_START = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 2e-2}
+"""At the first update π = π_ref: bound of the largest |log π − log π_ref| (bfloat16: of its mean)."""
+
+
+class Mismatch:
+    """How far the log-probs stored at sampling are from the trainer's, watched at every step."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.differences: list[Tensor] = []
+
+    def add(self, logps: Tensor, micro: TokenBatch) -> None:
+        self.differences.append((logps.detach() - micro["behavior_logps"])[micro.mask].abs().float().cpu())
+
+    def report(self, session: Session, step: int, batch: TokenBatch, fresh: bool) -> Metrics:
+        differences = torch.cat(self.differences)
+        p99 = float(torch.quantile(differences[: 1 << 24], 0.99))
+        if p99 > _BOUNDS[self.dtype]:
+            raise KlimbError(
+                f"step {step}: log-probs at sampling and in training differ by {p99:.2g} (p99)", where="rollout",
+                why=f"more than the {_BOUNDS[self.dtype]:g} that {self.dtype} explains", fix="report this as a bug",
+            )  # fmt: skip
+        if step == 1 and fresh and "ref_logps" in batch.columns:
+            gap = (batch["behavior_logps"] - batch["ref_logps"])[batch.mask].abs()
+            worst = float(gap.mean() if self.dtype == torch.bfloat16 else gap.max())
+            if worst > _START[self.dtype]:
+                raise KlimbError(
+                    f"before the first update policy and reference differ by {worst:.2g}", where="reference",
+                    why="the reference is not the model that training starts from",
+                    fix="name the reference that you mean with reference=DIR",
+                )  # fmt: skip
+        return {"mismatch/p99": metrics.ratio(p99, 1.0), "mismatch/max": metrics.ratio(float(differences.max()), 1.0)}
+
+
+def sample_records(groups: Sequence[Group]) -> list[dict[str, Any]]:
+    """Every completion that was learnt from, as the run directory keeps it."""
+    return [
+        {
+            "prompt_id": group.prompt.id, "prompt": group.prompt.text, "sample": sample.index,
+            "completion": sample.text, "tokens": sample.tokens, "logps": sample.logps, "finish": sample.finish,
+            "version": max((v for s in sample.segments for v in s.versions), default=0), "score": sample.score,
+            "gold": sample.rewards.get("gold"),
+            **{f"reward.{name}": value for name, value in sample.rewards.items() if name != "gold"},
+        }
+        for group in groups for sample in group.samples
+    ]  # fmt: skip

@@ -1,0 +1,118 @@
+"""Supervised fine-tuning: the cold start. Demonstrations → the policy that everything later is compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from klimb import metrics
+from klimb.batch import BatchTotals, Row, TokenBatch
+from klimb.config import StageConfig
+from klimb.data.load import load_examples, load_prompts, split_by_prompt
+from klimb.data.sampler import Sampler
+from klimb.metrics import Metrics
+from klimb.models.faces import Policy, policy_logps
+from klimb.objective import supervised
+from klimb.runtime.run import Run
+from klimb.runtime.signals import Interrupt
+from klimb.stages.common import Given, Session, TrainConfig
+from klimb.stages.evaluate import Judges, Measurement, answer_score
+from klimb.stages.models import Loaded, load_policy
+from klimb.types import Example
+
+
+class Until(StageConfig):
+    """Stop early, when sampled answers to the prompts of `data` score at least `at_least` on average."""
+
+    data: Given
+    reward: Given = "exact"
+    at_least: float
+    every: int = Field(25, ge=1)
+    prompts: int = Field(500, ge=1)
+    max_tokens: int = Field(64, ge=1)
+
+
+class SftConfig(TrainConfig):
+    """One pass over 10,000–100,000 demonstrations at the table's rate is a usual recipe (arXiv 2411.15124, section 4)."""
+
+    steps: int | None = Field(None, ge=1, description="default: `epochs` passes over the data")
+    epochs: float = Field(1.0, gt=0)
+    batch_size: int = Field(64, ge=1, description="examples in an update")
+    max_tokens: int | None = Field(None, ge=1, description="longest example; default: the model's context")
+    eval_fraction: float = Field(0.0, ge=0, lt=1, description="share of prompts held out, by hash")
+    eval_every: int = Field(50, ge=1)
+    until: Until | None = None
+    measure: Measurement | None = None
+
+
+def batch_of(examples: Sequence[Example]) -> TokenBatch:
+    rows = [[Row(e.prompt, e.completion, e.mask)] for e in examples]
+    return TokenBatch.from_rows(rows, range(len(rows)), [e.id for e in examples])
+
+
+def sft_loss(policy: Policy, batch: TokenBatch, totals: BatchTotals) -> tuple[Tensor, Metrics]:
+    """Mean negative log-likelihood of the trained tokens, nats per token."""
+    return supervised.sft_loss(policy(batch).logps, batch.mask, totals)
+
+
+def train(config: SftConfig, run: Run, interrupt: Interrupt, say: Any) -> dict[str, Any]:
+    session = Session.begin(config, run, interrupt, say)
+    loaded = load_policy(session, config.model, config.lora, config.seed)
+    max_length = min(config.max_tokens or loaded.backbone.context, loaded.backbone.context)
+    data = load_examples(config.data, loaded.renderer, max_length=max_length, columns=config.columns)
+    say(str(data.report))
+    training, held_out = split_by_prompt(data.items, config.eval_fraction, config.seed)
+    if config.eval_data is not None:
+        held_out = load_examples(config.eval_data, loaded.renderer, max_length=max_length, columns=config.columns).items
+    steps = config.steps or max(1, round(config.epochs * len(training) / config.batch_size))
+
+    learner = session.learner("policy", "sft", loaded.policy.trainable(), config, config.optimizer, steps)
+    sampler = Sampler(len(training), config.batch_size, config.seed)
+    judges = Judges.for_measurement(config.measure, session, loaded)
+    until = _early_stop(config, loaded)
+    start, reached = 0, None
+    if found := session.resume():
+        start, reached = found.step, found.state["stage"]["reached"]
+        sampler.restore(found.state["stage"]["sampler"])
+
+    for step in range(start + 1, steps + 1):
+        if reached is not None:
+            break
+        batch = batch_of([training[i] for i in sampler.next_batch()])
+        with session.timed("train"):
+            measured = learner.step(batch, lambda micro, totals: sft_loss(loaded.policy, micro, totals))
+        measured["tokens"] = metrics.total(batch.totals.tokens)
+        if held_out and (step % config.eval_every == 0 or step == steps):
+            measured["eval/loss"] = _held_out_loss(loaded.policy, held_out, config.token_budget)
+        if until is not None and config.until and step % config.until.every == 0:
+            score = until(step)
+            measured["eval/score"] = metrics.ratio(score, 1.0)
+            reached = step if score >= config.until.at_least else None
+        session.end_step(
+            step, steps, measured, every=config.checkpoint_every,
+            state=lambda reached=reached: {"sampler": sampler.state(), "reached": reached},
+        )  # fmt: skip
+    if reached is not None:
+        say(f"stopped at step {reached}: the wanted score is reached")
+
+    loaded.save(run.model)
+    evaluation = judges.evaluate(loaded.policy, loaded.policy, "evaluate") if judges else None
+    return {"model": str(run.model), "steps": learner.steps, "evaluation": evaluation}
+
+
+def _early_stop(config: SftConfig, loaded: Loaded) -> Any:
+    if config.until is None:
+        return None
+    prompts = load_prompts(config.until.data, loaded.renderer, max_length=loaded.backbone.context).items
+    chosen = prompts[: config.until.prompts]
+    return lambda step: answer_score(loaded, chosen, config.until, config.seed, step)
+
+
+@torch.no_grad()
+def _held_out_loss(policy: Policy, examples: Sequence[Example], budget: int) -> metrics.Metric:
+    batch = batch_of(examples)
+    return metrics.mean(-policy_logps(policy, batch, budget=budget).logps, batch.mask.to(policy.backbone.device))

@@ -1,0 +1,1 @@
+"""The watch: is the proxy still climbing for the right reason?"""

@@ -1,0 +1,207 @@
+"""Advantages against enumeration: whose gradient they have, and exact numbers where a formula is short."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import replace
+
+import pytest
+import torch
+
+from klimb.lab.bandit import TokenBandit, credit_of, expected_gradient
+from klimb.objective import KL, REINFORCE, Rewards, k1
+from klimb.objective.advantage import (
+    batch_mean,
+    discounted_return,
+    gae,
+    group_mean,
+    group_zscore,
+    has_variance,
+    leave_one_out,
+    no_baseline,
+    running_mean,
+    whiten,
+)
+
+BETA = 0.5
+PLAIN = replace(REINFORCE, advantage=no_baseline, kl=KL("reward", k1, BETA))
+BANDIT = TokenBandit.make(1)
+LOGITS = torch.randn(15, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+
+
+def true_gradient():
+    """Of −(E[r] − β KL), by differentiating the sum over all completions."""
+    logits = LOGITS.clone().requires_grad_()
+    (-BANDIT.objective(logits, BETA)).backward()
+    return logits.grad
+
+
+def outcomes(returns, group=None):
+    """Rewards of samples of one token each."""
+    returns = torch.tensor(returns, dtype=torch.float64)
+    group = torch.zeros(len(returns), dtype=torch.long) if group is None else torch.tensor(group)
+    return Rewards(returns[:, None], torch.ones(len(returns), 1, dtype=torch.bool), group)
+
+
+def token_rewards(logits):
+    """The bandit's shaped rewards per token, from their definition."""
+    rewards = -BETA * (BANDIT.logps(logits) - BANDIT.logps(BANDIT.ref_logits))
+    for row in range(len(BANDIT)):
+        rewards[row, int(BANDIT.mask[row].sum()) - 1] += BANDIT.rewards[row]
+    return torch.where(BANDIT.mask, rewards, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("advantage", "size", "share"),
+    [
+        (no_baseline, 1, 1),
+        (discounted_return(1.0), 1, 1),
+        (leave_one_out, 2, 1),
+        (leave_one_out, 3, 1),
+        (group_mean, 2, 1 / 2),
+        (group_mean, 3, 2 / 3),
+    ],
+)
+def test_share_of_the_true_gradient(advantage, size, share):
+    gradient = expected_gradient(BANDIT, replace(PLAIN, advantage=advantage), LOGITS, size)
+    assert torch.allclose(gradient, share * true_gradient(), atol=1e-12)
+
+
+def test_a_running_baseline_is_unbiased():
+    state = {"baseline": torch.tensor(0.7, dtype=torch.float64)}
+    gradient = expected_gradient(BANDIT, replace(PLAIN, advantage=running_mean()), LOGITS, state=state)
+    assert torch.allclose(gradient, true_gradient(), atol=1e-12)
+
+
+@pytest.mark.parametrize("lam", [0.0, 0.6, 1.0])
+def test_gae_on_exact_values_is_unbiased_at_any_lambda(lam):
+    values = BANDIT.values(LOGITS, token_rewards(LOGITS))
+    gradient = expected_gradient(BANDIT, replace(PLAIN, advantage=gae(1.0, lam)), LOGITS, values=values)
+    assert torch.allclose(gradient, true_gradient(), atol=1e-12)
+
+
+def test_a_discount_points_elsewhere():
+    gradient = expected_gradient(BANDIT, replace(PLAIN, advantage=discounted_return(0.8)), LOGITS)
+    assert not torch.allclose(gradient, true_gradient(), rtol=0.1)
+
+
+def test_zscoring_changes_the_direction():
+    gradient = expected_gradient(BANDIT, replace(PLAIN, advantage=group_zscore(0.0)), LOGITS, 2)
+    cosine = torch.cosine_similarity(gradient.flatten(), true_gradient().flatten(), dim=0)
+    assert cosine < 0.99
+
+
+def test_gae_with_exact_values_is_the_true_advantage():
+    """Q(s, a) − V(s), both as conditional expectations over the completions that pass there."""
+    rewards, probability = token_rewards(LOGITS), BANDIT.probabilities(LOGITS)
+    values = BANDIT.values(LOGITS, rewards)
+    credit = credit_of(
+        BANDIT, replace(PLAIN, advantage=gae(1.0, 0.0)), LOGITS, torch.arange(31), torch.arange(31), values
+    )
+    for row in range(len(BANDIT)):
+        for t in range(int(BANDIT.mask[row].sum())):
+            to_go = rewards[:, t:].sum(dim=1)
+            here = BANDIT.mask[:, t] & (BANDIT.prefixes[:, t] == BANDIT.prefixes[row, t])
+            taken = here & (BANDIT.tokens[:, t] == BANDIT.tokens[row, t])
+            q, v = ((probability * to_go)[which].sum() / probability[which].sum() for which in (taken, here))
+            assert torch.allclose(credit.advantages[row, t], q - v)
+            assert torch.allclose(values[row, t], v)
+
+
+def ragged():
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]], dtype=torch.bool)
+    generator = torch.Generator().manual_seed(3)
+    draw = torch.randn(2, 3, 4, generator=generator, dtype=torch.float64)
+    return torch.where(mask, draw[0], 0.0), torch.where(mask, draw[1], torch.nan), mask
+
+
+def test_gae_against_its_sum():
+    """A_t = Σ_l (γλ)^l δ_{t+l}, with V = 0 beyond the last token, also for the row that fills the width."""
+    rewards, values, mask = ragged()
+    found = gae(0.9, 0.8)(Rewards(rewards, mask, torch.arange(3), values))
+    for row, length in enumerate([4, 2, 1]):
+        v = [*values[row, :length].tolist(), 0.0]
+        delta = [rewards[row, t].item() + 0.9 * v[t + 1] - v[t] for t in range(length)]
+        for t in range(length):
+            expected = sum((0.9 * 0.8) ** (k - t) * delta[k] for k in range(t, length))
+            assert found[row, t].item() == pytest.approx(expected)
+    assert (found[~mask] == 0).all()
+
+
+def test_an_interrupted_sample_ends_before_its_last_token_with_that_tokens_value():
+    rewards, values, mask = ragged()
+    interrupted = torch.tensor([True, False, True])
+    found = gae(0.9, 0.8)(Rewards(rewards, mask, torch.arange(3), values, interrupted))
+    # Row 0 as a sample of three tokens whose last reward is topped up with γ V of the state that was reached.
+    short = rewards[:1, :3].clone()
+    short[0, 2] += 0.9 * values[0, 3]
+    ended = gae(0.9, 0.8)(Rewards(short, mask[:1, :3], torch.arange(1), values[:1, :3]))
+    assert torch.allclose(found[0, :3], ended[0])
+    assert found[0, 3] == 0
+    assert found[2, 0] == 0
+    assert torch.allclose(found[1], gae(0.9, 0.8)(Rewards(rewards, mask, torch.arange(3), values))[1])
+
+
+def test_gae_needs_values():
+    with pytest.raises(ValueError, match="critic"):
+        gae()(outcomes([1.0]))
+
+
+def test_numbers_of_the_group_baselines():
+    """Two groups, interleaved; the oracle is the statistics module."""
+    returns, group = [1.0, 5.0, 2.0, 5.5, 6.0], [7, 3, 7, 3, 7]
+    rewards = outcomes(returns, group)
+    members = {g: [r for r, h in zip(returns, group) if h == g] for g in group}
+    for i, (r, g) in enumerate(zip(returns, group)):
+        mean, others = statistics.mean(members[g]), [*members[g]]
+        others.remove(r)
+        assert group_mean(rewards)[i].item() == pytest.approx(r - mean)
+        assert leave_one_out(rewards)[i].item() == pytest.approx(r - statistics.mean(others))
+        zscore = (r - mean) / (statistics.stdev(members[g]) + 0.01)
+        assert group_zscore(eps=0.01)(rewards)[i].item() == pytest.approx(zscore)
+    assert batch_mean(rewards).tolist() == pytest.approx([r - statistics.mean(returns) for r in returns])
+
+
+@pytest.mark.parametrize("advantage", [group_mean, leave_one_out, group_zscore(0.0)])
+@pytest.mark.parametrize(
+    ("returns", "varies"),
+    [
+        ([0.1 + 0.2, 0.3, 0.3], False),  # equal but for rounding: the standard deviation is not zero
+        ([1.0, 1.0 + 9e-7, 1.0], False),
+        ([1.0, 1.0 + 2e-6, 1.0], True),
+        ([1e6, 1e6 + 0.9, 1e6], False),  # the tolerance grows with |R|
+        ([-1e6, -1e6 + 2.0, -1e6], True),
+        ([5.0], False),
+    ],
+)
+def test_a_group_without_variance_gets_exactly_zero(advantage, returns, varies):
+    rewards = outcomes([*returns, 0.0, 1.0], [0] * len(returns) + [1, 1])
+    found = advantage(rewards)
+    assert bool((found[: len(returns)] != 0).any()) == varies
+    assert (found[len(returns) :] != 0).all()
+    assert has_variance(rewards.returns, rewards.group).tolist() == [varies] * len(returns) + [True] * 2
+
+
+def test_the_running_mean_moves_after_it_was_used():
+    advantage = running_mean(decay=0.9)
+    first = outcomes([1.0, 3.0])
+    assert advantage(first).tolist() == [-1.0, 1.0]
+    state = advantage.next_state(first)
+    second = replace(outcomes([4.0, 6.0]), state=state)
+    assert advantage(second).tolist() == [2.0, 4.0]
+    assert advantage.next_state(second)["baseline"].item() == pytest.approx(0.9 * 2 + 0.1 * 5)
+
+
+def test_discounted_return_by_hand():
+    rewards = torch.tensor([[1.0, 2.0, 4.0], [3.0, 0.0, 0.0]], dtype=torch.float64)
+    found = discounted_return(0.5)(Rewards(rewards, rewards != 0, torch.arange(2)))
+    assert found.tolist() == [[3.0, 4.0, 4.0], [3.0, 0.0, 0.0]]
+
+
+def test_whitening_takes_its_statistics_over_tokens():
+    mask = torch.tensor([[True, True, True], [True, False, False]])
+    found = whiten(torch.tensor([[1.0, 1.0, 1.0], [5.0, 77.0, torch.nan]], dtype=torch.float64), mask)
+    # Four tokens 1 1 1 5: mean 2, variance 3.
+    assert found[mask].tolist() == pytest.approx([-1 / 3**0.5] * 3 + [3 / 3**0.5])
+    assert (found[~mask] == 0).all()
+    assert (whiten(torch.full((2, 3), 4.0, dtype=torch.float64), mask) == 0).all()

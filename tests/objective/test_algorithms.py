@@ -1,0 +1,237 @@
+"""The table: rows that make sense, refusals that say what to do, names that people type."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from klimb.objective import (
+    ALGORITHMS,
+    CISPO,
+    DAPO,
+    DR_GRPO,
+    GRPO,
+    GSPO,
+    KL,
+    PPO,
+    REINFORCE,
+    RLOO,
+    Algorithm,
+    Critic,
+    Needs,
+    algorithm_table,
+    describe,
+    k1,
+    k2,
+    parse_algorithm,
+    problems,
+    validate,
+)
+from klimb.objective.advantage import gae, group_mean, group_zscore, leave_one_out, running_mean
+from klimb.objective.aggregate import sequence_mean, sequence_sum, token_mean
+from klimb.objective.sampling import dynamic, soft_overlong
+from klimb.objective.surrogate import clip, product_clip, sequence_clip, truncate
+
+NAMES = ["reinforce", "rloo", "reinforce++", "ppo", "grpo", "dr_grpo", "dapo", "gspo", "cispo"]
+
+
+def test_the_table_has_the_nine_rows_and_each_has_a_source():
+    assert list(ALGORITHMS) == NAMES
+    assert all("19" in row.source or "arXiv" in row.source for row in ALGORITHMS.values())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_row_makes_sense(name):
+    updates = 1 if name in ("reinforce", "rloo") else 2
+    assert problems(ALGORITHMS[name], samples_per_prompt=4, updates_per_step=updates) == []
+
+
+def test_what_each_row_needs():
+    assert GRPO.needs == Needs(ref=True, critic=False, old_logps=True, entropy=False)
+    assert PPO.needs == Needs(ref=True, critic=True, old_logps=True, entropy=False)
+    assert RLOO.needs == Needs(ref=True, critic=False, old_logps=False, entropy=False)
+    assert DAPO.needs == Needs(ref=False, critic=False, old_logps=True, entropy=False)
+    assert replace(GRPO, kl=replace(GRPO.kl, beta=0.0)).needs.ref is False
+    assert replace(RLOO, importance=truncate(), entropy_bonus=0.1).needs == Needs(True, False, True, True)
+
+
+def test_resolving_fills_the_constants_of_the_run_and_leaves_set_ones():
+    assert DR_GRPO.resolve(max_length=64).aggregate == sequence_sum(64.0)
+    assert REINFORCE.resolve(max_length=64) == REINFORCE
+    assert DAPO.resolve(max_length=64).overlong == soft_overlong(0.2, 64)
+    assert DAPO.resolve(max_length=64).resolve(max_length=9).overlong == soft_overlong(0.2, 64)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "samples", "updates", "key", "way_out"),
+    [
+        (GRPO, 1, 1, "advantage", "samples_per_prompt"),
+        (RLOO, 1, 1, "advantage", "running_mean"),
+        (replace(GRPO, advantage=group_mean), 1, 1, "advantage", "running_mean"),
+        (replace(PPO, sampling=dynamic), 1, 1, "sampling", "none"),
+        (replace(PPO, critic=None), 4, 1, "advantage", "critic: {value_clip"),
+        (replace(GRPO, critic=Critic()), 4, 1, "critic", "gae"),
+        (replace(GRPO, kl=KL("loss", k1, 0.1)), 4, 1, "kl.estimator", "k2"),
+        (replace(GSPO, aggregate=token_mean), 4, 1, "aggregate", "sequence_mean"),
+        (replace(RLOO, surrogate=product_clip(), aggregate=sequence_mean), 4, 1, "aggregate", "sequence_sum"),
+        (REINFORCE, 1, 2, "surrogate", "clip"),
+    ],
+)
+def test_nonsense_is_refused_with_a_way_out(algorithm, samples, updates, key, way_out):
+    found = problems(algorithm, samples_per_prompt=samples, updates_per_step=updates)
+    assert len(found) == 1
+    assert found[0].startswith(f"{key}: ")
+    assert way_out in found[0]
+    with pytest.raises(ValueError, match=f"algorithm {algorithm.name}: {key}") as error:
+        validate(algorithm, samples_per_prompt=samples, updates_per_step=updates)
+    assert "\n" not in str(error.value)
+
+
+def test_dapos_four_parts_and_its_children():
+    parts = (DAPO.surrogate, DAPO.aggregate, DAPO.sampling, DAPO.overlong)
+    assert parts == (clip(0.2, 0.28), token_mean, dynamic, soft_overlong(0.2))
+    assert CISPO.sampling is dynamic
+    assert not DAPO.kl.active
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        ("grpo", GRPO),
+        (GRPO, GRPO),
+        ({"name": "grpo", "advantage": "group_mean"}, replace(GRPO, advantage=group_mean)),
+        ({"name": "grpo", "advantage": group_mean}, replace(GRPO, advantage=group_mean)),
+        ({"name": "grpo", "surrogate": {"clip": [0.2, 0.28]}}, replace(GRPO, surrogate=clip(0.2, 0.28))),
+        ({"name": "grpo", "surrogate": {"clip": {"high": 0.3}}}, replace(GRPO, surrogate=clip(0.2, 0.3))),
+        (
+            {"name": "gspo", "surrogate": {"sequence_clip": ["3e-3", 0.1]}},
+            replace(GSPO, surrogate=sequence_clip(3e-3, 0.1)),
+        ),
+        ({"name": "rloo", "advantage": {"running_mean": 0.5}}, replace(RLOO, advantage=running_mean(0.5))),
+        ({"name": "ppo", "advantage": {"gae": {"lam": 1}}}, replace(PPO, advantage=gae(1.0, 1.0))),
+        (
+            {"name": "ppo", "normalise": "none", "critic": {"value_clip": None}},
+            replace(PPO, normalise=None, critic=Critic(None)),
+        ),
+        ({"name": "grpo", "kl": {"beta": 0.15}}, replace(GRPO, kl=replace(GRPO.kl, beta=0.15))),
+        (
+            {"name": "grpo", "kl": {"where": "reward", "estimator": "k1", "beta": "5e-2"}},
+            replace(GRPO, kl=KL("reward", k1, 0.05)),
+        ),
+        (
+            {"name": "grpo", "kl": {"estimator": "k2", "level": "sequence"}},
+            replace(GRPO, kl=KL("loss", k2, 0.04, level="sequence")),
+        ),
+        ({"name": "grpo", "kl": "none"}, replace(GRPO, kl=DAPO.kl)),
+        ({"name": "grpo", "kl": {"where": "none"}}, replace(GRPO, kl=DAPO.kl)),
+        ({"name": "dapo", "overlong": "none", "sampling": None}, replace(DAPO, overlong=None, sampling=None)),
+        (
+            {"name": "grpo", "importance": {"truncate": 3}, "entropy_bonus": 0.01},
+            replace(GRPO, importance=truncate(3), entropy_bonus=0.01),
+        ),
+        ({"name": "rloo", "aggregate": "sequence_sum"}, replace(RLOO, aggregate=sequence_sum())),
+        ({"name": "grpo", "advantage": {"group_zscore": 0}}, replace(GRPO, advantage=group_zscore(0.0))),
+    ],
+)
+def test_what_people_write(spec, expected):
+    assert parse_algorithm(spec) == expected
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("gpro", "algorithm: unknown 'gpro', did you mean 'grpo'. Known: .*reinforce"),
+        ({"surrogate": "clip"}, "algorithm: it has no name"),
+        ({"name": "grpo", "surogate": "clip"}, "unknown key 'surogate', did you mean 'surrogate'"),
+        ({"name": "grpo", "surrogate": "clipp"}, "algorithm.surrogate: unknown 'clipp', did you mean 'clip'"),
+        (
+            {"name": "grpo", "surrogate": {"clip": ["wide", 1]}},
+            "algorithm.surrogate.clip: expected a number, got 'wide'",
+        ),
+        ({"name": "grpo", "surrogate": {"clip": [1, 2, 3]}}, "algorithm.surrogate.clip: .*3"),
+        (
+            {"name": "grpo", "surrogate": {"clip": {"hihg": 1}}},
+            "unknown argument 'hihg', did you mean 'high'",
+        ),
+        ({"name": "grpo", "surrogate": {"clip": 1, "cispo": 2}}, "algorithm.surrogate: expected one"),
+        ({"name": "grpo", "advantage": {"group_mean": 3}}, "group_mean takes no arguments"),
+        ({"name": "grpo", "advantage": None}, "algorithm.advantage: None"),
+        ({"name": "grpo", "kl": {"bta": 1}}, "algorithm.kl: unknown key 'bta', did you mean 'beta'"),
+        ({"name": "grpo", "kl": {"where": "lossy"}}, "kl.where"),
+        ({"name": "grpo", "kl": 0.1}, "algorithm.kl: 0.1"),
+        ({"name": "dapo", "kl": {"beta": 0.1}}, "set kl.where"),
+        ("nowhere.py:MINE", "there is no file nowhere.py"),
+    ],
+)
+def test_what_people_get_wrong(spec, message):
+    with pytest.raises(ValueError, match=message) as error:
+        parse_algorithm(spec)
+    assert "\n" not in str(error.value)
+
+
+def test_a_row_and_an_axis_of_ones_own(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from dataclasses import replace\n"
+        "from klimb.objective import GRPO\n"
+        "def centred(rewards):\n    return rewards.returns - 1\n"
+        "MY_GRPO = replace(GRPO, name='mine', advantage=centred)\n"
+        "NUMBER = 3\n"
+    )
+    mine = parse_algorithm(f"{file}:MY_GRPO")
+    assert mine.name == "mine"
+    assert parse_algorithm({"name": f"{file}:MY_GRPO", "surrogate": "reinforce"}).advantage is mine.advantage
+    assert parse_algorithm({"name": "grpo", "advantage": f"{file}:centred"}).advantage is mine.advantage
+    assert describe(mine).startswith("mine(advantage=centred, surrogate=clip(0.2, 0.2)")
+    with pytest.raises(ValueError, match="NUMBER is int, no Algorithm"):
+        parse_algorithm(f"{file}:NUMBER")
+    with pytest.raises(ValueError, match="did you mean 'MY_GRPO'"):
+        parse_algorithm(f"{file}:MY_GPRO")
+    with pytest.raises(ValueError, match="cannot be called"):
+        parse_algorithm({"name": "grpo", "advantage": f"{file}:NUMBER"})
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "text"),
+    [
+        (GRPO, "grpo"),
+        (
+            replace(GRPO, advantage=group_mean, kl=replace(GRPO.kl, beta=0.15)),
+            "grpo(advantage=group_mean, β=0.15)",
+        ),
+        (replace(GRPO, kl=replace(GRPO.kl, beta=0.0)), "grpo(β=0)"),
+        (replace(GRPO, kl=DAPO.kl), "grpo(kl=none)"),
+        (replace(GRPO, kl=KL("reward", k1, 0.05)), "grpo(kl=reward, estimator=k1, β=0.05)"),
+        (
+            replace(GSPO, kl=KL("loss", k2, 0.1, level="sequence")),
+            "gspo(kl=loss, estimator=k2, β=0.1, level=sequence)",
+        ),
+        (
+            replace(PPO, normalise=None, advantage=leave_one_out, critic=None),
+            "ppo(advantage=leave_one_out, normalise=none, critic=none)",
+        ),
+        (replace(RLOO, kl=KL("reward", k1, 0.05, target=6.0)), "rloo(target=6, gain=0.1)"),
+        (DR_GRPO.resolve(max_length=64), "dr_grpo(aggregate=sequence_sum(64))"),
+        (replace(REINFORCE, entropy_bonus=0.01), "reinforce(entropy_bonus=0.01)"),
+    ],
+)
+def test_a_run_is_described_by_what_it_changes(algorithm, text):
+    assert describe(algorithm) == text
+
+
+def test_the_printed_table_is_text_without_addresses():
+    rows = algorithm_table()
+    assert [row["name"] for row in rows] == NAMES
+    assert rows[4]["kl"] == "loss k3, β=0.04"
+    assert rows[5]["advantage"] == "group_mean"
+    for row in rows:
+        assert all(isinstance(text, str) and " at 0x" not in text for text in row.values())
+
+
+def test_an_algorithm_is_a_frozen_value():
+    assert replace(GRPO) == GRPO
+    assert hash(replace(GRPO)) == hash(GRPO)
+    with pytest.raises(AttributeError):
+        GRPO.name = "x"  # type: ignore[misc]
+    assert isinstance(GRPO, Algorithm)

@@ -1,0 +1,182 @@
+"""From scores to advantages: where rewards land, what counts, what is refused."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from klimb.metrics import results
+from klimb.objective import GRPO, KL, PPO, REINFORCE, RLOO, assign_credit, k1, k3
+from klimb.objective.advantage import discounted_return, gae, group_zscore, no_baseline
+from klimb.objective.sampling import dynamic, soft_overlong
+
+MASK = torch.tensor([[1, 1, 1], [1, 0, 0], [0, 0, 0], [1, 1, 0], [1, 1, 1]], dtype=torch.bool)
+GROUP = torch.tensor([0, 0, 0, 1, 1])
+SCORES = torch.tensor([1.0, -2.0, 50.0, 3.0, 0.5], dtype=torch.float64)
+PRESENT = [0, 1, 3, 4]
+
+
+def inputs(seed=0):
+    """Log-probs with NaN wherever there is no token."""
+    generator = torch.Generator().manual_seed(seed)
+    names = ("logps", "ref_logps", "values")
+    drawn = torch.randn(3, *MASK.shape, generator=generator)
+    return {name: torch.where(MASK, part, torch.nan) for name, part in zip(names, drawn)}
+
+
+def credit(algorithm, **changes):
+    given = {"scores": SCORES, "mask": MASK, "group": GROUP, **inputs(), **changes}
+    return assign_credit(algorithm, **given)
+
+
+RETURNS_TO_GO = replace(REINFORCE, advantage=discounted_return(1.0), kl=KL("reward", k1, 0.5))
+
+
+def test_the_score_lands_on_the_last_token_and_the_kl_on_each():
+    x = inputs()["logps"].double() - inputs()["ref_logps"].double()
+    found = credit(RETURNS_TO_GO).advantages
+    for row in PRESENT:
+        length = int(MASK[row].sum())
+        for t in range(length):
+            assert found[row, t].item() == pytest.approx(
+                SCORES[row].item() - 0.5 * x[row, t:length].sum().item()
+            )
+
+
+def test_the_estimator_of_the_leash_is_the_one_in_the_reward():
+    x = (inputs()["logps"].double() - inputs()["ref_logps"].double())[1, 0].item()
+    found = credit(replace(RETURNS_TO_GO, kl=KL("reward", k3, 0.5))).advantages
+    assert found[1, 0].item() == pytest.approx(-2.0 - 0.5 * (math.exp(-x) - 1 + x))
+
+
+def test_a_kl_in_the_loss_stays_out_of_the_reward():
+    assert credit(replace(RETURNS_TO_GO, kl=KL("loss", k3, 0.5))).advantages[1, 0] == -2.0
+
+
+def test_an_outcome_reaches_every_token_of_its_sample_alone():
+    found = credit(replace(REINFORCE, advantage=no_baseline, kl=GRPO.kl)).advantages
+    assert found.dtype == torch.float64
+    assert torch.equal(
+        found, torch.where(MASK, SCORES[:, None], 0.0)[:].index_fill(0, torch.tensor([2]), 0.0)
+    )
+
+
+@pytest.mark.parametrize("algorithm", [REINFORCE, RLOO, GRPO, PPO])
+def test_a_sample_without_policy_tokens_takes_part_in_nothing(algorithm):
+    """Its score of 50 would shift every baseline."""
+    given = {"scores": SCORES, "mask": MASK, "group": GROUP, **inputs()}
+    alone = assign_credit(algorithm, **{name: part[PRESENT] for name, part in given.items()})
+    found = credit(algorithm)
+    assert torch.equal(found.advantages[PRESENT], alone.advantages)
+    assert (found.advantages[2] == 0).all()
+    assert results(found.metrics) == results(alone.metrics)
+    assert found.advantages.isfinite().all()
+
+
+def test_an_update_without_any_policy_token():
+    found = credit(GRPO, mask=torch.zeros_like(MASK))
+    assert (found.advantages == 0).all()
+
+
+def test_the_critics_targets_are_advantage_plus_value_before_whitening():
+    given = inputs()
+    found = credit(PPO)
+    raw = credit(replace(PPO, normalise=None))
+    expected = torch.where(MASK, raw.advantages + given["values"].double(), 0.0)
+    assert torch.allclose(found.returns[PRESENT], expected[PRESENT])
+    tokens = found.advantages[MASK]
+    assert tokens.mean().item() == pytest.approx(0.0, abs=1e-12)
+    assert tokens.std(correction=0).item() == pytest.approx(1.0, abs=1e-6)
+    assert credit(GRPO, values=None).returns is None
+
+
+def test_interrupted_samples_need_no_score():
+    interrupted = torch.tensor([True, False, False, False, False])
+    scores = torch.where(interrupted, torch.nan, SCORES)
+    found = credit(PPO, scores=scores, interrupted=interrupted)
+    assert found.advantages.isfinite().all()
+    assert results(found.metrics)["reward/mean"] == pytest.approx((-2 + 3 + 0.5) / 3)
+    with pytest.raises(ValueError, match="gae"):
+        credit(GRPO, scores=scores, interrupted=interrupted)
+
+
+def test_what_is_reported():
+    x = torch.where(MASK, inputs()["logps"].double() - inputs()["ref_logps"].double(), 0.0)
+    equal = SCORES.clone()
+    equal[3:] = 1.25
+    found = results(credit(GRPO, scores=equal).metrics)
+    assert found["reward/mean"] == pytest.approx((1 - 2 + 1.25 + 1.25) / 4)
+    assert found["groups/no_variance"] == 0.5
+    assert found["kl"] == pytest.approx(x.sum().item() / 4)
+    assert found["kl_per_token"] == pytest.approx(x.sum().item() / 9)
+    assert found["beta"] == 0.04
+    perfect = credit(replace(PPO, advantage=gae(1.0, 1.0)))
+    same = credit(replace(PPO, advantage=gae(1.0, 1.0)), values=perfect.returns)
+    assert results(same.metrics)["critic/explained_variance"] == pytest.approx(1.0)
+
+
+def test_state_is_returned_and_never_changed_in_place():
+    algorithm = replace(REINFORCE, kl=KL("reward", k1, beta=0.5, target=1.0))
+    before = {"beta": torch.tensor(0.5, dtype=torch.float64), "mine": torch.tensor(7.0)}
+    found = credit(algorithm, state=before)
+    assert set(found.state) == {"beta", "baseline", "mine"}
+    assert before["beta"] == 0.5
+    observed = results(found.metrics)["kl"]
+    expected = 0.5 * (1 + 0.1 * max(-0.2, min(0.2, observed - 1)))
+    assert found.state["beta"].item() == pytest.approx(expected)
+    doubled = credit(replace(algorithm, advantage=discounted_return()), state={"beta": torch.tensor(1.0)})
+    assert torch.allclose(
+        doubled.advantages, credit(replace(RETURNS_TO_GO, kl=KL("reward", k1, 1.0))).advantages
+    )
+
+
+def test_small_differences_of_large_scores_survive():
+    """In float32 the two scores are one number."""
+    scores = torch.tensor([1e6, 1e6 + 2.0], dtype=torch.float64)
+    mask = torch.ones(2, 1, dtype=torch.bool)
+    found = assign_credit(
+        replace(GRPO, kl=RETURNS_TO_GO.kl, advantage=group_zscore(0.0)),
+        scores=scores,
+        mask=mask,
+        group=torch.zeros(2, dtype=torch.long),
+        logps=torch.zeros(2, 1),
+        ref_logps=torch.zeros(2, 1),
+    )
+    assert found.advantages[:, 0].tolist() == pytest.approx([-(0.5**0.5), 0.5**0.5])
+
+
+def test_a_score_that_is_no_number_is_refused_with_its_row():
+    with pytest.raises(ValueError, match="sample 1 is nan"):
+        assign_credit(
+            GRPO,
+            scores=torch.tensor([1.0, torch.nan]),
+            mask=MASK[:2],
+            group=GROUP[:2],
+            **{name: part[:2] for name, part in inputs().items()},
+        )
+
+
+def test_a_missing_reference_is_refused():
+    with pytest.raises(ValueError, match="ref_logps"):
+        credit(GRPO, ref_logps=None)
+
+
+def test_overlong_completions_lose_in_a_line():
+    shape = soft_overlong(buffer=0.2, max_length=100)
+    length = torch.tensor([1, 80, 85, 90, 100, 120])
+    assert shape(length).tolist() == pytest.approx([0.0, 0.0, -0.25, -0.5, -1.0, -1.0])
+    algorithm = replace(RETURNS_TO_GO, kl=GRPO.kl, overlong=soft_overlong(buffer=0.5, max_length=4))
+    # Half of 4 tokens is the buffer: one token costs nothing, three cost half.
+    assert credit(algorithm).advantages[:2, 0].tolist() == [0.5, -2.0]
+    with pytest.raises(ValueError, match="resolve"):
+        credit(replace(algorithm, overlong=soft_overlong()))
+
+
+def test_dynamic_sampling_keeps_groups_that_differ():
+    assert dynamic([0.0, 1.0, 1.0])
+    assert not dynamic([1.0, 1.0])
+    assert not dynamic([0.1 + 0.2, 0.3])
+    assert not dynamic([1.0])

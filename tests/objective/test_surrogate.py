@@ -1,0 +1,147 @@
+"""Surrogates: REINFORCE's gradient at ratio 1, and exactly where each one lets go."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from klimb.batch import BatchTotals
+from klimb.objective.aggregate import sequence_mean, sequence_sum
+from klimb.objective.surrogate import (
+    SURROGATES,
+    cispo,
+    clip,
+    drop_outside,
+    dual_clip,
+    product_clip,
+    reinforce,
+    sequence_clip,
+    truncate,
+)
+
+MASK = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 0, 0]], dtype=torch.bool)
+TOTALS = BatchTotals.of(MASK, torch.arange(3))
+PER_SAMPLE = torch.tensor([1.5, -0.7, -2.0], dtype=torch.float64)
+ADVANTAGES = torch.where(MASK, PER_SAMPLE[:, None], 0.0)
+
+
+def moved(scale, seed=0):
+    """logps that require grad, and old ones at about `scale` from them."""
+    generator = torch.Generator().manual_seed(seed)
+    old = torch.where(MASK, -torch.rand(3, 3, generator=generator, dtype=torch.float64) - 0.5, 0.0)
+    step = scale * torch.randn(3, 3, generator=generator, dtype=torch.float64)
+    return torch.where(MASK, old + step, 0.0).requires_grad_(), old
+
+
+def one(surrogate, ratio, advantage):
+    """Loss, gradient with respect to log π and the clipped flag of a single token."""
+    old = torch.zeros(1, 1, dtype=torch.float64)
+    logps = torch.full_like(old, math.log(ratio)).requires_grad_()
+    mask = torch.ones(1, 1, dtype=torch.bool)
+    loss, clipped = surrogate(logps, old, torch.full_like(old, advantage), mask)
+    loss.sum().backward()
+    return loss.item(), logps.grad.item(), clipped.item()
+
+
+@pytest.mark.parametrize("name", SURROGATES)
+def test_at_ratio_one_the_gradient_is_reinforces(name):
+    surrogate = SURROGATES[name]() if isinstance(SURROGATES[name], type) else SURROGATES[name]
+    logps, _ = moved(0.0)
+    loss, clipped = surrogate(logps, logps.detach(), ADVANTAGES, MASK)
+    torch.where(MASK, loss, 0.0).sum().backward()
+    assert torch.allclose(logps.grad, -ADVANTAGES)
+    assert not clipped.any()
+
+
+@pytest.mark.parametrize("kind", [clip, sequence_clip, product_clip, dual_clip])
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "killed"),
+    [
+        (1.31, 2.0, True),  # up, and already past the upper bound
+        (1.29, 2.0, False),
+        (0.79, 2.0, False),  # up, from below: it has to come back
+        (0.79, -2.0, True),  # down, and already past the lower bound
+        (0.81, -2.0, False),
+        (1.31, -2.0, False),  # down, from above
+        (1.31, 0.0, False),
+    ],
+)
+def test_the_clip_lets_go_on_the_outward_side_only(kind, ratio, advantage, killed):
+    loss, gradient, clipped = one(kind(low=0.2, high=0.3), ratio, advantage)
+    assert clipped == killed
+    assert gradient == pytest.approx(0.0 if killed else -advantage * ratio)
+    bound = 1.3 if advantage > 0 else 0.8
+    assert loss == pytest.approx(-advantage * (bound if killed else ratio))
+
+
+def test_dual_clip_bounds_the_loss_of_a_bad_token_that_became_likely():
+    assert one(dual_clip(0.2, 0.2, bound=3.0), 5.0, -1.5) == pytest.approx((4.5, 0.0, True))
+    assert one(clip(0.2, 0.2), 5.0, -1.5) == pytest.approx((7.5, 7.5, False))
+    assert one(dual_clip(0.2, 0.2, bound=3.0), 2.9, -1.5) == pytest.approx((4.35, 4.35, False))
+
+
+@pytest.mark.parametrize(("ratio", "weight"), [(9.0, 5.0), (4.9, 4.9), (0.01, 0.01), (1.0, 1.0)])
+@pytest.mark.parametrize("advantage", [2.0, -2.0])
+def test_cispo_bounds_the_weight_and_keeps_every_gradient(ratio, weight, advantage):
+    loss, gradient, clipped = one(cispo(1.0, 4.0), ratio, advantage)
+    assert gradient == pytest.approx(-advantage * weight)
+    assert loss == pytest.approx(-advantage * weight * math.log(ratio))
+    assert clipped == (ratio != weight)
+
+
+def test_cispo_lower_bound():
+    assert one(cispo(0.2, 0.2), 0.5, 1.0)[1] == pytest.approx(-0.8)
+
+
+def test_reinforce_ignores_how_far_the_policy_has_moved():
+    assert one(reinforce, 9.0, 2.0)[1] == -2.0
+
+
+def written_out(logps, old, low, high, power):
+    """1/B Σ_i max(−A s, −A clip(s)) with s_i = exp(power_i · Σ log r), differentiated as it stands."""
+    total = 0.0
+    for row in range(3):
+        length = int(MASK[row].sum())
+        s = ((logps - old)[row, :length].sum() * power(length)).exp()
+        total = total + torch.maximum(-PER_SAMPLE[row] * s, -PER_SAMPLE[row] * s.clamp(1 - low, 1 + high))
+    return total / 3
+
+
+@pytest.mark.parametrize(
+    ("surrogate", "aggregate", "power"),
+    [
+        (sequence_clip(0.1, 0.15), sequence_mean, lambda n: 1 / n),  # GSPO
+        (product_clip(0.1, 0.15), sequence_sum(1.0), lambda n: 1.0),  # RLOO as TRL has it
+    ],
+)
+def test_ratios_of_whole_sequences(surrogate, aggregate, power):
+    clipped_rows = set()
+    for seed in range(16):
+        logps, old = moved(0.25, seed)
+        per_token, clipped = surrogate(logps, old, ADVANTAGES, MASK)
+        clipped_rows |= {(row, bool(clipped[row, 0])) for row in range(3)}
+        loss = aggregate(per_token, MASK, TOTALS)
+        expected = written_out(logps, old, 0.1, 0.15, power)
+        assert torch.allclose(loss, expected)
+        ours, theirs = (torch.autograd.grad(x, logps)[0] for x in (loss, expected))
+        assert torch.allclose(ours, theirs)
+    assert len(clipped_rows) == 6  # every sample was seen clipped and not clipped
+
+
+@pytest.mark.parametrize("name", SURROGATES)
+def test_absurd_ratios_stay_finite(name):
+    surrogate = SURROGATES[name]() if isinstance(SURROGATES[name], type) else SURROGATES[name]
+    for sign in (1.0, -1.0):
+        logps = (sign * 1e4 * MASK).float().requires_grad_()
+        loss, _ = surrogate(logps, torch.zeros(3, 3), ADVANTAGES.float(), MASK)
+        loss.sum().backward()
+        assert loss.isfinite().all()
+        assert logps.grad.isfinite().all()
+
+
+def test_importance_corrections():
+    log_weight = torch.tensor([0.1, 0.5, 1.0, 1.9, 2.1, 8.0]).log()
+    assert truncate(2.0)(log_weight).tolist() == pytest.approx([0.1, 0.5, 1.0, 1.9, 2.0, 2.0])
+    assert drop_outside(0.4, 2.0)(log_weight).tolist() == pytest.approx([0.0, 0.5, 1.0, 1.9, 0.0, 0.0])
