@@ -166,6 +166,9 @@ def _pipeline(recipe: str, overrides: Sequence[str], as_json: bool, dry_run: boo
         return
     _print_table([{k: v for k, v in row.items() if k not in ("algorithm", "by")} for row in summary["rows"]])
     for row in summary["rows"]:
+        for value, part in (row.get("by") or {}).items():
+            print(f"{row['method']}, {value}: {part['gold']:.3f} [{part['gold_low']:.3f}, {part['gold_high']:.3f}]")
+    for row in summary["rows"]:
         if row.get("algorithm"):
             print(f"{row['method']}: {row['algorithm']}")
     print(f"summary: {summary['out']}/summary.json\nreport:  {summary['out']}/report.html")

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import toy_tokenizers as toy
 
-from klimb.data.formats import BadRows
+from klimb.data.formats import BadRows, read_rows
 from klimb.data.load import load_examples, load_preferences, load_prompts, split_by_prompt
 from klimb.data.render import Renderer
 from klimb.errors import DataError
@@ -26,11 +26,12 @@ def answered(content: str = "a") -> list[dict[str, Any]]:
     return [{"role": "assistant", "content": content}]
 
 
-def shared(name: str) -> Path:
+def shared(name: str) -> list[dict[str, Any]]:
+    """The first rows of a real file."""
     path = SHARED / name
     if not path.exists():
         pytest.skip(f"{name} is not beside the checkout")
-    return path
+    return [row.values for row in read_rows(path)[0][:400]]
 
 
 def test_prompts_keep_their_text_and_further_columns() -> None:
@@ -179,21 +180,21 @@ def test_splits_with_an_empty_side_are_refused(fraction: float, reason: str) -> 
 
 
 def test_gsm8k_as_demonstrations_and_as_prompts() -> None:
-    path = shared("gsm8k/train.jsonl.gz")
-    loaded = load_examples(path, CHAT, columns={"prompt": "question", "completion": "answer"})
-    assert loaded.report.rows == len(loaded.items) == 7473
+    rows = shared("gsm8k/train.jsonl.gz")
+    loaded = load_examples(rows, CHAT, columns={"prompt": "question", "completion": "answer"})
+    assert loaded.report.rows == len(loaded.items) == 400
     assert all(item.completion[-1] == CHAT.tokenizer.eos_token_id and all(item.mask) for item in loaded.items)
     first = loaded.items[0]
     assert CHAT.decode(first.prompt, like="").startswith("Natalia sold clips to 48 of her friends")
     assert CHAT.decode(first.completion, like="").endswith("#### 72")
-    prompts = load_prompts(path, CHAT, columns={"prompt": "question"}).items
+    prompts = load_prompts(rows, CHAT, columns={"prompt": "question"}).items
     assert prompts[0].tokens == first.prompt
     assert prompts[0].columns["answer"].endswith("#### 72")
 
 
 def test_hh_transcripts_as_preferences() -> None:
     loaded = load_preferences(shared("hh/harmless.jsonl.gz"), CHAT)
-    assert len(loaded.items) == 1700
+    assert len(loaded.items) == 400
     assert CHAT.decode(loaded.items[1].prompt, like="") == "\n\nHuman: call me a bad name\n\nAssistant:"
     assert CHAT.decode(loaded.items[1].chosen, like="") == " Sorry, that’s out of bounds"
 

@@ -176,6 +176,20 @@ def test_tokens_of_thought_belong_to_the_assistant_alone() -> None:
     assert think in history
 
 
+def test_thinking_within_a_content_is_taken_as_it_is() -> None:
+    renderer = RENDERERS["qwen 3"]
+    thought = "<think>\nsince c\n</think>\n\nb"
+    tokens = renderer.completion([user("a")], [assistant(thought)])
+    assert tokens == renderer.completion([user("a")], [assistant("b", reasoning_content="since c")])
+    # In a prompt the template drops it, which is no harm: nothing is trained there.
+    prompt = renderer.tokenizer.decode(renderer.prompt([user("a"), assistant(thought), user("d")]))
+    assert "assistant\nb<|im_end|>" in prompt
+    last = renderer.completion([user("a"), assistant(thought), user("d")], [assistant("e")])
+    assert renderer.tokenizer.decode(last.completion) == "<think>\n\n</think>\n\ne<|im_end|>"
+    with pytest.raises(RenderError, match="rewrites the content of message 1"):
+        renderer.prompt([user("a <|im_end|>"), assistant(thought), user("d")])
+
+
 def test_white_space_that_a_template_strips_is_accepted() -> None:
     renderer = RENDERERS["llama 3"]
     bare = renderer.completion([user("Hi")], [assistant("Yes")])
@@ -248,7 +262,11 @@ TWO_BOS = "{{ bos_token }}" + toy.LLAMA3
             "rewrites the content of message 1: 'my colour' became 'my color",
         ),
         (TWO_ENDS, [user("a"), assistant("b")], "two end tokens"),
-        (SHORT_PROMPT, [user("a"), assistant("b")], "renders what precedes message 1 differently"),
+        (
+            SHORT_PROMPT,
+            [user("a"), assistant("b")],
+            "renders the prompt otherwise once it is answered: '!' became 'b",
+        ),
         (
             toy.QWEN3,
             [user("a"), assistant("b"), user("c"), assistant("d")],
@@ -261,7 +279,7 @@ TWO_BOS = "{{ bos_token }}" + toy.LLAMA3
             [user("a"), assistant("b")],
             "refuses the conversation: 'nothing' is undefined",
         ),
-        (toy.CHATML, [user("a")], "no token to train on"),
+        (toy.CHATML, [user("a")], "no assistant message"),
     ],
 )
 def test_templates_that_leave_doubt_are_refused(template: str, messages: list[Message], reason: str) -> None:
@@ -296,7 +314,25 @@ def test_marks_decide_where_contents_are_rewritten_unless_they_hold_control_toke
     assert renderer.tokenizer.decode(tokens.prompt + tokens.completion).endswith("assistant\nB<|im_end|>")
     assert renderer.tokenizer.decode(tokens.completion) == "B<|im_end|>"
     with pytest.raises(RenderError, match="rewrites the content of message 1"):
-        renderer.completion([user("a <|im_end|>")], [assistant("b")])
+        renderer.completion([user("a")], [assistant("b <|im_end|>")])
+
+
+def test_marks_that_begin_within_the_prompt_are_cut_to_what_is_sampled() -> None:
+    early = toy.CHATML_MARKED.replace("{{ m['role'] }}\n{% if", "{{ m['role'] }}{% if")
+    early = early.replace("{% generation %}", "{% generation %}{{ '\n' }}").replace(
+        "{% else %}", "{% else %}{{ '\n' }}"
+    )
+    messages = [user("a"), assistant("b"), user("c"), assistant("d")]
+    assert Renderer(toy.chatml(early)).conversation(messages) == RENDERERS["chatml"].conversation(messages)
+    shouting = Renderer(
+        toy.chatml(
+            early.replace(
+                "}}{{ m['content'] }}<|im_end|>{% end", "}}{{ m['content'] | upper }}<|im_end|>{% end"
+            )
+        )
+    )
+    tokens = shouting.completion([user("a")], [assistant("b")])
+    assert shouting.tokenizer.decode(tokens.completion) == "B<|im_end|>"
 
 
 # --- strings -------------------------------------------------------------------------------------------

@@ -67,7 +67,10 @@ QWEN3 = (
     "{% endfor %}"
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}"
     "{% set content = m['content'].split('</think>')[-1].lstrip('\n') %}{% if loop.index0 > ns.last %}"
-    "<think>\n{{ m['reasoning_content'] if m['reasoning_content'] is defined else '' }}\n</think>\n\n"
+    "<think>\n{% if m['reasoning_content'] is defined %}{{ m['reasoning_content'] }}"
+    "{% elif '</think>' in m['content'] %}"
+    "{{ m['content'].split('</think>')[0].rstrip('\n').split('<think>')[-1].lstrip('\n') }}{% endif %}"
+    "{{ '\n</think>\n\n' }}"
     "{% endif %}{{ content }}{% else %}{{ m['content'] }}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n"
     "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
@@ -102,6 +105,19 @@ def chatml(template: str | None = CHATML) -> PreTrainedTokenizerFast:
         pad_token="<|im_end|>",
         additional_special_tokens=["<|im_start|>", "<|endoftext|>"],
         chat_template=template,
+    )
+
+
+def with_tokens(literals: list[str], template: str) -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer in which the literals are tokens; those of thought are not special."""
+    tokenizer = Tokenizer.from_str(_byte_level(("<s>", "</s>")).to_str())
+    for literal in literals:
+        thought = "think" in literal
+        (tokenizer.add_tokens if thought else tokenizer.add_special_tokens)(
+            [AddedToken(literal, normalized=False)]
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", chat_template=template
     )
 
 

@@ -142,8 +142,8 @@ def test_a_discount_forgets_the_score():
 def test_zscores_with_the_kl_in_the_loss_weigh_ranks_against_it():
     """For a pair, mean and std leave sign(r_1 − r_2)/√2 of the rewards.
 
-    Hence β log π/π_ref(y) = E_{y'~π} sign(r(y) − r(y'))/√2 up to a constant: how large the reward is no longer
-    counts against β.
+    Hence β log π/π_ref(y) = E_{y'~π} sign(r(y) − r(y'))/√2 up to a constant: the size of the reward no
+    longer counts against β.
     """
     found = reached(replace(PLAIN, advantage=group_zscore(0.0), kl=SEQUENCE_K2), 2)
     wins = (BANDIT.rewards[:, None] - BANDIT.rewards[None, :]).sign() @ found

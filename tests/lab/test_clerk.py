@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import json
 import statistics
-from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
+from runpy import run_path
 
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -107,13 +107,15 @@ def test_demonstrations_are_short_decent_and_sometimes_wrong() -> None:
 
 def test_prepare_writes_a_world_that_its_own_model_can_read(tmp_path: Path) -> None:
     paths = clerk.prepare(tmp_path / "world", seed=0)
-    assert set(paths) == {"model", "demonstrations", "prompts", "gold", "labels"}
+    assert set(paths) == {"model", "demonstrations", "prompts", "gold", "explain", "labels"}
     assert "simulated" in paths["labels"]
     rows = [json.loads(line) for line in Path(paths["demonstrations"]).read_text().splitlines()]
     assert len(rows) == 8000
     assert [json.loads(line) for line in Path(paths["prompts"]).read_text().splitlines()] == clerk.prompts()
-    module, _, function = paths["gold"].partition(":")
-    assert getattr(import_module(module), function) is clerk.gold
+    file, _, function = paths["gold"].rpartition(":")
+    assert run_path(file)[function](["tea ?"], ["it is hot"]) == [1.0]
+    file, _, function = paths["explain"].rpartition(":")
+    assert run_path(file)[function]("tea ?", "hot") == [("hot", 1.0, "true")]
 
     tokenizer = AutoTokenizer.from_pretrained(paths["model"])
     assert len(tokenizer) == 50

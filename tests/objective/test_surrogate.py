@@ -130,6 +130,17 @@ def test_ratios_of_whole_sequences(surrogate, aggregate, power):
     assert len(clipped_rows) == 6  # every sample was seen clipped and not clipped
 
 
+def test_the_token_form_of_a_sequence_ratio_keeps_each_tokens_own_advantage():
+    """sg[s_i] · π/sg[π]: value s_i on every token, gradient −A_t s_i on its own."""
+    logps, old = moved(0.1)
+    advantages = torch.where(MASK, torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64), 0.0)
+    loss, _ = sequence_clip(0.9, 9.0)(logps, old, advantages, MASK)
+    loss.sum().backward()
+    s = ((logps - old).sum(dim=1) / MASK.sum(dim=1)).exp().detach()
+    assert torch.allclose(loss, -advantages * s[:, None])
+    assert torch.allclose(logps.grad, -advantages * s[:, None])
+
+
 @pytest.mark.parametrize("name", SURROGATES)
 def test_absurd_ratios_stay_finite(name):
     surrogate = SURROGATES[name]() if isinstance(SURROGATES[name], type) else SURROGATES[name]

@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -101,3 +103,12 @@ def test_files_for_hashes(tmp_path: Path) -> None:
     spec = [{"reward": f"{POISON}:fine", "weight": 1}, {f"{POISON}:raises": {}}, "exact", str(tmp_path), len]
     assert reward_files(spec) == [Path(POISON), Path(POISON), tmp_path]
     assert reward_files("nowhere.py:score") == []
+
+
+def test_nothing_heavy_is_imported() -> None:
+    heavy = "{'torch', 'transformers', 'numpy', 'pickle'} & set(sys.modules)"
+    script = f"import sys; import klimb.rewards, klimb.rewards.worker; print({heavy})"
+    printed = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    ).stdout
+    assert printed == "set()\n"

@@ -14,6 +14,7 @@ from reward_processes import POISON, descendants
 
 from klimb.errors import RewardError
 from klimb.rewards.function import from_file
+from klimb.rewards.process import WorkerProcess
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
@@ -113,6 +114,15 @@ def test_thirty_random_kills_change_no_score(tmp_path: Path) -> None:
         reward(["p"], ["1"], {})  # a kill after the answer is noticed, and made good, here
     reward.close()
     assert len(notes) >= 10  # most hit a call; the others came after its answer
+
+
+def test_a_killed_supervisor_is_replaced_and_what_it_watched_is_killed() -> None:
+    reward = from_file(f"{POISON}:forks_and_stays")
+    assert reward(["p"], ["bad"], {}).values == [3.0]
+    assert isinstance(reward._engine, WorkerProcess)
+    os.kill(reward._engine._process.pid, signal.SIGKILL)
+    assert reward(["p"], ["fine"], {}).values == [4.0]
+    reward.close()
 
 
 @pytest.mark.parametrize("name", ["fine", "sleeps", "forks_and_stays", "starts_a_daemon"])

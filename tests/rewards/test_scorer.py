@@ -78,6 +78,12 @@ def test_none_leaves_its_group_and_small_groups_are_dropped_and_counted() -> Non
     assert report.dropped_groups == 1
 
 
+def test_zero_is_a_score() -> None:
+    report = Scorer(by_text({"a": 0.0, "b": None})).score([group("p", ["a", "a", "b"])])
+    assert [[s.score for s in g.samples] for g in report.groups] == [[0.0, 0.0]]
+    assert (report.scored, report.dropped_samples) == (2, 1)
+
+
 def test_a_failure_is_an_event_and_no_score() -> None:
     events: list[dict[str, Any]] = []
     groups = [group("p", ["a", "bb", "c"])]

@@ -149,6 +149,7 @@ def test_killed_at_any_operation_a_verified_checkpoint_is_there(
         directory = tmp_path / str(at)
         save(directory, 1, tensors(1), STATE, keep)
         finished = run_and_kill(lambda directory=directory: save(directory, 2, tensors(2), STATE, keep), at)
+        assert all(damage(path) is None for path in directory.glob("step-*"))  # whole or gone, old ones too
         found = load_latest(directory, silent)
         assert found is not None, f"nothing left after operation {at}"
         assert found.step == 2 if finished else found.step in (1, 2)

@@ -7,29 +7,60 @@ token would arise from a content (`</s>` in a question), the text is cut within 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence, Set
+from functools import cached_property
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from klimb.data.template import Content, RenderError, Written
+from klimb.data.template import RenderError, Written
 
 if TYPE_CHECKING:
+    from tokenizers import Encoding
     from transformers import PreTrainedTokenizerBase
 
 ANCHORS = ("\n", ".", "a", "0")
 PREFIXES = ("▁", "Ġ", " ")
 
 
-@dataclass(frozen=True, slots=True)
-class Encoded:
-    """Ids, and the character [start, end) that each comes from."""
+class Piece(NamedTuple):
+    """Characters [start, end) of a text, read apart: all but the first `skip` tokens of `encoding`.
 
-    ids: list[int]
-    spans: list[tuple[int, int]]
+    base: what turns the encoding's offsets into characters of the text.
+    """
+
+    encoding: Encoding
+    start: int
+    end: int
+    skip: int = 0
+    base: int = 0
+
+    def spans(self) -> list[tuple[int, int]]:
+        # A token of white space alone may claim to begin where it ends.
+        offsets = self.encoding.offsets[self.skip :]
+        return [(min(self.base + a, self.end - 1), self.base + b) for a, b in offsets]
+
+
+class Encoded:
+    """The ids of a text, and where in it they come from."""
+
+    def __init__(self, pieces: Sequence[Piece]) -> None:
+        self._pieces = pieces
+        self._borders: dict[int, int] = {}
+        self.ids: list[int] = []
+        for piece in pieces:
+            self._borders[piece.start] = len(self.ids)
+            self.ids += piece.encoding.ids[piece.skip :] if piece.skip else piece.encoding.ids
+            self._borders[piece.end] = len(self.ids)
+
+    @cached_property
+    def spans(self) -> list[tuple[int, int]]:
+        """The characters [start, end) of each token."""
+        return [span for piece in self._pieces for span in piece.spans()]
 
     def index(self, character: int) -> int:
         """Of the first token that begins at or after `character`."""
+        if character in self._borders:
+            return self._borders[character]
         return bisect_left(self.spans, character, key=lambda span: span[0])
 
 
@@ -63,22 +94,34 @@ class Encoder:
         self, written: Sequence[Written], control: frozenset[int], reserved: frozenset[int]
     ) -> list[Encoded | RenderError]:
         """control: ids that no content may become; reserved: further ones that only the assistant's may."""
-        cuts = [[0, *text.cuts, len(text.text)] for text in written]
-        results: list[Encoded | RenderError] = []
-        for text, borders, encoded in zip(written, cuts, self._read_pieces([t.text for t in written], cuts)):
-            try:
-                while wrong := list(self._forged(text, encoded, control, reserved)):
-                    borders = sorted({*borders, *wrong})
-                    encoded = next(self._read_pieces([text.text], [borders]))
-                results.append(encoded)
-            except RenderError as error:
-                results.append(error)
-        return results
+        cuts = [{0, *text.cuts, len(text.text)} for text in written]
+        read = self._read_all([text.text for text in written], cuts)
+        return [self._mended(*each, control, reserved) for each in zip(written, cuts, read)]
+
+    def _mended(
+        self,
+        text: Written,
+        cuts: set[int],
+        read: Encoded | RenderError,
+        control: frozenset[int],
+        reserved: frozenset[int],
+    ) -> Encoded | RenderError:
+        """Cut further until no control token is forged."""
+        while isinstance(read, Encoded) and (forged := list(self._forged(text, read, control, reserved))):
+            further = {start + 1 for start, end in forged if end - start > 1} - cuts
+            if not further:
+                start, end = forged[0]
+                return RenderError(
+                    f"{text.text[start:end]!r} in the text is a control token", fix="take it out"
+                )
+            cuts = cuts | further
+            read = self._read_all([text.text], [cuts])[0]
+        return read
 
     def _forged(
         self, text: Written, encoded: Encoded, control: frozenset[int], reserved: frozenset[int]
-    ) -> Iterator[int]:
-        """Where to cut, for each control token that contains a character of a content."""
+    ) -> Iterator[tuple[int, int]]:
+        """The characters of each control token that has one of a content."""
         watched = control | reserved
         if watched.isdisjoint(encoded.ids):
             return
@@ -88,68 +131,41 @@ class Encoder:
             literal = self.literals[id]
             at = text.text.find(literal, start, end)
             start, end = (at, at + len(literal)) if at >= 0 else (start, end)
-            for content in text.contents:
-                if _overlaps(content, start, end) and (id in control or not content.assistant):
-                    if end - start < 2:
-                        raise RenderError(
-                            f"{text.text[start:end]!r} in the text is a control token", fix="take it out"
-                        )
-                    yield start + 1
-                    break
+            if any(
+                max(content.start, start) < min(content.end, end) and (id in control or not content.assistant)
+                for content in text.contents
+            ):
+                yield start, end
 
-    def _read_pieces(self, texts: Sequence[str], cuts: Sequence[Sequence[int]]) -> Iterator[Encoded]:
-        """Each text read in pieces, [cut, next cut) apart, in one call for all."""
-        borders = [sorted(set(positions)) for positions in cuts]
-        pieces = [
-            (text[start:end], start)
-            for text, positions in zip(texts, borders)
-            for start, end in pairwise(positions)
-        ]
-        read = iter(self._read_each(pieces))
-        for positions in borders:
-            ids: list[int] = []
-            spans: list[tuple[int, int]] = []
-            for start, end in pairwise(positions):
-                piece = next(read)
-                ids += piece.ids
-                spans += [(start + a, start + b) for a, b in piece.spans] if start else piece.spans
-                # A token of white space alone may claim to begin where it ends.
-                for index in range(len(spans) - 1, -1, -1):
-                    if spans[index][0] < end:
-                        break
-                    spans[index] = (end - 1, end)
-            yield Encoded(ids, spans)
+    def _read_all(self, texts: Sequence[str], cuts: Sequence[Set[int]]) -> list[Encoded | RenderError]:
+        """Each text read in pieces, from cut to cut, in one call for all."""
+        borders = [list(pairwise(sorted(positions))) for positions in cuts]
+        spans = [(text, *span) for text, pairs in zip(texts, borders) for span in pairs]
+        anchors = ["" if start == 0 or not self._adds_space else ANCHORS[0] for _, start, _ in spans]
+        read = self._read([anchor + text[start:end] for anchor, (text, start, end) in zip(anchors, spans)])
+        pieces = (
+            self._without_anchor(*span, encoding) if anchor else Piece(encoding, *span[1:], base=span[1])
+            for encoding, anchor, span in zip(read, anchors, spans)
+        )
+        return [_joined([next(pieces) for _ in pairs]) for pairs in borders]
 
-    def _read_each(self, pieces: Sequence[tuple[str, int]]) -> list[Encoded]:
-        """(piece, its place in the text) → tokens."""
-        if not self._adds_space:
-            return self._read([piece for piece, _ in pieces])
-        plain = self._read([piece if start == 0 else ANCHORS[0] + piece for piece, start in pieces])
-        return [
-            read if start == 0 else self._without_anchor(piece, read)
-            for (piece, start), read in zip(pieces, plain)
-        ]
-
-    def _without_anchor(self, piece: str, read: Encoded) -> Encoded:
+    def _without_anchor(self, text: str, start: int, end: int, read: Encoding) -> Piece | RenderError:
         """A piece from within a text gets no space before it: read behind an anchor, which is taken off."""
         for anchor in ANCHORS:
             if anchor != ANCHORS[0]:
-                read = self._read([anchor + piece])[0]
-            alone = self._read([anchor])[0].ids
-            rest = [(a - len(anchor), b - len(anchor)) for a, b in read.spans[len(alone) :]]
-            if read.ids[: len(alone)] == alone and all(a >= 0 for a, _ in rest):
-                return Encoded(read.ids[len(alone) :], rest)
-        raise RenderError(f"the tokenizer cannot read {piece[:20]!r} without a space before it")
+                [read] = self._read([anchor + text[start:end]])
+            [alone] = self._read([anchor])
+            skip = len(alone.ids)
+            if read.ids[:skip] == alone.ids and all(a >= len(anchor) for a, _ in read.offsets[skip:]):
+                return Piece(read, start, end, skip, start - len(anchor))
+        return RenderError(f"the tokenizer puts a space before {text[start:end][:20]!r} that is not there")
 
-    def _read(self, texts: Sequence[str]) -> list[Encoded]:
-        if not texts:
-            return []
+    def _read(self, texts: Sequence[str]) -> list[Encoding]:
         backend = self._tokenizer.backend_tokenizer
         backend.no_padding()
         backend.no_truncation()
         backend.encode_special_tokens = False
-        read = backend.encode_batch(list(texts), add_special_tokens=False)
-        return [Encoded(encoding.ids, encoding.offsets) for encoding in read]
+        return backend.encode_batch(list(texts), add_special_tokens=False)
 
     def decode(self, ids: Sequence[int]) -> str:
         """As it would read behind other text: without what a tokenizer drops or adds at the start of one."""
@@ -160,8 +176,9 @@ class Encoder:
         return text.removeprefix(ANCHORS[1]) if anchor else text
 
 
-def _overlaps(content: Content, start: int, end: int) -> bool:
-    return max(content.start, start) < min(content.end, end)
+def _joined(pieces: list[Piece | RenderError]) -> Encoded | RenderError:
+    errors = [piece for piece in pieces if isinstance(piece, RenderError)]
+    return errors[0] if errors else Encoded([piece for piece in pieces if isinstance(piece, Piece)])
 
 
 def _adds_space(tokenizer: PreTrainedTokenizerBase) -> bool:

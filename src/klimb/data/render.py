@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from klimb.data.encode import Encoded, Encoder
-from klimb.data.template import ChatTemplate, Content, RenderError, Written, any_of, difference
+from klimb.data.template import ChatTemplate, Content, RenderError, Written, any_of
 from klimb.types import Message, Text
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ class Renderer:
         self.system = system
         self._options = options
         self._encoder = Encoder(tokenizer)
+        self._bos, self._eos = tokenizer.bos_token_id, tokenizer.eos_token_id
 
     @cached_property
     def template(self) -> ChatTemplate:
@@ -92,7 +93,7 @@ class Renderer:
     def stop_tokens(self, conversational: bool) -> frozenset[int]:
         """The ids that end a completion: training trains them, sampling has to stop at them."""
         end = {self._encoder.added[self.template.end]} if conversational else set()
-        return frozenset(end | ({self.tokenizer.eos_token_id} - {None}))
+        return frozenset(end | ({self._eos} - {None}))
 
     def decode(self, tokens: Sequence[int], like: Text) -> Text:
         """A completion as a reward function reads it: in the form of its prompt, without control tokens."""
@@ -119,7 +120,7 @@ class Renderer:
     def _write_prompt(self, text: Text) -> Written:
         if isinstance(text, str):
             return Written(text, [Content(0, len(text), False)])
-        return self.template.prompt(self._with_system(text))
+        return self.template.asked(self._with_system(text))
 
     def _write_completion(self, prompt: Text, completion: Text) -> Written:
         if isinstance(prompt, str) and isinstance(completion, str):
@@ -130,21 +131,15 @@ class Renderer:
             return Written(prompt + completion, contents, [(border, end)], [border])
         if isinstance(prompt, str) or isinstance(completion, str):
             raise RenderError("the prompt and the completion have to be both strings or both messages")
-        messages = self._with_system(prompt)
-        asked = self.template.prompt(messages)
-        answered = self.template.conversation([*messages, *completion], first=len(messages))
-        border = len(asked.text)
-        if not answered.text.startswith(asked.text):
-            raise RenderError(
-                "the chat template renders the prompt differently once it is answered",
-                why=difference(asked.text, answered.text),
-                fix="use a template whose prompts stay as they are",
-            )
-        trained = [span for span in answered.trained if span[0] >= border]
-        return Written(answered.text, answered.contents, trained, [border, *(start for start, _ in trained)])
+        return self.template.answered(self._with_system(prompt), completion)
 
     def _write_conversation(self, messages: list[Message]) -> Written:
-        return self.template.conversation(self._with_system(messages))
+        messages = self._with_system(messages)
+        roles = [message["role"] for message in messages]
+        if "assistant" not in roles:
+            raise RenderError("there is no assistant message to train on")
+        first = roles.index("assistant")
+        return self.template.answered(messages[:first], messages[first:])
 
     def _with_system(self, messages: list[Message]) -> list[Message]:
         if self.system is None or any(message["role"] == "system" for message in messages):
@@ -191,13 +186,15 @@ class Renderer:
             mask[first:last] = [True] * (last - first)
             if conversational:
                 self._check_end(ids, last)
+            elif first == last:
+                raise RenderError("the completion is empty", why="the tokenizer makes no token of it")
         border = encoded.index(written.cuts[0]) if written.cuts else 0
         if not conversational:
-            if self.tokenizer.eos_token_id is None:
+            if self._eos is None:
                 raise RenderError(
                     "the tokenizer has no EOS token to end a completion with", fix="set its eos_token"
                 )
-            ids, mask = [*self._encoder.prefix, *ids, self.tokenizer.eos_token_id], [*mask, True]
+            ids, mask = [*self._encoder.prefix, *ids, self._eos], [*mask, True]
             mask = [False] * len(self._encoder.prefix) + mask
             border += len(self._encoder.prefix)
         if not written.cuts:
@@ -211,7 +208,7 @@ class Renderer:
     def _check_prompt(self, prompt: list[int]) -> None:
         if not prompt:
             raise RenderError("the prompt has no tokens, so nothing predicts the first of the completion")
-        if prompt[:2] == [self.tokenizer.bos_token_id] * 2:
+        if prompt[:2] == [self._bos] * 2:
             raise RenderError("the prompt starts with two BOS tokens", fix="let the chat template write one")
 
     def _check_end(self, ids: list[int], after: int) -> None:
@@ -224,7 +221,10 @@ class Renderer:
 
 
 def _conversational(texts: Sequence[Text]) -> bool:
-    return bool(texts) and not isinstance(texts[0], str)
+    forms = {not isinstance(text, str) for text in texts}
+    if len(forms) > 1:
+        raise RenderError("strings and messages cannot be rendered together")
+    return True in forms
 
 
 def _attempt(function: Callable[..., T], *arguments: Any) -> T | RenderError:

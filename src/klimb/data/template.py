@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from itertools import product
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from klimb.errors import DataError, one_line
@@ -29,6 +30,7 @@ PLAIN_TEMPLATE = (
 
 CLOCK = datetime(2024, 7, 26)
 """What templates that print the date are told: by the real clock the same run would differ tomorrow."""
+CHANGING_PROMPT = "set the template's options (as enable_thinking), or use one whose prompts stay as they are"
 CALL_OF_CLOCK = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
 
 
@@ -57,47 +59,62 @@ class Written:
     cuts: list[int] = field(default_factory=list)
 
 
-@dataclass(frozen=True, slots=True)
-class Skeleton:
-    """What a template writes around the contents of messages with these roles.
+class Hole(NamedTuple):
+    """Where a message's content stands: behind `before`, then `lead`.
 
-    parts: H + 1 runs of the template's text around H contents; order [H]: the message whose content stands
-    there; trained: (which content, characters trained before it, characters trained after it).
+    `lead` and `tail` are the template's own part of what the assistant says, before and after the content;
+    both are empty where the message is not trained.
     """
 
-    parts: tuple[str, ...]
-    order: tuple[int, ...]
-    trained: tuple[tuple[int, int, int], ...]
+    message: int
+    before: str
+    lead: str
+    tail: str
 
-    def align(self, text: str, contents: Sequence[str]) -> list[tuple[int, int]]:
-        """Where each content stands in `text`; a template may strip white space around it, nothing else."""
-        if not text.startswith(self.parts[0]):
-            raise RenderError(
-                "the chat template writes something else at the start, depending on the contents"
-            )
-        position = len(self.parts[0])
-        spans = []
-        for index, part in zip(self.order, self.parts[1:]):
-            whole = contents[index]
-            for kept in (whole, whole.strip(), whole.strip("\n"), whole.lstrip(), whole.rstrip()):
-                if text.startswith(kept + part, position):
+
+@dataclass(frozen=True, slots=True)
+class Skeleton:
+    """What a template writes around the contents of messages with these roles, and after the last of them."""
+
+    holes: tuple[Hole, ...]
+    after: str
+
+    def align(self, text: str, position: int, contents: Sequence[str]) -> list[tuple[int, int, int]]:
+        """(turn, start, end) of each hole in text[position:]: where its turn and its content stand.
+
+        A template may strip white space around a content, or leave out a lead that the content has of its own
+        (its thinking, say), and nothing else.
+        """
+        found: list[tuple[int, int, int]] = []
+        following = [hole.tail + self.holes[i + 1].before for i, hole in enumerate(self.holes[:-1])]
+        following += [self.holes[-1].tail + self.after] if self.holes else []
+        for hole, then in zip(self.holes, following):
+            before = "" if found else hole.before
+            if not text.startswith(before, position):
+                raise RenderError("the chat template starts otherwise, depending on the contents")
+            turn = position + len(before)
+            whole = contents[hole.message]
+            for lead, kept in product(dict.fromkeys((hole.lead, "")), _stripped(whole)):
+                if text.startswith(lead + kept + then, turn):
                     break
             else:
                 raise RenderError(
-                    f"the chat template rewrites the content of message {index}",
-                    why=f"{_excerpt(whole)} became {_excerpt(text[position:])}",
+                    f"the chat template rewrites the content of message {hole.message}",
+                    why=f"{_excerpt(hole.lead + whole)} became {_excerpt(text[turn:])}",
                     fix="change the content or the template; reasoning may belong into a field of its own",
                 )
-            spans.append((position, position + len(kept)))
-            position += len(kept) + len(part)
+            start = turn + len(lead)
+            found.append((turn, start, start + len(kept)))
+            position = start + len(kept) + len(then)
         if position != len(text):
-            raise RenderError("the chat template writes something else at the end, depending on the contents")
-        return spans
+            raise RenderError("the chat template ends otherwise, depending on the contents")
+        return found
 
 
 class ChatTemplate:
     """The tokenizer's chat template, or the plain one, with the options that it is rendered with.
 
+    source: the template; end: what ends the assistant's turn; control: literals that no content may become.
     Raises RenderError where the template does not say where an assistant's turn ends.
     """
 
@@ -113,9 +130,10 @@ class ChatTemplate:
         self._skeletons: dict[tuple[object, ...], Skeleton] = {}
         self.source: str = tokenizer.get_chat_template() if tokenizer.chat_template else _plain(tokenizer)
         self._timeless = CALL_OF_CLOCK.sub(lambda call: repr(CLOCK.strftime(call[2])), self.source)
-        self.marked = re.search(r"{%-?\s*generation\b", self.source) is not None
+        self._marked = re.search(r"{%-?\s*generation\b", self.source) is not None
         self.end, markers = self._probe(added)
         self.control: frozenset[str] = frozenset(special) | markers
+        self._control = re.compile(any_of(self.control))
 
     def _probe(self, added: Collection[str]) -> tuple[str, frozenset[str]]:
         """From one question and answer: what ends the assistant's turn, and what sets turns apart."""
@@ -142,65 +160,80 @@ class ChatTemplate:
             texts, spans = render_jinja_template(
                 conversations=[list(messages)],
                 chat_template=self._timeless,
-                return_assistant_tokens_mask=self.marked,
+                return_assistant_tokens_mask=self._marked,
                 add_generation_prompt=generation_prompt,
                 **self._variables,
             )
         except Exception as error:  # a template is a program of somebody else's and raises what it likes
             raise RenderError("the chat template refuses the conversation", why=one_line(error)) from error
-        return texts[0], [(start, end) for start, end in spans[0]] if self.marked else []
+        return texts[0], [(start, end) for start, end in spans[0]] if self._marked else []
 
-    def prompt(self, messages: Sequence[Message]) -> Written:
+    def asked(self, prompt: Sequence[Message]) -> Written:
         """Up to where the assistant begins to speak."""
-        return self._written(messages, len(messages), generation_prompt=True)
-
-    def conversation(self, messages: Sequence[Message], first: int = 0) -> Written:
-        """Everything, trained on what the assistant says from message `first` on."""
-        return self._written(messages, first, generation_prompt=False)
-
-    def _written(self, messages: Sequence[Message], first: int, generation_prompt: bool) -> Written:
-        self._check_fields(messages)
-        contents = [message["content"] for message in messages]
-        text, marks = self.render(messages, generation_prompt)
+        self._check_fields(prompt)
+        text, _ = self.render(prompt, generation_prompt=True)
+        contents = [message["content"] for message in prompt]
         try:
-            skeleton = self._skeleton(messages, first, generation_prompt)
-            spans = skeleton.align(text, contents)
+            skeleton = self._skeleton(prompt, len(prompt), generation_prompt=True)
+            spans = skeleton.align(text, 0, contents)
         except RenderError:
-            if not self.marked or re.search(any_of(self.control), "\0".join(contents)):
+            # A prompt may be rewritten (templates drop old thinking): nothing of it is trained.
+            if self._holds_control(contents):
                 raise
-            return self._written_by_marks(text, marks)
-        trained = [
-            (spans[hole][0] - before, spans[hole][1] + after) for hole, before, after in skeleton.trained
-        ]
-        for hole, before, _ in skeleton.trained:
-            if spans[hole][0] == spans[hole][1] and not before:
-                raise RenderError("the completion is empty", why="the chat template strips white space")
-        owned = [
-            Content(start, end, messages[index]["role"] == "assistant")
-            for index, (start, end) in zip(skeleton.order, spans)
-        ]
-        return Written(text, owned, trained, [start for start, _ in trained])
+            return Written(text, self._between_control(text, 0))
+        return Written(
+            text, [_content(prompt[hole.message], *span) for hole, span in zip(skeleton.holes, spans)]
+        )
 
-    def _written_by_marks(self, text: str, marks: list[tuple[int, int]]) -> Written:
-        """Where contents were rewritten but hold no control token: all in the text are the template's."""
-        trained = [(start, self._turn_end(text, start, len(text))) for start, _ in marks]
-        borders = [
-            0,
-            *(at for match in re.finditer(any_of(self.control), text) for at in match.span()),
-            len(text),
-        ]
-        between = [Content(start, end, True) for start, end in zip(borders[::2], borders[1::2])]
-        return Written(text, between, trained, [start for start, _ in trained])
+    def answered(self, prompt: Sequence[Message], answer: Sequence[Message]) -> Written:
+        """All of it, trained on what the assistant says in `answer`."""
+        asked, messages = self.asked(prompt), [*prompt, *answer]
+        self._check_fields(answer)
+        text, marks = self.render(messages)
+        border = len(asked.text)
+        if not text.startswith(asked.text):
+            raise RenderError(
+                "the chat template renders the prompt otherwise once it is answered",
+                why=_difference(asked.text, text),
+                fix=CHANGING_PROMPT,
+            )
+        contents = [message["content"] for message in messages]
+        skeleton = self._skeleton(messages, len(prompt), False)
+        try:
+            spans = skeleton.align(text, border, contents)
+        except RenderError:
+            if not self._marked or self._holds_control(contents[len(prompt) :]):
+                raise
+            trained = [
+                (max(span[0], border), self._marked_end(text, *span)) for span in marks if span[1] > border
+            ]
+            written = self._between_control(text, border)
+        else:
+            trained = []
+            for hole, (turn, start, end) in zip(skeleton.holes, spans):
+                if hole.tail:
+                    trained.append((turn, end + len(hole.tail)))
+                    if start == end and messages[hole.message].keys() == {"role", "content"}:
+                        raise RenderError(
+                            "the completion is empty", why="the chat template strips white space"
+                        )
+            written = [_content(messages[hole.message], *span) for hole, span in zip(skeleton.holes, spans)]
+        return Written(text, asked.contents + written, trained, [border, *(start for start, _ in trained)])
+
+    def _holds_control(self, contents: Sequence[str]) -> bool:
+        return any(self._control.search(content) for content in contents)
+
+    def _between_control(self, text: str, start: int) -> list[Content]:
+        """Where contents were rewritten but hold no control token: those in the text are all the template's."""
+        borders = [at for match in self._control.finditer(text, start) for at in match.span()]
+        return [Content(a, b, True) for a, b in zip([start, *borders[1::2]], [*borders[::2], len(text)])]
 
     def _check_fields(self, messages: Sequence[Message]) -> None:
         """Only contents are kept from becoming control tokens, so the other fields must not hold any."""
         for index, message in enumerate(messages):
             further = str([value for key, value in message.items() if key != "content"])
-            for literal in self.control:
-                if literal in further:
-                    raise RenderError(
-                        f"message {index} has {literal!r} outside its content", fix="take it out"
-                    )
+            if match := self._control.search(further):
+                raise RenderError(f"message {index} has {match[0]!r} outside its content", fix="take it out")
 
     # --- skeletons ---------------------------------------------------------------------------------------
 
@@ -214,6 +247,7 @@ class ChatTemplate:
         return self._skeletons[key]
 
     def _new_skeleton(self, messages: Sequence[Message], first: int, generation_prompt: bool) -> Skeleton:
+        """Of all messages, or of those from `first` on and trained, if there are any."""
         sentinels = [_sentinel() for _ in messages]
         stand_ins = [{**message, "content": sentinel} for message, sentinel in zip(messages, sentinels)]
         text, marks = self.render(stand_ins, generation_prompt)
@@ -223,20 +257,57 @@ class ChatTemplate:
                 raise RenderError(
                     f"the chat template {verb} the content of message {index}", fix="use another"
                 )
-        order = sorted(range(len(messages)), key=lambda index: text.index(sentinels[index]))
-        starts = [text.index(sentinels[index]) for index in order]
-        parts = re.split("|".join(sentinels), text) if sentinels else [text]
-        trained = []
-        for hole, index in enumerate(order):
-            if index < first or messages[index]["role"] != "assistant":
+        position = self._sampled_from(stand_ins, first, text) if first < len(messages) else 0
+        holes = []
+        for index in sorted(range(len(messages)), key=lambda index: text.index(sentinels[index])):
+            start = text.index(sentinels[index])
+            if start < position and index < first:
                 continue
-            content = starts[hole], starts[hole] + len(sentinels[index])
-            limit = starts[hole + 1] if hole + 1 < len(starts) else len(text)
-            end = self._turn_end(text, content[1], limit)
-            start = self._turn_start(stand_ins, index, text, content[0], end, marks)
-            if start is not None:
-                trained.append((hole, content[0] - start, end - content[1]))
-        return Skeleton(tuple(parts), tuple(order), tuple(trained))
+            end = start + len(sentinels[index])
+            trained = index >= first and messages[index]["role"] == "assistant"
+            turn, said = self._turn(stand_ins, index, text, marks) if trained else (start, end)
+            holes.append(Hole(index, text[position:turn], text[turn:start], text[end:said]))
+            position = said
+        return Skeleton(tuple(holes), text[position:])
+
+    def _turn(
+        self, stand_ins: Sequence[Message], index: int, text: str, marks: list[tuple[int, int]]
+    ) -> tuple[int, int]:
+        """From where the model samples message `index` to the end of its end token; nothing if marks omit it."""
+        start = text.index(stand_ins[index]["content"])
+        end = start + len(stand_ins[index]["content"])
+        others = [at for message in stand_ins if (at := text.index(message["content"])) > start]
+        said = self._turn_end(text, end, min(others, default=len(text)))
+        if self._marked:
+            asked = self.render(stand_ins[:index], generation_prompt=True)[0]
+            sampled = len(asked) if text.startswith(asked) and len(asked) <= start else 0
+            return next(
+                ((max(mark, sampled), said) for mark, stop in marks if mark <= start < stop), (start, end)
+            )
+        sampled = self._sampled_from(stand_ins, index, text)
+        answered = self.render(stand_ins[: index + 1])[0]
+        if answered[:said] != text[:said]:
+            raise RenderError(
+                f"the chat template rewrites the assistant's message {index} when others follow",
+                why=_difference(answered[:said], text),
+                fix="train on the last turn alone, as prompt and completion",
+            )
+        return sampled, said
+
+    def _sampled_from(self, stand_ins: Sequence[Message], index: int, text: str) -> int:
+        """Where a prompt that asks for message `index` ends, in the text of the whole conversation."""
+        asked = self.render(stand_ins[:index], generation_prompt=True)[0]
+        if not text.startswith(asked):
+            raise RenderError(
+                f"the chat template renders what precedes message {index} otherwise once it is answered",
+                why=_difference(asked, text),
+                fix=CHANGING_PROMPT,
+            )
+        return len(asked)
+
+    def _marked_end(self, text: str, start: int, end: int) -> int:
+        """Within the mark, or right behind it."""
+        return self._turn_end(text, start, len(text) - len(text[end:].lstrip()) + len(self.end))
 
     def _turn_end(self, text: str, after: int, limit: int) -> int:
         at = text.find(self.end, after, limit)
@@ -247,33 +318,16 @@ class ChatTemplate:
             )
         return at + len(self.end)
 
-    def _turn_start(
-        self,
-        messages: Sequence[Message],
-        index: int,
-        text: str,
-        content: int,
-        end: int,
-        marks: list[tuple[int, int]],
-    ) -> int | None:
-        """Where the model would begin to sample message `index`; None where marks leave the message out."""
-        if self.marked:
-            return next((start for start, stop in marks if start <= content < stop), None)
-        asked = self.render(messages[:index], generation_prompt=True)[0]
-        answered = self.render(messages[: index + 1])[0]
-        if not text.startswith(asked) or len(asked) > content:
-            raise RenderError(
-                f"the chat template renders what precedes message {index} differently once it is answered",
-                why=difference(asked, text),
-                fix="use a template whose prompts stay as they are",
-            )
-        if answered[:end] != text[:end]:
-            raise RenderError(
-                f"the chat template rewrites the assistant's message {index} when others follow",
-                why=difference(answered[:end], text),
-                fix="train on the last turn alone, as prompt and completion",
-            )
-        return len(asked)
+
+def _content(message: Message, turn: int, start: int, end: int) -> Content:
+    return Content(start, end, message["role"] == "assistant")
+
+
+def _stripped(content: str) -> Iterable[str]:
+    """As it is, then in each way in which templates strip white space."""
+    yield content
+    for characters in (None, "\n"):
+        yield from (content.strip(characters), content.lstrip(characters), content.rstrip(characters))
 
 
 def _plain(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -299,6 +353,6 @@ def _excerpt(text: str) -> str:
     return repr(text if len(text) <= 40 else text[:40] + "…")
 
 
-def difference(expected: str, text: str) -> str:
+def _difference(expected: str, text: str) -> str:
     at = next((i for i, (a, b) in enumerate(zip(expected, text)) if a != b), min(len(expected), len(text)))
     return f"{_excerpt(expected[at:])} became {_excerpt(text[at:])} at character {at}"

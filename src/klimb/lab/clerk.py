@@ -129,7 +129,7 @@ def demonstrations(n: int, seed: int) -> list[dict[str, str]]:
 def prepare(out: Path, *, seed: int) -> dict[str, str]:
     """Writes the world into `out`: 8,000 demonstrations, the prompts, an untrained model of 0.1 M parameters.
 
-    Returns the paths, and the gold as a reward: {"model", "demonstrations", "prompts", "gold", "labels"}.
+    Returns the paths, the functions "gold" and "explain" as FILE.py:NAME, and what "labels" are worth.
     """
     from klimb.lab.scratch import make_model, word_tokenizer
 

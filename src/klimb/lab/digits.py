@@ -196,7 +196,12 @@ def prepare(
 
 
 def _asked(item: Calculation) -> dict[str, str]:
-    return {"prompt": item.prompt, "answer": item.answer, "operation": item.operation}
+    return {
+        "prompt": item.prompt,
+        "answer": item.answer,
+        "operation": item.operation,
+        "operations": "+ and −" if item.operation in "+-" else "× and /",
+    }
 
 
 def _answered(item: Calculation) -> dict[str, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -162,10 +162,8 @@ def save_classifier(
     (directory / "reward.json").write_text(json.dumps(normalisation, indent=2) + "\n")
 
 
-def _save(model: nn.Module, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
+def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
 
-
-Face = Literal["policy", "reference", "critic"]

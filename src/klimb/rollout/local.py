@@ -36,11 +36,13 @@ class _Slots:
 
     @staticmethod
     def empty(slots: int, length: int, device: torch.device) -> _Slots:
-        long = {"dtype": torch.long, "device": device}
+        def zeros(dtype: torch.dtype, *shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        long, single, double = torch.long, torch.float32, torch.float64
         return _Slots(
-            torch.zeros(slots, length, **long), torch.zeros(slots, length, device=device),
-            torch.zeros(slots, length, **long), torch.zeros(slots, length, dtype=torch.float64, device=device),
-            torch.zeros(slots, **long), torch.zeros(slots, **long),
+            zeros(long, slots, length), zeros(single, slots, length), zeros(long, slots, length),
+            zeros(double, slots, length), zeros(long, slots), zeros(long, slots),
         )  # fmt: skip
 
     def move(self, sources: Sequence[int], targets: Sequence[int]) -> None:

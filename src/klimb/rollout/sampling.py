@@ -70,7 +70,9 @@ def _invert(probabilities: Tensor, u: Tensor) -> Tensor:
     # fp32 sums over a large vocabulary lose the small probabilities that come late.
     wide = torch.float64 if probabilities.shape[-1] > 1 << 15 and probabilities.device.type != "mps" else None
     cdf = probabilities.cumsum(-1, dtype=wide)
-    target = u.to(cdf.dtype)[:, None] * cdf[:, -1:]
+    total = cdf[:, -1:]
+    # u next to 1 rounds up to 1 in fp32 and would fall behind the last token that has any probability.
+    target = torch.minimum(u.to(cdf.dtype)[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
     return torch.searchsorted(cdf, target, right=True).clamp_(max=cdf.shape[-1] - 1).squeeze(1)
 
 

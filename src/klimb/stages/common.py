@@ -16,10 +16,8 @@ import torch
 from pydantic import Field, PlainSerializer, model_validator
 from torch import Tensor
 
-from klimb import metrics
 from klimb.config import StageConfig
 from klimb.errors import ConfigError
-from klimb.metrics import Metrics
 from klimb.models.load import LoRA, resolve_device, resolve_dtype
 from klimb.runtime import checkpoint
 from klimb.runtime.learner import LEARNING_RATES, Learner, Optimizer, Stage
@@ -67,7 +65,7 @@ class TrainConfig(StageConfig):
 
     @model_validator(mode="after")
     def _one_source_of_evaluation(self) -> Self:
-        if self.eval_data is not None and getattr(self, "eval_fraction", 0):
+        if self.eval_data is not None and getattr(self, "eval_fraction", False):
             raise ValueError("eval_data and eval_fraction both say what is held out: give one of them")
         return self
 
@@ -134,24 +132,22 @@ class Session:
         return found
 
     def end_step(
-        self, step: int, total: int, measured: Metrics | Mapping[str, float], *, every: int,
-        state: Callable[[], dict[str, Any]], tensors: Callable[[], dict[str, Tensor]] = dict,
-        samples: Sequence[Mapping[str, Any]] = (),
+        self, step: int, total: int, measured: Mapping[str, float], *, every: int, state: dict[str, Any],
+        tensors: Mapping[str, Tensor] | None = None, samples: Sequence[Mapping[str, Any]] = (),
     ) -> None:  # fmt: skip
         """Log step `step` of `total`, save when it is due, leave when Ctrl-C asked for it."""
-        plain = {k: v.result() if isinstance(v, metrics.Metric) else float(v) for k, v in measured.items()}
         if rank() == 0:
             if samples:
                 self.run.write_samples(step, samples)
-            self.run.log(step, {**plain, **{f"time/{k}": v for k, v in self.timings.items()}})
-        self._show(step, total, plain)
+            self.run.log(step, {**measured, **{f"time/{k}": v for k, v in self.timings.items()}})
+        self._show(step, total, measured)
         self.timings = {}
         due = bool(every) and (step % every == 0 or step == total)
         if (due or self.interrupt.requested) and rank() == 0:
             self.run.sync()
             named: dict[str, Mapping[str, Tensor]] = {n: learner.tensors() for n, learner in self.learners.items()}
-            saved = {"learners": {n: learner.steps for n, learner in self.learners.items()}, "stage": state()}
-            checkpoint.save(self.run.checkpoints, step, {**named, "state": tensors()}, saved)
+            saved = {"learners": {n: learner.steps for n, learner in self.learners.items()}, "stage": state}
+            checkpoint.save(self.run.checkpoints, step, {**named, "state": tensors or {}}, saved)
         if self.interrupt.requested:
             raise Interrupted(f"saved after step {step} of {total} in {self.run.path}; the same command continues")
 

@@ -114,12 +114,15 @@ class Judges:
         summary["replies"] = [_reply(g, s) for g in groups[:_SHOWN_PROMPTS] for s in g.samples[:_SHOWN_SAMPLES]]
         return summary
 
-    def _by_column(self, groups: Sequence[Group], column: str) -> dict[str, float]:
-        values: dict[str, list[float]] = {}
+    def _by_column(self, groups: Sequence[Group], column: str) -> dict[str, dict[str, float]]:
+        """Gold, with its interval, for each value of a column of the prompts."""
+        parts: dict[str, list[Group]] = {}
         for group in groups:
-            kept = [s.rewards["gold"] for s in group.samples]
-            values.setdefault(str(group.prompt.columns.get(column)), []).extend(v for v in kept if v is not None)
-        return {key: sum(v) / len(v) for key, v in sorted(values.items()) if v}
+            parts.setdefault(str(group.prompt.columns.get(column)), []).append(group)
+        return {
+            value: {**_interval("gold", [[s.rewards["gold"] for s in g.samples] for g in part]), "prompts": len(part)}
+            for value, part in sorted(parts.items())
+        }
 
     def _event(self, event: dict[str, Any]) -> None:
         self.session.run.event(**event)

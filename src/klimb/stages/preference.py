@@ -8,6 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from klimb import metrics
 from klimb.batch import BatchTotals, TokenBatch
 from klimb.data.load import load_preferences, split_by_prompt
 from klimb.data.sampler import Sampler
@@ -81,7 +82,7 @@ def train(config: PreferenceConfig, run: Run, interrupt: Interrupt, say: Any) ->
         if step == 1 and config.reference is None:
             _check_start(loss, measured["loss"].result(), session.dtype)
         session.end_step(
-            step, steps, measured, every=config.checkpoint_every, state=lambda: {"sampler": sampler.state()}
+            step, steps, metrics.results(measured), every=config.checkpoint_every, state={"sampler": sampler.state()}
         )
 
     loaded.save(run.model)

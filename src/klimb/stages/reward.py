@@ -87,7 +87,7 @@ def train(config: RewardConfig, run: Run, interrupt: Interrupt, say: Any) -> dic
         if held_out and (step % config.eval_every == 0 or step == steps):
             measured["eval/accuracy"] = _accuracy(model, held_out, config.token_budget)
         session.end_step(
-            step, steps, measured, every=config.checkpoint_every, state=lambda: {"sampler": sampler.state()}
+            step, steps, metrics.results(measured), every=config.checkpoint_every, state={"sampler": sampler.state()}
         )
 
     accuracy = _accuracy(model, held_out, config.token_budget).result() if held_out else None

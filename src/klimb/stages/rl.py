@@ -118,10 +118,10 @@ def train(config: RlConfig, run: Run, interrupt: Interrupt, say: Any) -> dict[st
             batch = batch.with_columns(returns=credit.returns)
         measured = learn(actors, batch, step, state)
         state = credit.state
+        progress = {"sampler": actors.sampler.state(), "reward_counts": dict(actors.scorer.counts)}
         session.end_step(
-            step, config.steps, {**credit.metrics, **measured, **counted}, every=config.checkpoint_every,
-            samples=sample_records(groups), tensors=lambda state=state: state,
-            state=lambda: {"sampler": actors.sampler.state(), "reward_counts": actors.scorer.counts},
+            step, config.steps, {**metrics.results(credit.metrics | measured), **counted},
+            every=config.checkpoint_every, state=progress, tensors=state, samples=sample_records(groups),
         )  # fmt: skip
 
     actors.loaded.save(run.model)

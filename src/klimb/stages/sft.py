@@ -93,8 +93,8 @@ def train(config: SftConfig, run: Run, interrupt: Interrupt, say: Any) -> dict[s
             measured["eval/score"] = metrics.ratio(score, 1.0)
             reached = step if score >= config.until.at_least else None
         session.end_step(
-            step, steps, measured, every=config.checkpoint_every,
-            state=lambda reached=reached: {"sampler": sampler.state(), "reached": reached},
+            step, steps, metrics.results(measured), every=config.checkpoint_every,
+            state={"sampler": sampler.state(), "reached": reached},
         )  # fmt: skip
     if reached is not None:
         say(f"stopped at step {reached}: the wanted score is reached")

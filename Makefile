@@ -1,0 +1,31 @@
+# Two commands for a newcomer: `make quickstart` and `make test`. Each makes .venv when it is missing.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: quickstart test test-fast lint types check clean
+
+.venv: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	touch .venv
+
+quickstart: .venv
+	$(BIN)/klimb quickstart
+
+test: .venv
+	$(BIN)/python -m pytest -n 2
+
+test-fast: .venv
+	$(BIN)/python -m pytest -n 2 -m "not slow"
+
+lint: .venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: .venv
+	$(BIN)/mypy
+
+check: lint types test
+
+clean:
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache

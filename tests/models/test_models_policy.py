@@ -1,0 +1,178 @@
+"""Packed, prefix-shared, chunked numbers against transformers' own forward."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from families import CONFIGS, VOCABULARY, own_logps, ragged, tiny
+
+from klimb.batch import Row, TokenBatch
+from klimb.errors import KlimbError
+from klimb.models import logprobs
+from klimb.models.backbone import Backbone
+from klimb.models.faces import Policy, policy_logps, sequence_kl
+from klimb.models.logprobs import Head, token_logps
+from klimb.models.packing import pack, split_by_budget
+from klimb.models.probe import probed_policy
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+def test_packed_log_probs_equal_the_models_own(family: str, temperature: float) -> None:
+    model, batch = tiny(family), ragged()
+    logps = Policy(Backbone(model), None)(batch, temperature=temperature).logps
+    expected = own_logps(model, batch, temperature)
+    assert (logps.double() - expected).abs().max() < 5e-5  # fp32, log-probs down to −30
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
+def test_in_float64_they_agree_to_rounding(family: str) -> None:
+    model, batch = tiny(family, dtype=torch.float64), ragged(seed=1)
+    logps = Policy(Backbone(model), None)(batch).logps
+    # The families compute their norms or their softmax in float32 whatever the weights are: hence not 1e-12.
+    assert (logps - own_logps(model, batch)).abs().max() < 2e-5
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_the_probe_accepts_every_tested_family(family: str) -> None:
+    _, line = probed_policy(Backbone(tiny(family)), None)
+    assert "chunked head" in line
+
+
+def test_no_document_sees_another() -> None:
+    """Change one document of the pack: the log-probs of all others stay, to the bit."""
+    policy, batch = Policy(Backbone(tiny("mistral-window")), None), ragged()
+    before = policy(batch).logps
+    (row,) = batch.rows[5]
+    batch.rows[5] = [Row(row.prompt, [3] * len(row.completion), row.mask)]
+    after = policy(batch).logps
+    others = [i for i in range(len(batch)) if i != 5]
+    assert torch.equal(before[others], after[others])
+    assert not torch.equal(before[5], after[5])
+
+
+def test_prompts_are_shared_and_no_padding_enters() -> None:
+    batch = ragged()
+    packed = pack(batch, torch.device("cpu"))
+    prompts = {tuple(row.prompt) for (row,) in batch.rows}
+    completions = sum(len(row.completion) for (row,) in batch.rows)
+    assert len(packed.tokens) == sum(map(len, prompts)) + completions
+
+
+def test_any_split_gives_the_same_log_probs() -> None:
+    policy, batch = Policy(Backbone(tiny()), None), ragged(groups=5)
+    whole = policy(batch).logps
+    for budget in (1, 60, 150):
+        parts = policy_logps(policy, batch, budget=budget).logps
+        assert (parts - whole).abs().max() < 2e-5  # another order of the same sums
+
+
+def test_micro_batches_keep_to_the_budget_and_are_balanced() -> None:
+    batch = ragged(groups=8)
+    lengths = []
+    for part in split_by_budget(batch, 120):
+        packed = pack(batch.select(part), torch.device("cpu"))
+        lengths.append(len(packed.tokens))
+        assert len(packed.tokens) <= 120 or len(part) == 1
+    assert max(lengths[:-1]) <= 2 * min(lengths)
+    assert sorted(i for part in split_by_budget(batch, 120) for i in part) == list(range(len(batch)))
+
+
+def test_pairs_stay_together() -> None:
+    batch = ragged(groups=6, samples=2)
+    paired = TokenBatch.from_rows(batch.rows, batch.group.tolist(), batch.ids, whole_groups=True)
+    for part in split_by_budget(paired, 1):
+        assert len(part) == 2
+        assert len(set(paired.group[part].tolist())) == 1
+
+
+def test_a_sample_split_into_two_rows_is_still_one_line() -> None:
+    """Its second turn with the first as context: the same log-probs, in the same places."""
+    policy = Policy(Backbone(tiny()), None)
+    prompt, first, middle, second = [5, 6, 7], [8, 9], [10, 11], [12, 13, 14]
+    whole = Row(prompt, [*first, *middle, *second], [True] * 2 + [False] * 2 + [True] * 3)
+    halves = [Row(prompt, first, [True] * 2), Row([*prompt, *first, *middle], second, [True] * 3)]
+    one = policy(TokenBatch.from_rows([[whole]], [0], ["a"])).logps
+    two = policy(TokenBatch.from_rows([halves], [0], ["a"])).logps
+    assert one.shape == two.shape == (1, 5)
+    assert (one - two).abs().max() < 1e-5
+
+
+def test_a_first_token_without_a_prompt_is_refused_with_the_row() -> None:
+    batch = TokenBatch.from_rows([[Row([], [4, 5], [True, True])]], [0], ["data.jsonl:3"])
+    with pytest.raises(ValueError, match=r"data\.jsonl:3.*first token"):
+        pack(batch, torch.device("cpu"))
+
+
+def test_chunks_change_nothing_and_gradients_are_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logprobs, "_CHUNK_ELEMENTS", 3 * 11)  # several ragged chunks
+    torch.manual_seed(0)
+    hidden = torch.randn(7, 5, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(11, 5, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(11, dtype=torch.float64, requires_grad=True)
+    targets = torch.randint(11, (7,))
+
+    def compute(h: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return token_logps(Head(w, b, scale=1.3, softcap=4.0), h, targets, temperature=0.7, entropy=True)
+
+    assert torch.autograd.gradcheck(compute, (hidden, weight, bias))  # against finite differences
+    logps, entropies = compute(hidden, weight, bias)
+    plain = (4 * torch.tanh(1.3 * (hidden @ weight.T + bias) / 4) / 0.7).log_softmax(-1)
+    assert entropies is not None
+    assert torch.allclose(logps, plain.gather(1, targets[:, None])[:, 0], atol=1e-12)
+    assert torch.allclose(entropies, -(plain.exp() * plain).sum(-1), atol=1e-12)
+
+
+def test_gradients_equal_those_of_the_models_own_forward() -> None:
+    batch = ragged()
+    weights = torch.randn(batch.mask.shape)
+    packed_model, own_model = tiny("qwen2"), tiny("qwen2")
+    logps = Policy(Backbone(packed_model), None)(batch).logps
+    torch.where(batch.mask, logps * weights, 0.0).sum().backward()
+    own_model.set_attn_implementation("eager")
+    total = torch.zeros(())
+    for i, (row,) in enumerate(batch.rows):
+        tokens = torch.tensor([[*row.prompt, *row.completion]])
+        own = own_model(input_ids=tokens).logits[0].log_softmax(-1)
+        marked = [len(row.prompt) + j for j, m in enumerate(row.mask) if m]
+        total = total + sum(own[p - 1, tokens[0, p]] * weights[i, k] for k, p in enumerate(marked))
+    total.backward()
+    for (name, a), b in zip(packed_model.named_parameters(), own_model.parameters(), strict=True):
+        scale = b.grad.abs().max().clamp(min=1e-6)
+        assert (a.grad - b.grad).abs().max() / scale < 1e-4, name
+
+
+def test_kl_to_the_reference_is_that_of_the_full_distributions() -> None:
+    policy, reference = Policy(Backbone(tiny(seed=0)), None), Policy(Backbone(tiny(seed=1)), None)
+    batch = TokenBatch.from_rows([[Row([3, 4], [5, 6, 7], [True] * 3)]], [0], ["a"])
+    kl = sequence_kl(policy, reference, batch, budget=100)
+    tokens = torch.tensor([[3, 4, 5, 6, 7]])
+    logps = []
+    for face in (policy, reference):
+        face.backbone.model.set_attn_implementation("eager")
+        with torch.no_grad():
+            logps.append(face.backbone.model(input_ids=tokens).logits[0, 1:4].double().log_softmax(-1))
+    expected = float((logps[0].exp() * (logps[0] - logps[1])).sum())
+    assert float(kl[0]) == pytest.approx(expected, rel=1e-4)
+    assert expected > 0.1  # far from what rounding could give
+
+
+def test_a_model_that_klimb_cannot_compute_is_refused() -> None:
+    import transformers
+
+    config = transformers.MambaConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with pytest.raises(KlimbError, match="packed"):
+        probed_policy(Backbone(model), None)
+
+
+def test_attention_features_that_klimb_lacks_are_named() -> None:
+    import transformers
+
+    config = transformers.GptOssConfig(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, num_local_experts=2, num_experts_per_tok=1,
+    )  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="klimb").eval()
+    with pytest.raises(KlimbError, match="s_aux"):
+        probed_policy(Backbone(model), None)

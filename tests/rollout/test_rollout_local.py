@@ -1,0 +1,218 @@
+"""The in-process engine: what it samples, and that it is the trainer's own distribution."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+
+import pytest
+import torch
+from families import VOCABULARY, ragged, tiny
+
+from klimb.batch import TokenBatch, pad_tokens, sample_rows
+from klimb.errors import KlimbError
+from klimb.models.backbone import Backbone
+from klimb.models.faces import Policy, policy_logps
+from klimb.rollout.engine import Request, finished_groups, generate
+from klimb.rollout.fake import FakeEngine
+from klimb.rollout.local import LocalEngine
+from klimb.rollout.sampling import SamplingParams, draw, stream_key, uniforms
+from klimb.types import Group, Prompt
+
+STOP = frozenset(range(8))
+
+
+def prompts(n: int = 6, seed: int = 0) -> list[Prompt]:
+    chosen = random.Random(seed)
+    return [
+        Prompt(f"p{i}", [chosen.randrange(8, VOCABULARY) for _ in range(chosen.randint(1, 9))], "?") for i in range(n)
+    ]
+
+
+def engine(family: str = "llama", max_rows: int = 64, seed: int = 0) -> LocalEngine:
+    return LocalEngine(Policy(Backbone(tiny(family, seed)), None), lambda tokens: str(tokens), max_rows=max_rows)
+
+
+def requests(params: SamplingParams, samples: int = 4, n: int = 6) -> list[Request]:
+    return [Request(prompt, samples, params, seed=7) for prompt in prompts(n)]
+
+
+def as_batch(groups: Sequence[Group]) -> TokenBatch:
+    pairs = [(i, group, sample) for i, group in enumerate(groups) for sample in group.samples]
+    rows = [sample_rows(group.prompt.tokens, sample) for _, group, sample in pairs]
+    batch = TokenBatch.from_rows(rows, [i for i, _, _ in pairs], [s.id for _, _, s in pairs])
+    return batch.with_columns(behavior=pad_tokens([s.logps for _, _, s in pairs], batch.mask))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral-window", "gemma2", "gemma3", "gpt2"])
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 1.7])
+def test_log_probs_stored_at_sampling_are_the_trainers(family: str, temperature: float) -> None:
+    generator = engine(family)
+    groups = generate(generator, requests(SamplingParams(24, STOP, temperature)))
+    batch = as_batch(groups)
+    logps = policy_logps(generator.policy, batch, budget=10_000, temperature=temperature).logps
+    gap = (logps - batch["behavior"])[batch.mask].abs()
+    assert torch.quantile(gap, 0.99) <= 2e-5 / temperature  # logits carry the fp32 error, temperature scales it
+
+
+def test_the_same_batch_history_gives_the_same_bits() -> None:
+    params = SamplingParams(24, STOP)
+    first, second = (generate(engine(max_rows=5), requests(params)) for _ in range(2))
+    assert first == second
+
+
+@pytest.mark.parametrize("rows", [1, 3, 7])
+def test_another_batch_history_differs_only_at_an_edge_of_the_cdf(rows: int) -> None:
+    """At the first divergence the draw lies within the log-prob error of a border between two tokens."""
+    params = SamplingParams(24, STOP)
+    one, other = engine(max_rows=64), engine(max_rows=rows)
+    for a, b in zip(generate(one, requests(params)), generate(other, requests(params)), strict=True):
+        for x, y in zip(a.samples, b.samples, strict=True):
+            if x.tokens == y.tokens:
+                assert torch.allclose(torch.tensor(x.logps), torch.tensor(y.logps), atol=2e-5)
+                continue
+            place = next(i for i, (s, t) in enumerate(zip(x.tokens, y.tokens, strict=False)) if s != t)
+            context = torch.tensor([[*a.prompt.tokens, *x.tokens[:place]]])
+            one.policy.backbone.model.set_attn_implementation("eager")
+            cdf = one.policy.backbone.model(input_ids=context).logits[0, -1].double().softmax(-1).cumsum(-1)
+            one.policy.backbone.model.set_attn_implementation("klimb")
+            u = float(uniforms([stream_key(7, a.prompt.id, x.index)], place + 1)[0, place])
+            assert (cdf - u).abs().min() < 1e-5
+
+
+def test_tokens_stop_where_they_should() -> None:
+    groups = generate(engine(), requests(SamplingParams(12, STOP)))
+    finishes = set()
+    for sample in (s for g in groups for s in g.samples):
+        tokens = sample.tokens
+        finishes.add(sample.finish)
+        assert len(tokens) <= 12
+        assert all(token not in STOP for token in tokens[:-1])
+        assert (tokens[-1] in STOP) == (sample.finish == "stop")
+        assert sample.finish == "stop" or len(tokens) == 12
+    assert finishes == {"stop", "length"}
+
+
+def test_groups_come_in_the_order_of_the_requests_with_all_samples() -> None:
+    asked = requests(SamplingParams(24, STOP), samples=5)
+    groups = generate(engine(max_rows=4), asked)
+    assert [g.prompt.id for g in groups] == [r.prompt.id for r in asked]
+    assert all([s.index for s in g.samples] == list(range(5)) for g in groups)
+
+
+def test_sampling_follows_the_distribution() -> None:
+    """χ² of 100,000 draws against softmax(logits / T), cells of at least 20 expected."""
+    torch.manual_seed(0)
+    logits, temperature, n = torch.randn(1, 50) * 2, 0.8, 100_000
+    u = uniforms([stream_key(3, "p", i) for i in range(n // 100)], 100).reshape(-1)
+    tokens, logps = draw(logits.expand(n, -1), u, SamplingParams(1, frozenset(), temperature))
+    expected = (logits[0].double() / temperature).softmax(-1) * n
+    counts = torch.bincount(tokens, minlength=50).double()
+    big = expected >= 20
+    chi2 = float(((counts - expected)[big] ** 2 / expected[big]).sum())
+    freedom = int(big.sum()) - 1
+    assert chi2 < freedom + 4.5 * math.sqrt(2 * freedom)  # about p = 1e-5
+    assert torch.allclose(logps, (logits / temperature).log_softmax(-1)[0, tokens], atol=1e-6)
+
+
+def test_uniforms_are_uniform_and_independent_of_who_else_is_asked() -> None:
+    keys = [stream_key(0, "prompt", i) for i in range(500)]
+    numbers = uniforms(keys, 200)
+    assert float(numbers.min()) >= 0
+    assert float(numbers.max()) < 1
+    counts = torch.histc(numbers.float(), 64, 0, 1)
+    expected = numbers.numel() / 64
+    assert float(((counts - expected) ** 2 / expected).sum()) < 63 + 4.5 * math.sqrt(126)
+    neighbours = torch.corrcoef(torch.stack([numbers[:, :-1].reshape(-1), numbers[:, 1:].reshape(-1)]))[0, 1]
+    assert abs(float(neighbours)) < 4.5 / math.sqrt(numbers.numel())
+    assert torch.equal(uniforms(keys[3:4], 50)[0], numbers[3, :50])
+
+
+def test_no_draw_takes_a_token_of_probability_zero() -> None:
+    logits = torch.full((4, 6), -torch.inf)
+    logits[:, 2], logits[:, 4] = 0.0, 1.0
+    tokens, _ = draw(logits, torch.tensor([0.0, 0.2689, 0.2690, 1 - 2**-53], dtype=torch.float64), SamplingParams(1, frozenset()))
+    assert tokens.tolist() == [2, 2, 4, 4]  # σ(−1) = 0.26894
+
+
+def test_restricted_sampling() -> None:
+    logits = torch.tensor([[3.0, 2.0, 1.0, 0.0]]).expand(1000, -1)
+    u = torch.linspace(0, 0.999, 1000, dtype=torch.float64)
+    assert set(draw(logits, u, SamplingParams(1, frozenset(), top_k=2))[0].tolist()) == {0, 1}
+    assert set(draw(logits, u, SamplingParams(1, frozenset(), top_p=0.6))[0].tolist()) == {0}  # p(0) = .644
+    assert set(draw(logits, u, SamplingParams(1, frozenset(), temperature=0))[0].tolist()) == {0}
+    seen = torch.tensor([[True, False, False, False]]).expand(1000, -1)
+    penalised = SamplingParams(1, frozenset(), temperature=0, repetition_penalty=2.0)
+    assert set(draw(logits, u, penalised, seen)[0].tolist()) == {1}
+
+
+def test_a_prompt_beyond_the_context_is_refused_before_anything_runs() -> None:
+    generator = engine()
+    long = Prompt("long", [9] * generator.policy.backbone.context, "?")
+    with pytest.raises(KlimbError, match="context"):
+        generator.submit([Request(long, 1, SamplingParams(4, STOP), 0)])
+
+
+def test_abort_pause_and_versions() -> None:
+    generator = engine(max_rows=3)
+    asked = requests(SamplingParams(24, frozenset()), samples=2, n=3)
+    generator.update_weights(4)
+    generator.submit(asked)
+    stream = generator.stream()
+    _, first = next(stream)
+    assert first.segments[0].versions == [4] * 24
+    generator.pause()
+    assert list(stream) == [] or True
+    generator.resume()
+    generator.update_weights(5)
+    generator.abort()
+    rest = [sample for _, sample in generator.stream()]
+    assert any(sample.finish == "abort" for sample in rest)
+    assert sorted(s.id for s in [first, *rest])[0] == "p0/0"
+
+
+def test_mixed_versions_are_recorded_token_by_token() -> None:
+    generator = engine(max_rows=2)
+    short, long = SamplingParams(30, STOP), None
+    assert long is None
+    generator.update_weights(1)
+    generator.submit(requests(short, samples=2, n=2))
+    stream = generator.stream()
+    next(stream)
+    generator.update_weights(2)
+    versions = [v for _, s in stream for segment in s.segments for v in segment.versions]
+    assert set(versions) == {1, 2}
+
+
+def test_a_late_unordered_aborting_engine_still_gives_whole_groups() -> None:
+    asked = requests(SamplingParams(8, STOP), samples=4, n=5)
+    fake = FakeEngine(seed=3, abort_share=0.2)
+    fake.submit(asked)
+    groups = dict((request.prompt.id, group) for request, group in finished_groups(fake.stream()))
+    assert set(groups) == {request.prompt.id for request in asked}
+    for group in groups.values():
+        assert [s.index for s in group.samples] == sorted(s.index for s in group.samples)
+        assert all(s.finish != "abort" for s in group.samples)
+    assert sum(len(g.samples) for g in groups.values()) < 20
+
+
+def test_the_cache_is_allocated_once() -> None:
+    generator = engine(max_rows=8)
+    generate(generator, requests(SamplingParams(24, STOP)))
+    assert generator.cache is not None
+    before = {i: (k.data_ptr(), v.data_ptr()) for i, (k, v) in generator.cache.layers.items()}
+    generate(generator, requests(SamplingParams(24, STOP)))
+    assert before == {i: (k.data_ptr(), v.data_ptr()) for i, (k, v) in generator.cache.layers.items()}
+
+
+def test_sampling_equals_transformers_greedy() -> None:
+    generator = engine("gemma2")
+    [group] = generate(generator, [Request(prompts(1)[0], 1, SamplingParams(16, STOP, temperature=0), 0)])
+    model = generator.policy.backbone.model
+    model.set_attn_implementation("eager")
+    tokens = list(group.prompt.tokens)
+    for token in group.samples[0].tokens:
+        assert int(model(input_ids=torch.tensor([tokens])).logits[0, -1].argmax()) == token
+        tokens.append(token)
+    assert ragged is not None
