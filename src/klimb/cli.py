@@ -134,7 +134,7 @@ def _stage(
 ) -> None:
     from klimb.config import dump_config, load_yaml
     from klimb.runtime import ranks
-    from klimb.stages.registry import run_stage, stage_config
+    from klimb.stages.registry import preview, run_stage, stage_config
 
     recipe = None if not arguments or "=" in arguments[0] else Path(arguments[0])
     overrides = list(arguments[1:] if recipe else arguments)
@@ -142,6 +142,8 @@ def _stage(
     config = stage_config(stage, values, overrides, where=str(recipe or "config"))
     if dry_run:
         print(dump_config(config), end="")
+        for line in preview(stage, config):
+            print(f"# {line}")
         return
     with ranks.process_group():
         result = run_stage(stage, config, name=name, fresh=fresh, say=_say(as_json))

@@ -35,9 +35,7 @@ class Piece(NamedTuple):
     base: int = 0
 
     def spans(self) -> list[tuple[int, int]]:
-        # A token of white space alone may claim to begin where it ends.
-        offsets = self.encoding.offsets[self.skip :]
-        return [(min(self.base + a, self.end - 1), self.base + b) for a, b in offsets]
+        return [(self.base + a, self.base + b) for a, b in self.encoding.offsets[self.skip :]]
 
 
 class Encoded:

@@ -6,7 +6,7 @@ import random
 from collections.abc import Iterator, Sequence
 
 from klimb.rollout.engine import Request
-from klimb.types import Sample, Segment
+from klimb.types import Finish, Sample, Segment
 
 
 class FakeEngine:
@@ -34,7 +34,7 @@ class FakeEngine:
         n = self.random.randint(1, request.params.max_tokens)
         tokens = [self.random.randrange(self.vocabulary) for _ in range(n)]
         versions = sorted(self.random.choice([max(self.version - 1, 0), self.version]) for _ in range(n))
-        finish = "length" if n == request.params.max_tokens else "stop"
+        finish: Finish = "length" if n == request.params.max_tokens else "stop"
         segment = Segment(tokens, True, [-1.0] * n, versions)
         return Sample(request.prompt.id, index, [segment], finish, " ".join(map(str, tokens)))
 

@@ -10,13 +10,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 import torch
 from pydantic import Field, PlainSerializer, model_validator
 from torch import Tensor
 
 from klimb.config import StageConfig
+from klimb.data.load import Item, Loaded
+from klimb.data.render import Renderer
 from klimb.errors import ConfigError
 from klimb.models.load import LoRA, resolve_device, resolve_dtype
 from klimb.runtime import checkpoint
@@ -51,6 +53,7 @@ class TrainConfig(StageConfig):
     data: Given
     eval_data: Given = None
     columns: dict[str, str] = Field({}, description="names of your columns: {prompt: question}")
+    on_bad: Literal["error", "drop"] = Field("error", description="rows that cannot be used stop the run, or go, counted")
     lora: LoRA | None = None
     optimizer: Optimizer = Optimizer()
     out: str | None = Field(None, description="run directory; default runs/NAME-HASH")
@@ -112,6 +115,16 @@ class Session:
             parameters, optimizer, lr=rate, total_steps=total_steps, budget=config.token_budget
         )
         return self.learners[name]
+
+    def read(
+        self, load: Callable[..., Loaded[Item]], source: Any, config: TrainConfig, renderer: Renderer, max_length: int
+    ) -> Loaded[Item]:
+        """Data through one of `klimb.data.load`; what was found is said, what was dropped is kept as events."""
+        data = load(source, renderer, max_length=max_length, columns=config.columns, on_bad=config.on_bad)
+        self.say(str(data.report))
+        for problem in data.report.dropped:
+            self.run.event("row_dropped", str(problem))
+        return data
 
     @contextmanager
     def timed(self, what: str) -> Iterator[None]:

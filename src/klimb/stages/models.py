@@ -25,6 +25,8 @@ class Loaded:
     policy: Policy
     renderer: Renderer
     source: str
+    conversational: bool = False
+    """Trained on messages: then the template that rendered them is part of the model."""
 
     @property
     def backbone(self) -> Backbone:
@@ -36,12 +38,14 @@ class Loaded:
 
     def all_stop_tokens(self) -> list[int]:
         """For the generation config: of strings, and of conversations where there is a template."""
-        conversational = self.renderer.stop_tokens(True) if self.renderer.tokenizer.chat_template else frozenset()
-        return sorted(conversational | self.renderer.stop_tokens(False))
+        templated = self.conversational or self.renderer.tokenizer.chat_template
+        return sorted(self.renderer.stop_tokens(False) | (self.renderer.stop_tokens(True) if templated else frozenset()))
 
     def save(self, directory: Path) -> None:
         """Hugging Face layout: the model, or its adapter alone when there is one."""
         backbone = self.backbone
+        if self.conversational:
+            self.renderer.tokenizer.chat_template = self.renderer.template.source
         if backbone.peft is None:
             save_causal(backbone.model, self.renderer.tokenizer, directory, self.all_stop_tokens())
             return

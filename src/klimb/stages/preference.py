@@ -55,14 +55,18 @@ def pair_loss(
     )
 
 
+def preview(config: PreferenceConfig) -> list[str]:
+    return [f"{parse_preference(config.loss)!r}, {config.batch_size} pairs in an update"]
+
+
 def train(config: PreferenceConfig, run: Run, interrupt: Interrupt, say: Any) -> dict[str, Any]:
     loss = parse_preference(config.loss)
     session = Session.begin(config, run, interrupt, say)
     loaded = load_policy(session, config.model, config.lora, config.seed)
     reference = load_reference(session, loaded, config.reference)
     max_length = min(config.max_tokens or loaded.backbone.context, loaded.backbone.context)
-    data = load_preferences(config.data, loaded.renderer, max_length=max_length, columns=config.columns)
-    say(str(data.report))
+    data = session.read(load_preferences, config.data, config, loaded.renderer, max_length)
+    loaded.conversational = data.conversational
     training, held_out = split_by_prompt(data.items, config.eval_fraction, config.seed)
     steps = config.steps or max(1, round(config.epochs * len(training) / config.batch_size))
     learner = session.learner("policy", "preference", loaded.policy.trainable(), config, config.optimizer, steps)

@@ -35,6 +35,12 @@ def stage_config(stage: str, values: Mapping[str, Any], overrides: Sequence[str]
     return load_config(cls, values, overrides, where)
 
 
+def preview(stage: str, config: Any) -> list[str]:
+    """Lines that say what would run; raises where the settings contradict each other."""
+    tell = getattr(importlib.import_module(STAGES[stage][0]), "preview", None)
+    return tell(config) if tell else []
+
+
 def run_stage(
     stage: str, config: Any, *, name: str, out: str | Path | None = None, fresh: bool = False,
     say: Callable[[str], None] = say_aside,

@@ -65,11 +65,12 @@ def train(config: RewardConfig, run: Run, interrupt: Interrupt, say: Any) -> dic
     renderer = Renderer(tokenizer)
     model = load_reward_model(session, config.model, config.lora, config.seed)
     max_length = min(config.max_tokens or model.backbone.context, model.backbone.context)
-    data = load_preferences(config.data, renderer, max_length=max_length, columns=config.columns)
-    say(str(data.report))
+    data = session.read(load_preferences, config.data, config, renderer, max_length)
+    if data.conversational:
+        tokenizer.chat_template = renderer.template.source
     training, held_out = split_by_prompt(data.items, config.eval_fraction, config.seed)
     if config.eval_data is not None:
-        held_out = load_preferences(config.eval_data, renderer, max_length=max_length, columns=config.columns).items
+        held_out = session.read(load_preferences, config.eval_data, config, renderer, max_length).items
     steps = config.steps or max(1, round(config.epochs * len(training) / config.batch_size))
     learner = session.learner("reward", "reward", model.trainable(), config, config.optimizer, steps)
     sampler = Sampler(len(training), config.batch_size, config.seed)
@@ -96,7 +97,7 @@ def train(config: RewardConfig, run: Run, interrupt: Interrupt, say: Any) -> dic
             f"held-out accuracy is {accuracy:.3f}, below min_accuracy={config.min_accuracy}", where=run.path,
             why="what climbs such a reward climbs noise", fix="more pairs, more epochs, or a larger model",
         )  # fmt: skip
-    normalisation = _normalisation(model, config, renderer, training, max_length)
+    normalisation = _normalisation(session, model, config, renderer, training, max_length)
     if model.backbone.peft is not None:
         model.backbone.model = model.backbone.peft.merge_and_unload()
     save_classifier(model.backbone.model, tokenizer, run.model, normalisation)
@@ -111,7 +112,7 @@ def _accuracy(model: RewardModel, pairs: Sequence[Preference], budget: int) -> m
 
 
 def _normalisation(
-    model: RewardModel, config: RewardConfig, renderer: Renderer, training: Sequence[Preference], max_length: int
+    session: Session, model: RewardModel, config: RewardConfig, renderer: Renderer, training: Sequence[Preference], max_length: int
 ) -> dict[str, float]:
     """Mean and standard deviation of raw scores on reference samples (by default: the compared completions)."""
     if config.reference is None:
@@ -120,7 +121,7 @@ def _normalisation(
         from klimb.data.load import load_examples
         from klimb.stages.sft import batch_of as examples_batch
 
-        examples = load_examples(config.reference, renderer, max_length=max_length, columns=config.columns)
+        examples = session.read(load_examples, config.reference, config, renderer, max_length)
         batch = examples_batch(examples.items)
     scores = reward_scores(model, batch, budget=config.token_budget).double()
     std = float(scores.std())

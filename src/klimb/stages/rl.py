@@ -132,23 +132,35 @@ def train(config: RlConfig, run: Run, interrupt: Interrupt, say: Any) -> dict[st
             "evaluation": evaluation}  # fmt: skip
 
 
-def prepare(config: RlConfig, session: Session) -> Actors:
-    """Load what the algorithm needs, cheapest first, so that a mistake shows before the time is spent."""
+def resolved(config: RlConfig) -> Algorithm:
+    """The algorithm with the constants of this run. Raises ValueError where it makes no sense with the batch numbers."""
     algorithm = parse_algorithm(config.algorithm).resolve(max_length=config.max_tokens)
     validate(
         algorithm, samples_per_prompt=config.samples_per_prompt, updates_per_step=config.updates_per_step
     )
-    session.say(describe(algorithm))
-    session.say(
-        f"{config.prompts_per_step} prompts × {config.samples_per_prompt} samples = "
-        f"{config.prompts_per_step * config.samples_per_prompt} samples → {config.updates_per_step} update(s) of "
-        f"{config.prompts_per_step * config.samples_per_prompt // config.updates_per_step}"
-    )
+    return algorithm
+
+
+def preview(config: RlConfig) -> list[str]:
+    """What will run, in two lines: the resolved row of the table and the batch arithmetic."""
+    samples = config.prompts_per_step * config.samples_per_prompt
+    return [
+        describe(resolved(config)),
+        f"{config.prompts_per_step} prompts × {config.samples_per_prompt} samples = {samples} samples a step → "
+        f"{config.updates_per_step} update(s) of about {samples // config.updates_per_step}, {config.steps} steps",
+    ]
+
+
+def prepare(config: RlConfig, session: Session) -> Actors:
+    """Load what the algorithm needs, cheapest first, so that a mistake shows before the time is spent."""
+    for line in preview(config):
+        session.say(line)
+    algorithm = resolved(config)
     loaded = load_policy(session, config.model, config.lora, config.seed)
     room = loaded.backbone.context - config.max_tokens
     longest = min(config.max_prompt_tokens or room, room)
-    data = load_prompts(config.data, loaded.renderer, max_length=longest, columns=config.columns)
-    session.say(str(data.report))
+    data = session.read(load_prompts, config.data, config, loaded.renderer, longest)
+    loaded.conversational = data.conversational
     reward = open_reward(config.reward, session, loaded)
     for line in dry_run(reward, data.items).lines()[:2]:
         session.say(f"reward {reward.name}: {line}")

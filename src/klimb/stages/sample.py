@@ -43,8 +43,7 @@ def train(config: SampleConfig, run: Run, interrupt: Interrupt, say: Any) -> dic
     session = Session.begin(config, run, interrupt, say)
     loaded = load_policy(session, config.model, None, config.seed)
     room = loaded.backbone.context - config.max_tokens
-    data = load_prompts(config.data, loaded.renderer, max_length=room, columns=config.columns)
-    say(str(data.report))
+    data = session.read(load_prompts, config.data, config, loaded.renderer, room)
     params = SamplingParams(
         config.max_tokens, loaded.stop_tokens(data.items), config.temperature, config.top_k, config.top_p,
         config.repetition_penalty,

@@ -63,11 +63,11 @@ def train(config: SftConfig, run: Run, interrupt: Interrupt, say: Any) -> dict[s
     session = Session.begin(config, run, interrupt, say)
     loaded = load_policy(session, config.model, config.lora, config.seed)
     max_length = min(config.max_tokens or loaded.backbone.context, loaded.backbone.context)
-    data = load_examples(config.data, loaded.renderer, max_length=max_length, columns=config.columns)
-    say(str(data.report))
+    data = session.read(load_examples, config.data, config, loaded.renderer, max_length)
+    loaded.conversational = data.conversational
     training, held_out = split_by_prompt(data.items, config.eval_fraction, config.seed)
     if config.eval_data is not None:
-        held_out = load_examples(config.eval_data, loaded.renderer, max_length=max_length, columns=config.columns).items
+        held_out = session.read(load_examples, config.eval_data, config, loaded.renderer, max_length).items
     steps = config.steps or max(1, round(config.epochs * len(training) / config.batch_size))
 
     learner = session.learner("policy", "sft", loaded.policy.trainable(), config, config.optimizer, steps)
