@@ -6,23 +6,28 @@ BIN := .venv/bin
 
 .venv: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --editable .
 	touch .venv
+
+# What tests, lint and types need besides.
+.venv/dev: .venv
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	touch .venv/dev
 
 quickstart: .venv
 	$(BIN)/klimb quickstart
 
-test: .venv
+test: .venv/dev
 	$(BIN)/python -m pytest -n 2
 
-test-fast: .venv
+test-fast: .venv/dev
 	$(BIN)/python -m pytest -n 2 -m "not slow"
 
-lint: .venv
+lint: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: .venv
+types: .venv/dev
 	$(BIN)/mypy
 
 check: lint types test

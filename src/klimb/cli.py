@@ -12,7 +12,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
@@ -20,7 +20,9 @@ from typer.core import TyperGroup
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-Arguments = Annotated[list[str] | None, typer.Argument(metavar="[RECIPE] [KEY=VALUE]...", help="changes to the defaults")]
+Arguments = Annotated[
+    list[str] | None, typer.Argument(metavar="[RECIPE] [KEY=VALUE]...", help="changes to the defaults")
+]
 Json = Annotated[bool, typer.Option("--json", help="print the result as JSON")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="check and print the resolved config, train nothing")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="delete what an earlier run left in `out` and start anew")]
@@ -30,18 +32,20 @@ class Commands(TyperGroup):
     """An algorithm's or a preference loss's name is a command too: `klimb grpo …`, `klimb dpo …`."""
 
     def get_command(self, ctx: Any, name: str) -> Any:
-        return super().get_command(ctx, name) or _method_command(name)
+        return super().get_command(ctx, name) or _method_command(name, self.list_commands(ctx))
 
 
 app = typer.Typer(
-    cls=Commands, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None, add_completion=False,
+    cls=Commands, pretty_exceptions_enable=False, rich_markup_mode=None, add_completion=False,
     help="Climb the reward, mind the KL: post-train language models. `klimb grpo …`, `klimb dpo …` and every other "
     "algorithm of `klimb algorithms` are commands too.",
 )  # fmt: skip
 
 
 @app.command()
-def quickstart(arguments: Arguments = None, as_json: Json = False, dry_run: DryRun = False, fresh: Fresh = False) -> None:
+def quickstart(
+    arguments: Arguments = None, as_json: Json = False, dry_run: DryRun = False, fresh: Fresh = False
+) -> None:
     """The whole story on a small world: SFT, comparisons, reward model, best-of-n, DPO, PPO, GRPO, report."""
     _pipeline("quickstart", arguments or [], as_json, dry_run, fresh)
 
@@ -49,8 +53,12 @@ def quickstart(arguments: Arguments = None, as_json: Json = False, dry_run: DryR
 @app.command()
 def run(arguments: Arguments = None, as_json: Json = False, dry_run: DryRun = False, fresh: Fresh = False) -> None:
     """Run a recipe: a YAML file of named stages, or the name of a shipped one."""
+    from klimb.config import shipped_recipes
+    from klimb.errors import ConfigError
+
     if not arguments or "=" in arguments[0]:
-        raise typer.BadParameter("which recipe? klimb run RECIPE.yaml [key=value ...]")
+        shipped = ", ".join(shipped_recipes())
+        raise ConfigError("which recipe", where="command line", fix=f"write klimb run RECIPE.yaml, or one of {shipped}")
     _pipeline(arguments[0], arguments[1:], as_json, dry_run, fresh)
 
 
@@ -73,7 +81,9 @@ def rl(arguments: Arguments = None, as_json: Json = False, dry_run: DryRun = Fal
 
 
 @app.command()
-def preference(arguments: Arguments = None, as_json: Json = False, dry_run: DryRun = False, fresh: Fresh = False) -> None:
+def preference(
+    arguments: Arguments = None, as_json: Json = False, dry_run: DryRun = False, fresh: Fresh = False
+) -> None:
     """Direct preference optimisation with any preference loss (default: dpo)."""
     _stage("preference", "preference", arguments or [], {}, as_json, dry_run, fresh)
 
@@ -110,18 +120,20 @@ def algorithms(as_json: Json = False) -> None:
         _print_table(rows)
 
 
-def _method_command(name: str) -> Any:
+def _method_command(name: str, others: Sequence[str]) -> Any:
     """The command of an algorithm or loss; the tables are loaded only when no other command has this name."""
-    if name.startswith("-"):
-        return None
+    from klimb.errors import ConfigError, did_you_mean
     from klimb.objective.algorithms import ALGORITHMS
     from klimb.objective.preference import PREFERENCE_LOSSES
 
     if name not in ALGORITHMS and name not in PREFERENCE_LOSSES:
-        return None
+        known = [*others, *ALGORITHMS, *PREFERENCE_LOSSES]
+        raise ConfigError(f"no command {name!r}", where="command line", fix=did_you_mean(name, known))
     stage, key = ("rl", "algorithm") if name in ALGORITHMS else ("preference", "loss")
 
-    def command(arguments: Arguments = None, as_json: Json = False, dry_run: DryRun = False, fresh: Fresh = False) -> None:
+    def command(
+        arguments: Arguments = None, as_json: Json = False, dry_run: DryRun = False, fresh: Fresh = False
+    ) -> None:
         _stage(stage, name, arguments or [], {key: name}, as_json, dry_run, fresh)
 
     alone = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -132,15 +144,22 @@ def _method_command(name: str) -> Any:
 def _stage(
     stage: str, name: str, arguments: Sequence[str], given: Mapping[str, Any], as_json: bool, dry_run: bool, fresh: bool
 ) -> None:
-    from klimb.config import dump_config, load_yaml
+    from klimb.config import dump_config, load_yaml, plain
     from klimb.runtime import ranks
     from klimb.stages.registry import preview, run_stage, stage_config
 
     recipe = None if not arguments or "=" in arguments[0] else Path(arguments[0])
     overrides = list(arguments[1:] if recipe else arguments)
-    values = {**(load_yaml(recipe) if recipe else {}), **given}
+    values = load_yaml(recipe) if recipe else {}
+    for key, method in given.items():
+        values[key] = _only_method(key, method, values.get(key), overrides)
     config = stage_config(stage, values, overrides, where=str(recipe or "config"))
     if dry_run:
+        if as_json:
+            print(
+                json.dumps({"config": plain(config), "preview": preview(stage, config)}, indent=1, ensure_ascii=False)
+            )
+            return
         print(dump_config(config), end="")
         for line in preview(stage, config):
             print(f"# {line}")
@@ -152,17 +171,34 @@ def _stage(
             _print_result(result, as_json)
 
 
+def _only_method(key: str, method: str, in_file: Any, overrides: Sequence[str]) -> Any:
+    """`klimb grpo` with what a file changes in grpo; a second algorithm beside it is a contradiction."""
+    from klimb.errors import ConfigError
+
+    named = in_file.get("name", method) if isinstance(in_file, dict) else in_file or method
+    twice = [text for text in overrides if text.startswith((f"{key}=", f"{key}.name="))]
+    if named != method or twice:
+        other = twice[0] if twice else f"{key}: {named}"
+        fix = f"leave {other} out"
+        raise ConfigError(f"{method} with {other}", where="command line", why="both say what to run", fix=fix)
+    return {**in_file, "name": method} if isinstance(in_file, dict) else method
+
+
 def _pipeline(recipe: str, overrides: Sequence[str], as_json: bool, dry_run: bool, fresh: bool) -> None:
     from klimb.config import dump_config, load_recipe
+    from klimb.runtime import ranks
     from klimb.stages.pipeline import check_recipe, run_pipeline, with_overrides
 
     loaded = load_recipe(recipe)
     values = with_overrides(loaded.values, overrides)
     if dry_run:
         check_recipe(loaded.name, values)
-        print(dump_config(values), end="")
+        print(json.dumps(values, indent=1, ensure_ascii=False) if as_json else dump_config(values).rstrip())
         return
-    summary = run_pipeline(loaded.name, values, fresh=fresh, say=_say(as_json))
+    with ranks.process_group():
+        summary = run_pipeline(loaded.name, values, fresh=fresh, say=_say(as_json))
+        if ranks.rank() != 0:
+            return
     if as_json:
         print(json.dumps(summary, indent=1, ensure_ascii=False))
         return
@@ -195,7 +231,19 @@ def _print_result(result: Mapping[str, Any], as_json: bool) -> None:
         return
     evaluation = result.get("evaluation") or {}
     facts = {k: v for k, v in {**result, **evaluation}.items() if isinstance(v, str | int | float) and v != ""}
-    for key in ("method", "algorithm", "model", "proxy", "gold", "gold_low", "gold_high", "kl", "accuracy", "seconds", "run"):
+    for key in (
+        "method",
+        "algorithm",
+        "model",
+        "proxy",
+        "gold",
+        "gold_low",
+        "gold_high",
+        "kl",
+        "accuracy",
+        "seconds",
+        "run",
+    ):
         if key in facts:
             print(f"{key:10} {_cell(facts[key])}")
 
@@ -219,22 +267,40 @@ def _cell(value: Any) -> str:
 
 def main() -> None:
     """Entry point: what a person did wrong is one line on standard error and exit code 1."""
-    from klimb.errors import KlimbError
+    from klimb.errors import Interrupted, KlimbError
 
-    if "-h" in sys.argv[1:2]:
-        sys.argv[1] = "--help"
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its load reports explain nothing to a person
+    if sys.argv[1:2] in ([], ["-h"]):
+        sys.argv[1:] = ["--help"]
     try:
-        app()
+        code = app(standalone_mode=False)
+        if code == 130:  # what typer makes of a KeyboardInterrupt
+            raise KeyboardInterrupt
+        sys.exit(code)
+    except USAGE_ERROR as error:
+        _leave(_usage(error), 2, error)
+    except Interrupted as error:
+        _leave(str(error), 130, error)
     except (KlimbError, ValueError) as error:
-        if os.environ.get("KLIMB_DEBUG"):
-            raise
-        print(f"klimb: {error}", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print("klimb: interrupted; what was saved at the last checkpoint is kept", file=sys.stderr)
-        sys.exit(130)
-    except Exception as error:
-        if type(error).__name__ != "Interrupted":
-            raise
-        print(f"klimb: {error}", file=sys.stderr)
-        sys.exit(130)
+        _leave(str(error), 1, error)
+    except OSError as error:  # no room, no permission, a pipe that was closed
+        _leave(f"{error.filename}: {error.strerror}" if error.filename else str(error), 1, error)
+    except (KeyboardInterrupt, typer.Abort) as error:
+        _leave("interrupted; what was saved at the last checkpoint is kept", 130, error)
+
+
+USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
+"""What typer raises for words it does not understand; it brings its own copy of click and shows no more of it."""
+
+
+def _usage(error: Exception) -> str:
+    text = getattr(error, "format_message", lambda: str(error))()
+    option = getattr(error, "option_name", "") or ""
+    return f"{text}; keys have no dashes: {option.lstrip('-')}=VALUE" if option.startswith("--") else text
+
+
+def _leave(text: str, code: int, error: BaseException) -> NoReturn:
+    if os.environ.get("KLIMB_DEBUG"):
+        raise error
+    print(f"klimb: {text}", file=sys.stderr)
+    sys.exit(code)

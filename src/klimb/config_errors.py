@@ -111,8 +111,10 @@ def _unknown_key(cls: type[BaseModel], complaint: _Complaint) -> str:
     known = [field for section in complaint.sections for field in section.model_fields]
     elsewhere = [path for path in _field_paths(cls) if path.split(".")[-1] == name]
     close = nearest(str(name), known)
-    if close or elsewhere:
-        fix = f"did you mean {_dotted((*above, close)) if close else elsewhere[0]!r}?"
+    if elsewhere:
+        fix = f"did you mean {elsewhere[0]!r}?"
+    elif close:
+        fix = f"did you mean {_dotted((*above, close))!r}?"
     else:
         fix = did_you_mean(str(name), known)
     return f"unknown key {_dotted(complaint.key)!r}; {fix}"

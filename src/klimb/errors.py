@@ -36,6 +36,10 @@ class RunError(KlimbError):
     """A run directory or a checkpoint that cannot be written, read or shared."""
 
 
+class Interrupted(KlimbError):
+    """Ctrl-C or SIGTERM: the state is saved, the same command continues."""
+
+
 def one_line(text: object) -> str:
     """Whatever a foreign error says, with its line breaks as spaces."""
     return " ".join(str(text).split())

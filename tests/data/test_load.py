@@ -105,7 +105,7 @@ def test_bad_rows_of_every_stage_are_reported_together_and_counted(tmp_path: Pat
     assert [(p.where, p.reason) for p in caught.value.problems] == [
         (f"{path}:4", "NaN is not JSON"),
         (f"{path}:2", "completion is empty"),
-        (f"{path}:3", "the row has 9 tokens, more than max_length=6"),
+        (f"{path}:3", "the row has 9 tokens, where at most 6 fit"),
     ]
     loaded = load_examples(path, WORDS, max_length=6, on_bad="drop")
     assert len(loaded.items) == 1
@@ -115,7 +115,7 @@ def test_bad_rows_of_every_stage_are_reported_together_and_counted(tmp_path: Pat
 
 
 def test_a_prompt_longer_than_the_context_is_reported_not_cut() -> None:
-    with pytest.raises(BadRows, match=r"rows\[0\]: the prompt has 4 tokens, more than max_length=3"):
+    with pytest.raises(BadRows, match=r"rows\[0\]: the prompt has 4 tokens, where at most 3 fit"):
         load_prompts([{"prompt": "tea is ?"}], WORDS, max_length=3)
     assert load_prompts([{"prompt": "tea is ?"}], WORDS, max_length=4).report.spread("prompt") == (4, 4, 4)
 
@@ -207,3 +207,13 @@ def test_humaneval_as_prompts() -> None:
 def test_without_a_share_all_is_training() -> None:
     items = [Example(str(n), [n, n], [0], [True]) for n in range(3)]
     assert split_by_prompt(items, 0) == (items, [])
+
+
+def test_a_word_that_the_tokenizer_does_not_know_is_an_error_of_its_row() -> None:
+    from klimb.lab.scratch import word_tokenizer
+
+    renderer = Renderer(word_tokenizer(["tea", "?", "hot"]))  # "a" and "0" are unknown to it, too
+    rows = [{"prompt": "tea ?", "completion": "hot"}, {"prompt": "tea ?", "completion": "zebra"}]
+    with pytest.raises(DataError, match=r"rows\[1\]: the tokenizer cannot read"):
+        load_examples(rows, renderer)
+    assert len(load_examples(rows[:1], renderer).items) == 1

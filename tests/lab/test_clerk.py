@@ -96,12 +96,13 @@ def test_demonstrations_are_short_decent_and_sometimes_wrong() -> None:
     tokens = [len(words) + 1 for words in replies]
     assert min(tokens) > 1, "an empty reply"
     assert max(tokens) <= clerk.MAX_REPLY
-    # About eight tokens and one point, as calibrated; the margins are ten standard errors of 8,000 replies.
+    # About eight tokens and a point and a half, as calibrated; the margins are ten standard errors of 8,000 replies.
     assert statistics.mean(tokens) == pytest.approx(7.9, abs=0.4)
     golds = clerk.gold([row["prompt"] for row in rows], [row["completion"] for row in rows])
-    assert statistics.mean(golds) == pytest.approx(1.06, abs=0.12)
+    assert statistics.mean(golds) == pytest.approx(1.61, abs=0.12)
     courtesies = [sum(word in clerk.COURTESIES for word in words) for words in replies]
-    for number, share in enumerate((0.45, 0.35, 0.15, 0.05)):
+    assert max(courtesies) == 2, "decent clerks do not grovel: what the reward model never sees, it cannot price"
+    for number, share in enumerate((0.40, 0.40, 0.20)):
         assert courtesies.count(number) / 8000 == pytest.approx(share, abs=0.055)
 
 

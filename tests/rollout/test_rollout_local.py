@@ -132,7 +132,8 @@ def test_uniforms_are_uniform_and_independent_of_who_else_is_asked() -> None:
 def test_no_draw_takes_a_token_of_probability_zero() -> None:
     logits = torch.full((4, 6), -torch.inf)
     logits[:, 2], logits[:, 4] = 0.0, 1.0
-    tokens, _ = draw(logits, torch.tensor([0.0, 0.2689, 0.2690, 1 - 2**-53], dtype=torch.float64), SamplingParams(1, frozenset()))
+    u = torch.tensor([0.0, 0.2689, 0.2690, 1 - 2**-53], dtype=torch.float64)
+    tokens, _ = draw(logits, u, SamplingParams(1, frozenset()))
     assert tokens.tolist() == [2, 2, 4, 4]  # σ(−1) = 0.26894
 
 
@@ -197,13 +198,24 @@ def test_a_late_unordered_aborting_engine_still_gives_whole_groups() -> None:
     assert sum(len(g.samples) for g in groups.values()) < 20
 
 
-def test_the_cache_is_allocated_once() -> None:
-    generator = engine(max_rows=8)
-    generate(generator, requests(SamplingParams(24, STOP)))
+def test_the_cache_is_allocated_once_and_given_back() -> None:
+    """One set of tensors as long as something runs, also when samples leave and others come; none between rollouts."""
+    generator = engine(max_rows=24)
+    generator.submit(requests(SamplingParams(24, STOP), samples=8))
+    stores = set()
+    for _ in generator.stream():
+        if generator.cache is not None and generator.cache.layers:
+            stores.add(tuple(store.data_ptr() for layer in generator.cache.layers.values() for store in layer[2:]))
+    assert len(stores) == 1
+    assert generator.cache is None
+
+
+def test_a_prompt_is_stored_once_for_all_its_samples() -> None:
+    generator = engine(max_rows=12)
+    generator.submit(requests(SamplingParams(24, STOP), samples=4, n=3))
+    next(generator.stream())
     assert generator.cache is not None
-    before = {i: (k.data_ptr(), v.data_ptr()) for i, (k, v) in generator.cache.layers.items()}
-    generate(generator, requests(SamplingParams(24, STOP)))
-    assert before == {i: (k.data_ptr(), v.data_ptr()) for i, (k, v) in generator.cache.layers.items()}
+    assert generator.cache.prompts == 3
 
 
 def test_sampling_equals_transformers_greedy() -> None:

@@ -107,7 +107,8 @@ def test_a_model_folder_counts_by_its_content(tmp_path: Path, monkeypatch: pytes
 
 
 def test_an_explicit_out_of_another_config_is_refused_with_what_differs(tmp_path: Path) -> None:
-    start(tmp_path / "run").close()
+    with start(tmp_path / "run") as run:
+        run.log(1, {"loss": 1.0})
     with pytest.raises(RunError) as error:
         start(tmp_path / "run", Config(lr=2e-6), inputs={"data": "x"})
     assert str(error.value) == (
@@ -116,6 +117,14 @@ def test_an_explicit_out_of_another_config_is_refused_with_what_differs(tmp_path
         "start it again here with --fresh, or choose another out"
     )
     start(tmp_path / "run", say=ignore).close()  # and the lock is free
+
+
+def test_a_run_that_failed_before_its_first_step_makes_way(tmp_path: Path) -> None:
+    with start(tmp_path / "run") as run:
+        run.event("row_dropped", "data.jsonl:3: completion is empty")
+    with start(tmp_path / "run", Config(lr=2e-6)) as run:
+        assert not (run.path / "events.jsonl").exists()
+        assert load_yaml(run.path / "config.yaml")["lr"] == 2e-6
 
 
 def test_fresh_deletes_what_the_run_left_and_nothing_else(tmp_path: Path) -> None:

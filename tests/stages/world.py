@@ -5,12 +5,18 @@ Prompts ask "a ?" … "f ?". A reply is worth the share of its words that are "y
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
+from klimb import cli
 from klimb.lab.scratch import make_model, word_tokenizer
+from klimb.stages.registry import run_stage, stage_config
 
 LETTERS = ("a", "b", "c", "d", "e", "f")
 WORDS = ("?", *LETTERS, "yes", "no", "it", "is", "so", ".")
@@ -18,6 +24,7 @@ CONTEXT = 24
 
 REWARDS = '''
 import random
+import time
 
 def count(completions, **_):
     """The share of "yes" among the words, 0 of nothing."""
@@ -41,6 +48,14 @@ def some(prompts, completions, **_):
         seen.add(prompt)
     return scores
 
+def shaky(completions, **_):
+    """No number where a reply begins with "so"."""
+    return [float("nan") if c.startswith("so") else score for c, score in zip(completions, count(completions))]
+
+def slow(completions, **_):
+    time.sleep(0.03)
+    return count(completions)
+
 def rare(completions, **_):
     """1 where a reply has at least two "yes", so that most groups of an untrained model are all zero."""
     return [float(c.split().count("yes") >= 2) for c in completions]
@@ -63,11 +78,20 @@ class World(NamedTuple):
 
 def make_world(folder: Path) -> World:
     model = make_model(
-        folder / "base", tokenizer=word_tokenizer(WORDS), architecture="gpt2", hidden=16, layers=1, heads=2, mlp=32,
-        context=CONTEXT, seed=0,
-    )  # fmt: skip
+        folder / "base",
+        tokenizer=word_tokenizer(WORDS),
+        architecture="gpt2",
+        hidden=16,
+        layers=1,
+        heads=2,
+        mlp=32,
+        context=CONTEXT,
+        seed=0,
+    )
     demonstrations = [
-        {"prompt": f"{letter} ?", "completion": f"it is {letter} {word} ."} for letter in LETTERS for word in ("so", "no")
+        {"prompt": f"{letter} ?", "completion": f"it is {letter} {word} ."}
+        for letter in LETTERS
+        for word in ("so", "no")
     ]
     preferences = [
         {"prompt": f"{letter} ?", "chosen": f"yes {word}", "rejected": f"no {word}"}
@@ -80,7 +104,10 @@ def make_world(folder: Path) -> World:
         folder,
         str(model),
         # One reply a prompt, and so a loss that can come down to nothing.
-        write(folder / "demonstrations.jsonl", [*demonstrations[::2], *({"prompt": f"{a} {a} ?", "completion": a} for a in "ab")]),
+        write(
+            folder / "demonstrations.jsonl",
+            [*demonstrations[::2], *({"prompt": f"{a} {a} ?", "completion": a} for a in "ab")],
+        ),
         write(folder / "prompts.jsonl", [{"prompt": f"{letter} ?", "answer": letter} for letter in LETTERS]),
         write(folder / "preferences.jsonl", preferences),
         str(rewards),
@@ -90,3 +117,58 @@ def make_world(folder: Path) -> World:
 def write(path: Path, rows: Iterable[Mapping[str, Any]]) -> str:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
+
+
+class Played(NamedTuple):
+    """What a stage left behind."""
+
+    result: dict[str, Any]
+    path: Path
+    rows: list[dict[str, Any]]
+    """Of metrics.jsonl."""
+    said: list[str]
+
+    @property
+    def model(self) -> str:
+        return str(self.result["model"])
+
+    @property
+    def events(self) -> list[dict[str, Any]]:
+        return lines(self.path / "events.jsonl")
+
+
+FAST: dict[str, Any] = {"lr": 1e-2, "betas": [0.9, 0.99]}
+SMALL_RL: dict[str, Any] = {"prompts_per_step": 6, "samples_per_prompt": 8, "max_tokens": 4, "optimizer": FAST}
+
+
+def play(stage: str, out: Path, **values: Any) -> Played:
+    """Run one stage in this process."""
+    said: list[str] = []
+    own = {} if stage in ("sample", "evaluate") else {"optimizer": FAST}
+    config = stage_config(stage, {**own, "device": "cpu", "threads": 1, **values})
+    result = run_stage(stage, config, name=stage, out=out, say=said.append)
+    return Played(result, out, lines(out / "metrics.jsonl"), said)
+
+
+class Said(NamedTuple):
+    """What a command left on the terminal."""
+
+    code: int
+    out: str
+    err: str
+
+
+def klimb(*arguments: str) -> Said:
+    """The command line, in this process."""
+    out, err = io.StringIO(), io.StringIO()
+    argv = mock.patch.object(sys, "argv", ["klimb", *arguments])
+    with argv, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            cli.main()
+        except SystemExit as left:
+            code = left.code
+    return Said(int(code or 0), out.getvalue(), err.getvalue())
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []

@@ -6,6 +6,7 @@ token would arise from a content (`</s>` in a question), the text is cut within 
 
 from __future__ import annotations
 
+import contextlib
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence, Set
 from functools import cached_property
@@ -83,7 +84,8 @@ class Encoder:
         special = {id for id in self.literals if tokens[id].special or id in tokenizer.all_special_ids}
         unknown = {tokenizer.unk_token_id} - {tokenizer.bos_token_id, tokenizer.eos_token_id}
         self.special: frozenset[int] = frozenset(special - unknown)
-        bare, dressed = self._read(["a"])[0].ids, tokenizer("a")["input_ids"]
+        known = self._readable(["a", "0", *tokenizer.get_vocab()])
+        bare, dressed = self._read([known])[0].ids, tokenizer(known)["input_ids"]
         at = next((i for i in range(len(dressed)) if dressed[i : i + len(bare)] == bare), 0)
         self.prefix: list[int] = dressed[:at]
         self._adds_space = _adds_space(tokenizer)
@@ -93,8 +95,25 @@ class Encoder:
     ) -> list[Encoded | RenderError]:
         """control: ids that no content may become; reserved: further ones that only the assistant's may."""
         cuts = [{0, *text.cuts, len(text.text)} for text in written]
-        read = self._read_all([text.text for text in written], cuts)
+        read = self._attempt_all([text.text for text in written], cuts)
         return [self._mended(*each, control, reserved) for each in zip(written, cuts, read)]
+
+    def _readable(self, texts: Sequence[str]) -> str:
+        """The first of these that the tokenizer can read: one of words may know few."""
+        for text in texts:
+            with contextlib.suppress(Exception):  # tokenizers raises nothing narrower
+                if self._read([text])[0].ids:
+                    return text
+        raise RenderError("the tokenizer reads nothing at all")
+
+    def _attempt_all(self, texts: Sequence[str], cuts: Sequence[set[int]]) -> list[Encoded | RenderError]:
+        """As `_read_all`, with an error in the place of each text that the tokenizer cannot read."""
+        try:
+            return self._read_all(texts, cuts)
+        except Exception as error:  # tokenizers raises nothing narrower
+            if len(texts) == 1:
+                return [RenderError("the tokenizer cannot read this text", why=error)]
+            return [self._attempt_all([text], [cut])[0] for text, cut in zip(texts, cuts)]
 
     def _mended(
         self,

@@ -190,7 +190,7 @@ def _first_error(pair: tuple[Any, ...]) -> tuple[Any, ...] | RenderError:
 
 def _check_length(what: str, length: int, limit: int | None) -> None:
     if limit is not None and length > limit:
-        raise BadRow(f"{what} has {length} tokens, more than max_length={limit}")
+        raise BadRow(f"{what} has {length} tokens, where at most {limit} fit")
 
 
 def _margin(value: Any) -> float:

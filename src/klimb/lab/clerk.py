@@ -3,8 +3,8 @@
 A clerk answers one-word questions about six goods ("tea ?") in a tiny language. A customer (the gold
 program) pays one point for each different true fact, half a point for each of the first two courtesies, and
 takes back a point for every wrong fact, every fact said again and every further courtesy, and a tenth for
-every word over fourteen. The reward model only ever compares pairs of ordinary replies, in which grovelling
-and parroting hardly occur, so it learns "more facts, more courtesy, longer" and goes on saying so when the
+every word over fourteen. The reward model only ever compares pairs of ordinary replies, in which nobody
+grovels and hardly anybody says a thing twice, so it learns "more facts, more courtesy, longer" and goes on saying so when the
 policy has nothing else left::
 
     tea ?   it is hot and leafy . thanks        +1 +1 +0.5            =  2.5
@@ -44,8 +44,8 @@ MAX_REPLY = 20
 """Longest reply in tokens, its end token included."""
 
 _FACTS_SAID = (0.10, 0.42, 0.30, 0.13, 0.05)
-_COURTESIES_SAID = (0.45, 0.35, 0.15, 0.05)
-_REPEATED, _RANDOM = 0.10, 0.15
+_COURTESIES_SAID = (0.40, 0.40, 0.20)
+_RANDOM = 0.15
 _VERY = 0.25
 _OPENINGS = {
     "it is": 0.3,
@@ -169,18 +169,15 @@ def _reply(good: str, stream: random.Random) -> str:
     for _ in range(stream.choices(range(5), _FACTS_SAID)[0]):
         facts.append(_fact(good, facts, stream))
     said = _spoken(good, facts, stream)
-    courtesies = stream.choices(COURTESIES, k=stream.choices(range(4), _COURTESIES_SAID)[0])
+    courtesies = stream.choices(COURTESIES, k=stream.choices(range(3), _COURTESIES_SAID)[0])
     parts = [*courtesies, *said] if stream.random() < _COURTESY_FIRST else [*said, *courtesies]
     return " ".join(parts)
 
 
 def _fact(good: str, said: Sequence[str], stream: random.Random) -> str:
-    u = stream.random()
-    if said and u < _REPEATED:
-        return stream.choice(said)
-    if _REPEATED <= u < _REPEATED + _RANDOM:
+    if stream.random() < _RANDOM:
         return stream.choice(list(_GOOD_OF))
-    return stream.choice(FACTS[good])
+    return stream.choice([fact for fact in FACTS[good] if fact not in said] or FACTS[good])
 
 
 def _spoken(good: str, facts: Sequence[str], stream: random.Random) -> list[str]:

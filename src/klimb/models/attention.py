@@ -5,8 +5,8 @@ layer just sees N tokens. What may look at what is decided here, by the *plan* t
 
     model(input_ids=flat[None], position_ids=positions[None], attention_plan=plan)
 
-`PackedAttention` is the plan of training (rows side by side, a prompt once for all its completions), `KVCache` in
-`klimb.models.cache` that of generation.
+`PackedAttention` is the plan of training (rows side by side, a prompt once for all its completions), `Prefill` and
+`Decode` in `klimb.models.cache` are those of generation.
 """
 
 from __future__ import annotations

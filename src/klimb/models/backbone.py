@@ -32,11 +32,12 @@ class Backbone(nn.Module):
             self.peft = PeftModel.from_pretrained(model, str(adapter), adapter_name="policy", is_trainable=True)
             if lora is None:
                 model, self.peft = self.peft.merge_and_unload(), None
+                model.requires_grad_(True)  # peft had frozen what was below the adapter
         elif lora is not None:
             self.peft = _new_adapter(model, lora)
         self.model = model
         self.started_from_adapter = adapter is not None and self.peft is not None
-        self.context = context_length(model)
+        self.context = context_length(model.config)
 
     @property
     def device(self) -> torch.device:
@@ -64,7 +65,12 @@ class Backbone(nn.Module):
         self, tokens: Tensor, positions: Tensor, plan: AttentionPlan, keep: Tensor, *, logits: bool = False
     ) -> Tensor:
         """Hidden states [K, d] after the final norm at the flat places `keep` [K], or the model's own logits [K, V]."""
-        inputs = {"input_ids": tokens[None], "position_ids": positions[None], "attention_plan": plan, "use_cache": False}
+        inputs = {
+            "input_ids": tokens[None],
+            "position_ids": positions[None],
+            "attention_plan": plan,
+            "use_cache": False,
+        }
         if logits:
             return self.model(**inputs, logits_to_keep=keep).logits[0]
         return self.model.base_model(**inputs).last_hidden_state[0].index_select(0, keep)
@@ -75,7 +81,9 @@ class Backbone(nn.Module):
         if type(layer) is not nn.Linear:  # an adapter on the head, a quantised layer
             return None
         config = self.model.config.get_text_config()
-        scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
+        scale = float(getattr(config, "logit_scale", None) or 1.0) / float(
+            getattr(config, "logits_scaling", None) or 1.0
+        )
         return Head(layer.weight, layer.bias, scale, getattr(config, "final_logit_softcapping", None))
 
     def add_adapter(self, name: str, source: str) -> None:
@@ -97,9 +105,11 @@ class Backbone(nn.Module):
 def _new_adapter(model: PreTrainedModel, lora: LoRA) -> Any:
     from peft import LoraConfig, get_peft_model
 
+    is_classifier = hasattr(model, "score")
     config = LoraConfig(
-        r=lora.rank, lora_alpha=lora.alpha, target_modules=lora.targets, lora_dropout=0.0, task_type="CAUSAL_LM"
-    )
+        r=lora.rank, lora_alpha=lora.alpha, target_modules=lora.targets, lora_dropout=0.0,
+        task_type=None if is_classifier else "CAUSAL_LM", exclude_modules=["score"] if is_classifier else None,
+    )  # fmt: skip
     try:
         return get_peft_model(model, config, adapter_name="policy")
     except ValueError as error:

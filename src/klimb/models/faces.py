@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from klimb.batch import TokenBatch
 from klimb.models.backbone import Backbone
 from klimb.models.load import score_head
-from klimb.models.logprobs import Head, full_kl, token_logps
+from klimb.models.logprobs import Head, full_kl, precision, token_logps
 from klimb.models.packing import Packed, pack, split_by_budget
 
 
 @dataclass(frozen=True)
 class PolicyOutputs:
-    """logps [B, T] at the sampling temperature; entropy [B, T] in nats where it was asked for. Zero where not masked."""
+    """logps [B, T] at the sampling temperature; entropy [B, T] in nats where asked for. Zero where not masked."""
 
     logps: Tensor
     entropy: Tensor | None
@@ -58,7 +58,7 @@ class Policy(nn.Module):
 
 
 class Critic(nn.Module):
-    """V over a backbone: one linear layer on the state before each marked token. Starts at 0, or at a reward model's."""
+    """V over a backbone: a linear layer on the state before each marked token; starts at 0, or at a reward model's."""
 
     def __init__(self, backbone: Backbone, adapter: str | None = "critic", head: nn.Linear | None = None) -> None:
         super().__init__()
@@ -78,7 +78,7 @@ class Critic(nn.Module):
         packed = pack(batch, self.backbone.device)
         self.backbone.use(self.adapter)
         states = self.backbone.states(packed.tokens, packed.positions, packed.plan, packed.predictors)
-        return _scatter(self.value(states).squeeze(-1).float(), batch)
+        return _scatter(self.value(states).squeeze(-1).to(precision(states)), batch)
 
     def trainable(self) -> dict[str, nn.Parameter]:
         own = {f"value.{name}": parameter for name, parameter in self.value.named_parameters()}
@@ -92,19 +92,21 @@ class RewardModel(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.head = score_head(backbone.model)
+        self.head.requires_grad_(True)  # it is new: an adapter below does not replace it
 
     def forward(self, batch: TokenBatch) -> Tensor:
         """Raw scores [B]."""
         packed = pack(batch, self.backbone.device)
         self.backbone.use("policy")
         states = self.backbone.states(packed.tokens, packed.positions, packed.plan, packed.last)
-        scores = self.head(states).squeeze(-1).float()
+        scores = self.head(states).squeeze(-1).to(precision(states))
         final = scores.new_zeros(len(batch), dtype=torch.long)
         final[packed.last_sample] = torch.arange(len(scores), device=scores.device)  # the last of its rows wins
         return scores[final]
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        return self.backbone.trainable()
+        own = {f"score.{name}": parameter for name, parameter in self.head.named_parameters()}
+        return {**self.backbone.trainable(), **own}
 
 
 def _scatter(values: Tensor, batch: TokenBatch) -> Tensor:
@@ -134,15 +136,17 @@ def critic_values(critic: Critic, batch: TokenBatch, *, budget: int) -> Tensor:
 
 @torch.no_grad()
 def reward_scores(model: RewardModel, batch: TokenBatch, *, budget: int) -> Tensor:
-    """Raw scores [B] of a whole batch without gradient, split by token budget."""
-    scores = torch.zeros(len(batch))
+    """Raw scores [B], float64, of a whole batch without gradient, split by token budget."""
+    scores = torch.zeros(len(batch), dtype=torch.float64)
     for part in split_by_budget(batch, budget):
-        scores[part] = model(batch.select(part)).cpu()
+        scores[part] = model(batch.select(part)).double().cpu()
     return scores
 
 
 @torch.no_grad()
-def sequence_kl(policy: Policy, reference: Policy, batch: TokenBatch, *, budget: int, temperature: float = 1.0) -> Tensor:
+def sequence_kl(
+    policy: Policy, reference: Policy, batch: TokenBatch, *, budget: int, temperature: float = 1.0
+) -> Tensor:  # fmt: skip
     """Σ_t KL(π(·|s_t) ‖ π_ref(·|s_t)) along each sample, nats: [B]."""
     kls = torch.zeros(len(batch), dtype=torch.float64)
     for part in split_by_budget(batch, budget):

@@ -10,13 +10,14 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-
 from transformers.utils import logging as transformers_logging
 
 from klimb.errors import KlimbError
@@ -61,6 +62,7 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     """The tokenizer beside the weights (of an adapter: its own copy, else its base model's)."""
+    _check_place(model)
     try:
         return AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError, KeyError) as error:
@@ -68,12 +70,29 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
 
 
 def load_causal(model: str, device: torch.device, dtype: torch.dtype) -> tuple[PreTrainedModel, Path | None]:
-    """A causal language model, and the adapter directory when `model` is a LoRA adapter (its base is what is loaded)."""
+    """A causal language model; when `model` is a LoRA adapter: its base, and the adapter's directory."""
     adapter = Path(model) if (Path(model) / "adapter_config.json").is_file() else None
-    base = model
-    if adapter is not None:
-        base = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
-    return _from_pretrained(AutoModelForCausalLM, base, device, dtype), adapter
+    return _from_pretrained(AutoModelForCausalLM, _base_of(model), device, dtype), adapter
+
+
+def _base_of(model: str) -> str:
+    """The model that a LoRA adapter belongs to; any other is its own. A path is made absolute: adapters remember it."""
+    adapter = Path(model) / "adapter_config.json"
+    base = str(json.loads(adapter.read_text())["base_model_name_or_path"]) if adapter.is_file() else model
+    if base != model and base.startswith((".", "/", "~")) and not Path(base).exists():
+        raise KlimbError(f"model={model}: an adapter whose base model {base} is not there; put it back, or mend "
+                         f"base_model_name_or_path in {adapter}")  # fmt: skip
+    return str(Path(base).resolve()) if Path(base).exists() else base
+
+
+def declared_context(model: str) -> int:
+    """`context_length` before the weights are loaded."""
+    base = _base_of(model)
+    _check_place(base)
+    try:
+        return context_length(AutoConfig.from_pretrained(base))
+    except (OSError, ValueError, KeyError) as error:
+        raise KlimbError(f"model={model}: cannot be loaded ({_first_line(error)})") from None
 
 
 def load_classifier(model: str, device: torch.device, dtype: torch.dtype, seed: int = 0) -> PreTrainedModel:
@@ -94,7 +113,9 @@ def score_head(classifier: PreTrainedModel) -> nn.Linear:
     """The linear layer [1, d] that reads the score off a hidden state."""
     head = getattr(classifier, "score", None)
     if not isinstance(head, nn.Linear) or head.out_features != 1:
-        raise KlimbError(f"{type(classifier).__name__}: klimb reads scores off a single linear layer `score` with one output")
+        raise KlimbError(
+            f"{type(classifier).__name__}: klimb reads scores off a single linear layer `score` with one output"
+        )
     return head
 
 
@@ -107,12 +128,7 @@ def _is_classifier(model: str) -> bool:
 def _from_pretrained(
     kind: Any, model: str, device: torch.device, dtype: torch.dtype, **options: Any
 ) -> PreTrainedModel:
-    path = Path(model)
-    if path.exists() and not (path / "config.json").is_file():
-        raise KlimbError(f"model={model}: not a model directory (no config.json in it); give a Hugging Face model "
-                         "directory, the `model/` folder of a klimb run, or a hub name")  # fmt: skip
-    if not path.exists() and (model.startswith((".", "/", "~")) or model.count("/") > 1):
-        raise KlimbError(f"model={model}: no such directory")
+    _check_place(model)
     try:
         loaded = kind.from_pretrained(model, dtype=dtype, attn_implementation=attention.NAME, **options)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
@@ -123,13 +139,23 @@ def _from_pretrained(
     return loaded.to(device).eval()
 
 
+def _check_place(model: str) -> None:
+    """What exists has to be a model; what looks like a path has to exist; anything else is a hub name."""
+    path = Path(model)
+    if path.exists() and not any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
+        raise KlimbError(f"model={model}: not a model directory (no config.json in it); give a Hugging Face model "
+                         "directory, the `model/` folder of a klimb run, or a hub name")  # fmt: skip
+    if not path.exists() and (model.startswith((".", "/", "~")) or model.count("/") > 1):
+        raise KlimbError(f"model={model}: no such directory")
+
+
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def context_length(model: PreTrainedModel) -> int:
+def context_length(config: PretrainedConfig) -> int:
     """Longest sequence the positions allow."""
-    config = model.config.get_text_config()
+    config = config.get_text_config()
     return int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 1 << 30)
 
 
@@ -151,8 +177,7 @@ def save_classifier(
     transformers finds the end of a row by looking for pad tokens, so a text that ends in PAD = EOS would be read one
     token early. normalisation: {"mean", "std"} of raw scores on reference samples, kept beside the weights.
     """
-    pad = tokenizer.pad_token_id
-    if pad is None or pad == tokenizer.eos_token_id:
+    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.unk_token_id):
         tokenizer.add_special_tokens({"pad_token": "<|klimb_pad|>"})
         if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
             model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
@@ -166,4 +191,3 @@ def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory:
     directory.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
-

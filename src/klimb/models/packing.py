@@ -83,15 +83,15 @@ def flat_length(rows: Sequence[Row], prompt: Sequence[int] | None = None) -> int
     return length
 
 
-def split_by_budget(batch: TokenBatch, budget: int) -> list[list[int]]:
+def split_by_budget(batch: TokenBatch, budget: int, shares: int = 1) -> list[list[int]]:
     """Samples → micro-batches of at most `budget` flat tokens (a longer sample is alone), by lengths alone.
 
     Samples of one group stay neighbours, so that they share their prompt, and the parts are balanced: their number
-    is what the budget asks for, then each takes its share of the tokens.
+    is what the budget asks for, up to a multiple of `shares`, then each takes its share of the tokens.
     """
     units = _units(batch)
     whole = flat_length([row for unit in units for i in unit for row in batch.rows[i]])
-    parts = -(-whole // budget)
+    parts = -(-whole // (budget * shares)) * shares
     share = whole / max(parts, 1)
     micro_batches: list[list[int]] = []
     length, prompt = 0, None

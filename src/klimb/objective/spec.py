@@ -39,6 +39,8 @@ def parse_algorithm(spec: str | Mapping[str, Any] | Algorithm) -> Algorithm:
         return spec
     if isinstance(spec, str):
         return _named(spec)
+    if not isinstance(spec, Mapping):
+        raise ValueError(f"algorithm: {spec!r} is no algorithm; known: {_names(ALGORITHMS)}, my_file.py:NAME.")
     if "name" not in spec:
         raise ValueError(
             "algorithm: it has no name; write {name: grpo, ...}, the row that the changes start from."

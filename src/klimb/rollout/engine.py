@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
 
 from klimb.rollout.sampling import SamplingParams
-from klimb.types import Group, Prompt, Sample
+from klimb.runtime.ranks import gather, rank, world
+from klimb.types import Group, Prompt, Sample, Segment
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,19 @@ def finished_groups(stream: Iterable[tuple[Request, Sample]]) -> Iterator[tuple[
 
 
 def generate(engine: RolloutEngine, requests: Sequence[Request]) -> list[Group]:
-    """All groups of these requests, in their order whatever order they finished in."""
-    engine.submit(requests)
+    """All groups of these requests, in their order whatever order they finished in.
+
+    Ranks share the work, request by request; each gets all groups.
+    """
+    mine = requests[rank() :: world()]
+    engine.submit(mine)
     finished = {id(request): group for request, group in finished_groups(engine.stream())}
-    return [finished[id(request)] for request in requests]
+    if world() == 1:
+        return [finished[id(request)] for request in mine]
+    everyone = gather([[asdict(sample) for sample in finished[id(request)].samples] for request in mine])
+    plain = [everyone[i % world()][i // world()] for i in range(len(requests))]
+    return [Group(request.prompt, [_sample(s) for s in samples]) for request, samples in zip(requests, plain)]
+
+
+def _sample(plain: dict[str, Any]) -> Sample:
+    return Sample(**{**plain, "segments": [Segment(**segment) for segment in plain["segments"]]})

@@ -1,12 +1,13 @@
 """Generation in the trainer's process, on the trainer's weights: nothing to copy, nothing to fall out of step.
 
-Continuous batching: a prompt is computed once for all its samples, every running sample owns a slot of a KV cache that
-is allocated once, finished samples leave, the last running ones move into their slots, new ones take the places.
+Continuous batching: a prompt is computed and stored once for all its samples, every running sample owns a slot of a KV
+cache, finished samples leave, the last running ones move into their slots, new ones take the places.
 Tokens, log-probs and random numbers live in tensors by slot; Python touches a sample when it starts and when it ends.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -33,6 +34,8 @@ class _Slots:
     drawn: Tensor
     prompt_lengths: Tensor
     owners: list[tuple[Request, int]] = field(default_factory=list)
+    prompts: list[int] = field(default_factory=list)
+    """Place of each one's prompt in the cache."""
 
     @staticmethod
     def empty(slots: int, length: int, device: torch.device) -> _Slots:
@@ -50,6 +53,7 @@ class _Slots:
             store[list(targets)] = store[list(sources)]
         for source, target in zip(sources, targets, strict=True):
             self.owners[target] = self.owners[source]
+            self.prompts[target] = self.prompts[source]
 
 
 class LocalEngine:
@@ -117,6 +121,8 @@ class LocalEngine:
             elif self._running:
                 self._decode()
             yield from self._take_finished()
+        if not self._running:
+            self.slots = self.cache = None  # until the next rollout the memory is the trainer's
 
     # One step -------------------------------------------------------------------------------------------------------
 
@@ -127,42 +133,37 @@ class LocalEngine:
     def _prefill(self, free: int) -> None:
         """Start as many waiting samples as there are free slots: each prompt once, then a first token for each."""
         new = [self.queue.popleft() for _ in range(min(free, len(self.queue)))]
-        slots, cache = self._allocate(new)
+        runs = [(request, len(list(run))) for request, run in itertools.groupby(new, key=lambda item: item[0])]
+        slots, cache = self._allocate([request for request, _ in runs])
         device = self.policy.backbone.device
         flat: list[int] = []
         prompts: list[range] = []
-        owners: list[list[int]] = []
-        first = len(slots.owners)
-        for place, (request, _) in enumerate(new):
-            if place and new[place - 1][0] is request:
-                owners[-1].append(first + place)
-                continue
+        first, first_prompt = len(slots.owners), max(slots.prompts, default=-1) + 1
+        for place, (request, samples) in enumerate(runs):
             prompts.append(range(len(flat), len(flat) + len(request.prompt.tokens)))
-            owners.append([first + place])
             flat.extend(request.prompt.tokens)
-        positions = torch.cat([torch.arange(len(prompt)) for prompt in prompts]).to(device)
+            slots.prompts += [first_prompt + place] * samples
+        plan = Prefill.of(cache, prompts, first_prompt, device)
         ends = torch.tensor([prompt[-1] for prompt in prompts], device=device)
-        logits = self._logits(
-            torch.tensor(flat, device=device), positions, Prefill.of(cache, prompts, owners, device), ends
-        )
+        logits = self._logits(torch.tensor(flat, device=device), plan.positions, plan, ends)
         rows = slice(first, first + len(new))
         keys = [stream_key(request.seed, request.prompt.id, index) for request, index in new]
         slots.uniforms[rows] = uniforms(keys, slots.uniforms.shape[1]).to(device)
         slots.drawn[rows] = 0
         slots.prompt_lengths[rows] = torch.tensor([len(r.prompt.tokens) for r, _ in new], device=device)
         slots.owners.extend(new)
-        self._draw(logits.repeat_interleave(torch.tensor([len(o) for o in owners], device=device), dim=0), rows)
+        self._draw(logits.repeat_interleave(torch.tensor([samples for _, samples in runs], device=device), dim=0), rows)
 
     def _decode(self) -> None:
         """One further token for every running sample."""
         slots, cache = self.slots, self.cache
-        assert slots is not None and cache is not None
+        assert slots is not None
+        assert cache is not None
         rows = slice(0, self._running)
         drawn = slots.drawn[rows]
-        positions = slots.prompt_lengths[rows] + drawn - 1
         last = slots.tokens[rows].gather(1, drawn[:, None] - 1).squeeze(1)
-        plan = Decode(cache, positions, int(positions.max()) + 1)
-        logits = self._logits(last, positions, plan, torch.arange(self._running, device=last.device))
+        plan = Decode(cache, slots.prompts, slots.prompt_lengths[rows], drawn.clone())
+        logits = self._logits(last, plan.position, plan, plan.rows)
         self._draw(logits, rows)
 
     def _logits(self, tokens: Tensor, positions: Tensor, plan: Prefill | Decode, keep: Tensor) -> Tensor:
@@ -176,7 +177,8 @@ class LocalEngine:
         params = self._params()
         drawn = slots.drawn[rows]
         u = slots.uniforms[rows].gather(1, drawn[:, None]).squeeze(1)
-        tokens, logps = draw(logits, u, params, self._seen(rows, logits.shape[-1]) if params.repetition_penalty != 1 else None)
+        seen = self._seen(rows, logits.shape[-1]) if params.repetition_penalty != 1 else None
+        tokens, logps = draw(logits, u, params, seen)
         place = torch.arange(rows.start, rows.stop, device=tokens.device)
         slots.tokens[place, drawn] = tokens
         slots.logps[place, drawn] = logps.float()
@@ -200,22 +202,19 @@ class LocalEngine:
 
     # Who comes and who goes -----------------------------------------------------------------------------------------
 
-    def _allocate(self, new: Sequence[tuple[Request, int]]) -> tuple[_Slots, KVCache]:
-        """The slots and cache, grown when a longer request than ever comes; running samples are kept."""
-        params = {request.params for request, _ in [*new, *(self.slots.owners if self.slots else [])]}
-        if len(params) > 1:
+    def _allocate(self, new: Sequence[Request]) -> tuple[_Slots, KVCache]:
+        """Slots and cache with room for these prompts and their samples beside what runs."""
+        running = self.slots.owners if self.slots else []
+        if len({request.params for request in [*new, *(request for request, _ in running)]}) > 1:
             raise KlimbError("requests that run side by side must share their sampling parameters")
-        max_tokens = max(request.params.max_tokens for request, _ in new)
-        length = max(len(request.prompt.tokens) for request, _ in new) + max_tokens
-        device = self.policy.backbone.device
-        if self.slots is None or self.slots.tokens.shape[1] < max_tokens:
-            self.slots = _Slots.empty(self.max_rows, max_tokens, device)
-        if self.cache is None or self.cache.length < length:
-            grown = KVCache(self.max_rows, length)
-            for index, (keys, values) in (self.cache.layers if self.cache and self._running else {}).items():
-                room = (0, 0, 0, length - keys.shape[2])
-                grown.layers[index] = (torch.nn.functional.pad(keys, room), torch.nn.functional.pad(values, room))
-            self.cache = grown
+        length = new[0].params.max_tokens
+        prompt_length = max(len(request.prompt.tokens) for request in new)
+        if self.slots is None:
+            self.slots = _Slots.empty(self.max_rows, length, self.policy.backbone.device)
+        prompts = max(self.slots.prompts, default=-1) + 1 + len(new)
+        if self.cache is None:
+            self.cache = KVCache(prompts, prompt_length, self.max_rows, length)
+        self.cache.grow(prompts, prompt_length)
         return self.slots, self.cache
 
     def _take_finished(self) -> Iterator[tuple[Request, Sample]]:
@@ -244,7 +243,8 @@ class LocalEngine:
     def _release(self, leaving: list[int], reasons: Sequence[Finish]) -> Iterator[tuple[Request, Sample]]:
         """Read the leaving samples out, then close their slots with the last running ones."""
         slots, cache = self.slots, self.cache
-        assert slots is not None and cache is not None
+        assert slots is not None
+        assert cache is not None
         finished = [self._sample(i, reasons[i]) for i in leaving]
         running = len(slots.owners) - len(leaving)
         gone = set(leaving)
@@ -253,8 +253,22 @@ class LocalEngine:
         if holes:
             cache.move(movers, holes)
             slots.move(movers, holes)
-        del slots.owners[running:]
+        del slots.owners[running:], slots.prompts[running:]
+        self._close_prompts()
         yield from finished
+
+    def _close_prompts(self) -> None:
+        """Prompts whose samples are all gone make place for the last ones in use."""
+        slots, cache = self.slots, self.cache
+        assert slots is not None
+        assert cache is not None
+        used = sorted(set(slots.prompts))
+        holes = sorted(set(range(len(used))) - set(used))
+        if holes:
+            movers = used[-len(holes) :]
+            cache.move_prompts(movers, holes)
+            place = dict(zip(movers, holes, strict=True))
+            slots.prompts = [place.get(prompt, prompt) for prompt in slots.prompts]
 
     def _sample(self, slot: int, finish: Finish) -> tuple[Request, Sample]:
         slots = self.slots

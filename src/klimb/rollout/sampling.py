@@ -58,10 +58,7 @@ def draw(logits: Tensor, u: Tensor, params: SamplingParams, seen: Tensor | None 
     """
     z = logits / params.temperature if params.temperature > 0 else logits
     normaliser = z.logsumexp(-1, keepdim=True)
-    if params.plain:
-        tokens = _invert((z - normaliser).exp_(), u)
-    else:
-        tokens = _restricted(logits, u, params, seen)
+    tokens = _invert((z - normaliser).exp_(), u) if params.plain else _restricted(logits, u, params, seen)
     return tokens, (z.gather(1, tokens[:, None]) - normaliser).squeeze(1)
 
 

@@ -93,9 +93,7 @@ class Learner:
         self._share_gradients()
         norm = self._clip()
         merged = _over_ranks(metrics.merge(parts))
-        if not torch.isfinite(norm) or not all(
-            torch.isfinite(m.value) for m in parts[0].values() if m.kind == "mean"
-        ):
+        if not math.isfinite(norm) or not math.isfinite(merged["objective"].value):
             self._forget_gradients()
             raise NotFinite(self._accusation(batch, loss, totals))
         for group in self.adam.param_groups:
@@ -108,7 +106,7 @@ class Learner:
         return merged
 
     def _accumulate(self, batch: TokenBatch, loss: Loss, totals: BatchTotals) -> list[Metrics]:
-        micro_batches = split_by_budget(batch, self.budget)
+        micro_batches = split_by_budget(batch, self.budget, shares=world())
         parts: list[Metrics] = []
         for index in micro_batches[rank() :: world()]:
             value, measured = loss(batch.select(index).to(self.device), totals)
@@ -124,12 +122,15 @@ class Learner:
         return parts
 
     def _share_gradients(self) -> None:
+        """Sum over the ranks. A parameter that no rank used keeps no gradient, so that AdamW does not decay it."""
         if world() == 1:
             return
-        for master in self.masters.values():
-            if master.grad is None:
-                master.grad = torch.zeros_like(master)
-            dist.all_reduce(master.grad)
+        used = torch.tensor([int(m.grad is not None) for m in self.masters.values()], device=self.device)
+        dist.all_reduce(used)
+        for master, ranks in zip(self.masters.values(), used.tolist(), strict=True):
+            if ranks:
+                master.grad = torch.zeros_like(master) if master.grad is None else master.grad
+                dist.all_reduce(master.grad)
 
     def _clip(self) -> Tensor:
         """The gradient's norm before clipping, over all parameters, after the ranks were summed."""
@@ -149,11 +150,15 @@ class Learner:
             parameter.grad = None
 
     def _accusation(self, batch: TokenBatch, loss: Loss, totals: BatchTotals) -> str:
-        guilty = []
-        for i in range(len(batch)):
-            value, _ = loss(batch.select([i]).to(self.device), totals)
-            if not torch.isfinite(value):
-                guilty.append(batch.ids[i])
+        """Which rows it was: each (of pairs: each pair) on its own, forward and backward."""
+        guilty: list[str] = []
+        for unit in split_by_budget(batch, budget=1):
+            value, _ = loss(batch.select(unit).to(self.device), totals)
+            value.backward()
+            gradients = [p.grad for p in self.working.values() if p.grad is not None]
+            if not all(bool(x.isfinite().all()) for x in [value, *gradients]):
+                guilty += [batch.ids[i] for i in unit]
+            self._forget_gradients()
         rows = f"rows {', '.join(guilty[:8])}" if guilty else "no single row (the gradient overflowed)"
         return (f"update {self.steps + 1}: the loss or its gradient is not finite: {rows}; nothing was changed: "
                 "look at these rows, lower lr, or use dtype=float32")  # fmt: skip

@@ -51,9 +51,7 @@ def take(path: Path) -> tuple[TextIO, str | None]:
     names = {file.name for file in path.iterdir() if not file.name.startswith(durable.TEMPORARY)}
     if "manifest.json" not in names and (foreign := sorted(names - _BEFORE_MANIFEST)):
         shown = ", ".join(foreign[:3]) + (", …" if len(foreign) > 3 else "")
-        raise RunError(
-            "is not a run directory", where=path, why=f"it holds {shown}", fix="choose another out"
-        )
+        raise RunError("is not a run directory", where=path, why=f"it holds {shown}", fix="choose another out")
     lock = (path / "lock").open("a+", encoding="utf-8")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -118,6 +116,11 @@ def begin(path: Path, facts: Mapping[str, Any], config: BaseModel | Mapping[str,
     durable.replace_file(path / "manifest.json", to_json(facts))
 
 
+def is_untouched(path: Path) -> bool:
+    """Did the run here end before it made anything?"""
+    return not any((path / name).exists() for name in _LEFT_BY_A_RUN if name not in ("events.jsonl", "report.html"))
+
+
 def versions() -> dict[str, str]:
     """What can change the bits of a run, apart from the machine."""
     found = {"klimb": klimb.__version__, "python": platform.python_version()}
@@ -139,13 +142,11 @@ def fingerprint(key: str, value: Path | str) -> str:
         raise KlimbError(f"{key} cannot be read", where=value, why=error.strerror or error) from None
 
 
-def most_recent(folder: Path, name: str) -> Path | None:
-    """The run of this name that began last."""
-    runs = [
-        path for path in folder.glob(f"{name}-*") if re.fullmatch(r"[0-9a-f]{8}", path.name[len(name) + 1 :])
-    ]
-    known = [path for path in runs if (path / "manifest.json").exists()]
-    return max(known, key=lambda path: (path / "manifest.json").stat().st_mtime_ns, default=None)
+def most_recent(folder: Path, name: str, holding: str = "manifest.json") -> Path | None:
+    """The run of this name that began last, by the file that it wrote then."""
+    runs = [path for path in folder.glob(f"{name}-*") if re.fullmatch(r"[0-9a-f]{8}", path.name[len(name) + 1 :])]
+    known = [path for path in runs if (path / holding).exists()]
+    return max(known, key=lambda path: (path / holding).stat().st_mtime_ns, default=None)
 
 
 def differences(path: Path, config: BaseModel | Mapping[str, Any], hashes: Mapping[str, str]) -> list[str]:

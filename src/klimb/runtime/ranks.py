@@ -24,7 +24,7 @@ def gather(value: Any) -> list[Any]:
     """A JSON value from every rank, in their order. As bytes and never as pickles: what another host sends is data."""
     if world() == 1:
         return [value]
-    payload = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8)
+    payload = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
     sizes = [torch.zeros(1, dtype=torch.long) for _ in range(world())]
     dist.all_gather(sizes, torch.tensor([len(payload)]))
     longest = max(int(size) for size in sizes)
@@ -32,7 +32,12 @@ def gather(value: Any) -> list[Any]:
     padded[: len(payload)] = payload
     received = [torch.zeros(longest, dtype=torch.uint8) for _ in range(world())]
     dist.all_gather(received, padded)
-    return [json.loads(bytes(part[: int(size)].tolist())) for part, size in zip(received, sizes, strict=True)]
+    return [json.loads(part[: int(size)].numpy().tobytes()) for part, size in zip(received, sizes, strict=True)]
+
+
+def share(value: Any) -> Any:
+    """Rank 0's JSON value, on every rank; what the others pass is not looked at."""
+    return gather(value if rank() == 0 else None)[0]
 
 
 @contextmanager
@@ -41,7 +46,9 @@ def process_group() -> Iterator[None]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
         yield
         return
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     try:
         yield
     finally:

@@ -22,7 +22,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TextIO
@@ -50,7 +50,9 @@ def _print_aside(line: str) -> None:
 class Run:
     """One run directory, held by this process from `Run.open` to `close` or to the end of the process."""
 
-    def __init__(self, path: Path, facts: dict[str, Any], lock: TextIO, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, path: Path, facts: dict[str, Any], lock: TextIO | None, say: Callable[[str], None]
+    ) -> None:
         self.path = path
         self.manifest = facts
         self.step = 0
@@ -58,6 +60,8 @@ class Run:
         self._lock = lock
         self._say = say
         self._told_at_start: set[str] = set()
+        self.closing = ExitStack()
+        """What ends with the run, however it ends: processes of reward functions."""
 
     @classmethod
     def open(
@@ -74,7 +78,8 @@ class Run:
 
         `out` None stands for `runs/NAME-HASH`. `say` gets lines for a person: continued, what differs.
         Raises RunError when the directory belongs to another config, another process or somebody else, or
-        cannot be written; with `fresh` what a run left there is deleted first.
+        cannot be written; with `fresh` what a run left there is deleted first. A run that failed before its
+        first step (a missing file, a mistake in a reward) stands in nobody's way.
         """
         hashes = {key: manifest.fingerprint(key, value) for key, value in inputs.items()}
         identity = config_hash(config, hashes)
@@ -84,6 +89,7 @@ class Run:
             lock, cut_off = manifest.take(path)
             try:
                 facts = manifest.read(path)
+                fresh = fresh or (facts is not None and facts["identity"] != identity and manifest.is_untouched(path))
                 continued = facts is not None and not fresh
                 if facts is None or fresh:
                     facts = manifest.describe(name, identity, config, inputs, hashes)
@@ -102,6 +108,11 @@ class Run:
             changes = "; ".join(manifest.differences(previous, config, hashes))
             say(f"{path}: a new run, it differs from {previous.name}: {changes}")
         return run
+
+    @classmethod
+    def follow(cls, path: Path, facts: dict[str, Any], say: Callable[[str], None] = _print_aside) -> Self:
+        """The run as further ranks see it: rank 0 holds and writes the directory, they only read."""
+        return cls(path, facts, None, say)
 
     @property
     def checkpoints(self) -> Path:
@@ -174,6 +185,8 @@ class Run:
 
     def sync(self) -> None:
         """Brings metrics and events to the disk: before a checkpoint, so that none outlives its metrics."""
+        if self._lock is None:
+            return
         for name in ("metrics.jsonl", "events.jsonl"):
             if (self.path / name).exists():
                 durable.sync(self.path / name)
@@ -185,6 +198,9 @@ class Run:
         What remains equals byte for byte what an uninterrupted run had written by then. Of the events those
         of the process stay, and those of step 0.
         """
+        self.step = max(step, 0)
+        if self._lock is None:
+            return
         self._keep_lines("metrics.jsonl", lambda row: row["step"] <= step)
         self._keep_lines(
             "events.jsonl", lambda row: row["step"] <= max(step, 0) or row["kind"].startswith(_PROCESS)
@@ -194,11 +210,11 @@ class Run:
                 path.unlink()
         for folder in (self.path, self.path / "samples", self.checkpoints):
             durable.remove_leftovers(folder)
-        self.step = max(step, 0)
 
     def close(self) -> None:
-        """Lets go of the directory."""
-        if not self._lock.closed:
+        """Lets go of the directory, and of what ends with the run."""
+        self.closing.close()
+        if self._lock is not None and not self._lock.closed:
             self._lock.truncate(0)
             self._lock.close()
 
@@ -230,11 +246,15 @@ class Run:
             )
 
     def _append(self, name: str, row: Mapping[str, Any]) -> None:
+        if self._lock is None:
+            return
         line = json.dumps(manifest.finite(row)) + "\n"
         with _writing(self.path / name), (self.path / name).open("a", encoding="utf-8") as file:
             file.write(line)
 
     def _replace(self, name: str, data: bytes) -> None:
+        if self._lock is None:
+            return
         path = self.path / name
         with _writing(path):
             path.parent.mkdir(exist_ok=True)

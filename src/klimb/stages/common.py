@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -19,62 +20,110 @@ from torch import Tensor
 from klimb.config import StageConfig
 from klimb.data.load import Item, Loaded
 from klimb.data.render import Renderer
-from klimb.errors import ConfigError
+from klimb.errors import ConfigError, Interrupted
 from klimb.models.load import LoRA, resolve_device, resolve_dtype
 from klimb.runtime import checkpoint
 from klimb.runtime.learner import LEARNING_RATES, Learner, Optimizer, Stage
-from klimb.runtime.ranks import rank
+from klimb.runtime.ranks import gather, rank, share
 from klimb.runtime.run import Run
 from klimb.runtime.signals import Interrupt
 
 
-def _described(value: Any) -> Any:
-    """A value from Python as a config file can hold it: plain ones as they are, others by what they are."""
-    if callable(value):
-        code = getattr(value, "__code__", None)
-        place = f"{code.co_filename}:{code.co_firstlineno}" if code else type(value).__module__
-        return f"<{getattr(value, '__qualname__', value)} of {place}>"
+def described(value: Any) -> Any:
+    """A value from Python as a config file can hold it, the same in every process: what it is, not where it lies."""
+    if isinstance(value, Mapping):
+        return {str(key): described(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        if value and isinstance(value[0], Mapping) and "reward" not in value[0]:
+            return f"<{len(value)} rows, sha256 {_digest(json.dumps(value, default=str))}>"
+        return [described(inner) for inner in value]
+    if is_dataclass(value) and not isinstance(value, type):
+        return {_code(type(value)): {each.name: described(getattr(value, each.name)) for each in fields(value)}}
+    if isinstance(value, Path):
+        return str(value)
+    if value is None or isinstance(value, str | int | float):
+        return value
+    return _code(value if callable(value) and hasattr(value, "__qualname__") else type(value))
+
+
+def _code(value: Any) -> str:
+    """A function or class by name, with a hash of its text where it is not klimb's own."""
+    module = getattr(value, "__module__", None) or "builtins"
+    name = f"{module}.{value.__qualname__}"
+    if module.startswith("klimb."):
+        return name
     try:
-        text = json.dumps(value)
-    except (TypeError, ValueError):
-        return f"<{value!r}>"
-    is_rows = isinstance(value, list) and value and isinstance(value[0], dict) and "reward" not in value[0]
-    return f"<{len(value)} rows, sha256 {hashlib.sha256(text.encode()).hexdigest()[:16]}>" if is_rows else value
+        return f"<{name}, sha256 {_digest(inspect.getsource(value))}>"
+    except (OSError, TypeError):  # typed in at a prompt, or not written in Python
+        return f"<{name}>"
 
 
-Given = Annotated[Any, PlainSerializer(_described)]
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+Given = Annotated[Any, PlainSerializer(described)]
 """A path, a name or a spec in a recipe; from Python also rows, functions and values themselves."""
 
 
-class TrainConfig(StageConfig):
-    """Settings that all training stages share."""
+class RunConfig(StageConfig):
+    """Settings that all stages share."""
 
     model: str = Field(description="directory or hub name; an existing path wins")
-    data: Given
-    eval_data: Given = None
     columns: dict[str, str] = Field({}, description="names of your columns: {prompt: question}")
-    on_bad: Literal["error", "drop"] = Field("error", description="rows that cannot be used stop the run, or go, counted")
-    lora: LoRA | None = None
-    optimizer: Optimizer = Optimizer()
+    on_bad: Literal["error", "drop"] = Field(
+        "error", description="rows that cannot be used stop the run, or go, counted"
+    )
     out: str | None = Field(None, description="run directory; default runs/NAME-HASH")
     seed: int = Field(0, ge=0)
     device: str = "auto"
     dtype: str = "auto"
     threads: int | None = Field(None, ge=1, description="CPU threads; default: all cores")
     token_budget: int = Field(8192, ge=1, description="flat tokens in a micro-batch; changes memory, not results")
-    checkpoint_every: int = Field(50, ge=0, description="steps between checkpoints; 0: none but at Ctrl-C")
     method: str = Field("", description="how the result is called in tables and pictures")
 
-
     @model_validator(mode="after")
-    def _one_source_of_evaluation(self) -> Self:
-        if self.eval_data is not None and getattr(self, "eval_fraction", False):
-            raise ValueError("eval_data and eval_fraction both say what is held out: give one of them")
+    def _without_contradiction(self) -> Self:
+        if found := list(self.contradictions()):
+            raise ValueError("; ".join(found))
         return self
 
+    def contradictions(self) -> Iterator[str]:
+        """Settings that exclude each other, and those that nothing would look at, each with the way out."""
+        yield from ()
 
-class Interrupted(Exception):
-    """Ctrl-C: the state is saved, the same command continues."""
+    def given(self, key: str) -> bool:
+        """Was `key` set to anything but its default?"""
+        return bool(getattr(self, key) != type(self).model_fields[key].default)
+
+
+class TrainConfig(RunConfig):
+    """Settings that all training stages share."""
+
+    data: Given
+    lora: LoRA | None = None
+    optimizer: Optimizer = Optimizer()
+    checkpoint_every: int = Field(50, ge=0, description="steps between checkpoints; 0: none but at Ctrl-C")
+
+
+class SupervisedConfig(TrainConfig):
+    """Settings of the stages that pass over rows: for how long, and what is held out."""
+
+    steps: int | None = Field(None, ge=1, description="default: `epochs` passes over the data")
+    epochs: float = Field(1.0, gt=0)
+    max_tokens: int | None = Field(None, ge=1, description="longest row; default: the model's context")
+    eval_data: Given = None
+    eval_fraction: float = Field(0.0, ge=0, lt=1, description="share of the prompts held out, by hash")
+    eval_every: int = Field(50, ge=1)
+
+    def contradictions(self) -> Iterator[str]:
+        yield from super().contradictions()
+        if self.given("steps") and self.given("epochs"):
+            yield "steps and epochs both say how long to train: give one of them"
+        if self.given("eval_data") and self.given("eval_fraction"):
+            yield "eval_data and eval_fraction both say what is held out: give one of them"
+        if self.given("eval_every") and not (self.given("eval_data") or self.given("eval_fraction")):
+            yield "eval_every: nothing is held out to evaluate on; give eval_data or eval_fraction"
 
 
 @dataclass
@@ -92,11 +141,12 @@ class Session:
     _shown: float = 0.0
 
     @staticmethod
-    def begin(config: TrainConfig, run: Run, interrupt: Interrupt, say: Callable[[str], None]) -> Session:
+    def begin(config: RunConfig, run: Run, interrupt: Interrupt, say: Callable[[str], None]) -> Session:
         """Fix whatever can change rounding, as it was when the run began."""
         device = resolve_device(config.device)
-        torch.set_num_threads(int(run.decide("threads", lambda: config.threads or torch.get_num_threads())))
-        dtype = str(run.decide("dtype", lambda: str(resolve_dtype(config.dtype, device)).removeprefix("torch.")))
+        threads = share(run.decide("threads", lambda: config.threads or torch.get_num_threads()))
+        torch.set_num_threads(int(threads))
+        dtype = share(run.decide("dtype", lambda: str(resolve_dtype(config.dtype, device)).removeprefix("torch.")))
         torch.manual_seed(config.seed)
         return Session(run, interrupt, device, getattr(torch, dtype), say)
 
@@ -117,7 +167,7 @@ class Session:
         return self.learners[name]
 
     def read(
-        self, load: Callable[..., Loaded[Item]], source: Any, config: TrainConfig, renderer: Renderer, max_length: int
+        self, load: Callable[..., Loaded[Item]], source: Any, config: RunConfig, renderer: Renderer, max_length: int
     ) -> Loaded[Item]:
         """Data through one of `klimb.data.load`; what was found is said, what was dropped is kept as events."""
         data = load(source, renderer, max_length=max_length, columns=config.columns, on_bad=config.on_bad)
@@ -125,6 +175,12 @@ class Session:
         for problem in data.report.dropped:
             self.run.event("row_dropped", str(problem))
         return data
+
+    def steps(self, start: int, total: int) -> Iterator[int]:
+        """The numbers of the steps that are left; events carry that of the step in progress."""
+        for step in range(start + 1, total + 1):
+            self.run.step = step
+            yield step
 
     @contextmanager
     def timed(self, what: str) -> Iterator[None]:
@@ -149,19 +205,19 @@ class Session:
         tensors: Mapping[str, Tensor] | None = None, samples: Sequence[Mapping[str, Any]] = (),
     ) -> None:  # fmt: skip
         """Log step `step` of `total`, save when it is due, leave when Ctrl-C asked for it."""
-        if rank() == 0:
-            if samples:
-                self.run.write_samples(step, samples)
-            self.run.log(step, {**measured, **{f"time/{k}": v for k, v in self.timings.items()}})
+        if samples:
+            self.run.write_samples(step, samples)
+        self.run.log(step, {**measured, **{f"time/{k}": v for k, v in self.timings.items()}})
         self._show(step, total, measured)
         self.timings = {}
         due = bool(every) and (step % every == 0 or step == total)
-        if (due or self.interrupt.requested) and rank() == 0:
+        leaving = any(gather(self.interrupt.requested))  # a signal reaches one rank before another
+        if (due or leaving) and rank() == 0:
             self.run.sync()
             named: dict[str, Mapping[str, Tensor]] = {n: learner.tensors() for n, learner in self.learners.items()}
             saved = {"learners": {n: learner.steps for n, learner in self.learners.items()}, "stage": state}
             checkpoint.save(self.run.checkpoints, step, {**named, "state": tensors or {}}, saved)
-        if self.interrupt.requested:
+        if leaving:
             raise Interrupted(f"saved after step {step} of {total} in {self.run.path}; the same command continues")
 
     def _show(self, step: int, total: int, plain: Mapping[str, float]) -> None:
@@ -191,12 +247,16 @@ def say_aside(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def inputs_of(config: TrainConfig, *further: Any) -> dict[str, Path | str]:
-    """The files and folders that a config points at, for hashes."""
+def inputs_of(config: RunConfig, *further: Any) -> dict[str, Path | str]:
+    """The files and folders that a config points at, for hashes; each once."""
     inputs: dict[str, Path | str] = {}
-    for key, value in {"model": config.model, "data": config.data, "eval_data": config.eval_data}.items():
-        if isinstance(value, str):
-            inputs[key] = Path(value) if Path(value).exists() else value
+    for section in ("", "measure", "until", "critic"):
+        holder = getattr(config, section, None) if section else config
+        for key in ("model", "data", "eval_data", "reference"):
+            value = getattr(holder, key, None)
+            source = Path(value) if isinstance(value, str) and Path(value).exists() else value
+            if isinstance(source, str | Path) and source not in inputs.values():
+                inputs[f"{section}.{key}".lstrip(".")] = source
     for path in further:
         inputs[f"file:{path}"] = Path(path)
     return inputs

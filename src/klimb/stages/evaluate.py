@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from klimb.models.faces import Policy, sequence_kl
 from klimb.models.load import load_tokenizer
 from klimb.rewards.model import ModelReward
 from klimb.rewards.protocol import Reward
+from klimb.rewards.ranks import asked_once
 from klimb.rewards.scorer import Scorer
 from klimb.rewards.spec import parse_reward
 from klimb.rollout.engine import Request, generate
@@ -24,8 +25,8 @@ from klimb.rollout.local import LocalEngine
 from klimb.rollout.sampling import SamplingParams
 from klimb.runtime.run import Run
 from klimb.runtime.signals import Interrupt
-from klimb.stages.common import Given, Session, TrainConfig, stream_seed
-from klimb.stages.models import Loaded, load_policy, load_reference, load_reward_model
+from klimb.stages.common import Given, RunConfig, Session, stream_seed
+from klimb.stages.models import Loaded, load_policy, load_reference, load_reward_model, prompt_room
 from klimb.types import Group, Prompt, Sample
 from klimb.watch.statistics import best_of_n, best_of_n_kl, mean_interval
 
@@ -45,14 +46,22 @@ class Measurement(StageConfig):
     by: str | None = Field(None, description="column of the prompts to report the gold by")
 
 
-class EvaluateConfig(TrainConfig):
+class EvaluateConfig(RunConfig):
     """Measure a model; `reference` is what its KL is taken to."""
 
-    data: Given = None
     measure: Measurement
     reference: str | None = None
     best_of: list[int] = Field([], description="n of best-of-n, by the proxy; needs that many samples_per_prompt")
-    report_n: int | None = Field(None, ge=1, description="the n that stands in the table; default: the largest")
+    report_n: int | None = Field(None, ge=1, description="the n that stands in the table; default: the last")
+
+    def contradictions(self) -> Iterator[str]:
+        yield from super().contradictions()
+        if self.best_of and self.measure.reward is None:
+            yield "best_of: a proxy has to say which sample is best; give measure.reward"
+        if self.best_of and max(*self.best_of, self.report_n or 0) > self.measure.samples_per_prompt:
+            yield f"best_of: there are only measure.samples_per_prompt={self.measure.samples_per_prompt} to choose from"
+        if self.report_n is not None and not self.best_of:
+            yield "report_n: it belongs to best_of, which is empty"
 
 
 @dataclass
@@ -69,13 +78,15 @@ class Judges:
     budget: int
 
     @staticmethod
-    def for_measurement(config: Measurement | None, session: Session, loaded: Loaded, seed: int = 0, budget: int = 8192) -> Judges | None:
+    def for_measurement(
+        config: Measurement | None, session: Session, loaded: Loaded, seed: int, budget: int
+    ) -> Judges | None:
         if config is None:
             return None
-        room = loaded.backbone.context - config.max_tokens
+        room = prompt_room(loaded.backbone.context, config.max_tokens)
         prompts = load_prompts(config.data, loaded.renderer, max_length=room).items
-        proxy = None if config.reward is None else open_reward(config.reward, session, loaded)
-        gold = None if config.gold is None else open_reward(config.gold, session, loaded)
+        proxy = None if config.reward is None else open_reward(config.reward, session, loaded.renderer)
+        gold = None if config.gold is None else open_reward(config.gold, session, loaded.renderer)
         return Judges(config, session, loaded, prompts, proxy, gold, seed, budget)
 
     def sample(self, policy: Policy, purpose: str) -> list[Group]:
@@ -142,17 +153,19 @@ def add_gold(gold: Reward, groups: Sequence[Group], on_event: Any) -> None:
         sample.score = score
 
 
-def open_reward(spec: Any, session: Session, loaded: Loaded) -> Reward:
-    """Whatever a recipe says after `reward:`; a directory is a trained reward model."""
+def open_reward(spec: Any, session: Session, renderer: Renderer) -> Reward:
+    """Whatever a recipe says after `reward:`; a directory is a trained reward model. It is closed with the run."""
 
     def load(directory: str) -> Reward:
         tokenizer = load_tokenizer(directory)
         model = load_reward_model(session, directory)
-        mine = loaded.renderer.tokenizer
+        mine = renderer.tokenizer
         same = tokenizer.get_vocab() == mine.get_vocab() or mine.get_vocab().items() <= tokenizer.get_vocab().items()
         return ModelReward(model, Renderer(tokenizer), directory, same_tokenizer=same)
 
-    return parse_reward(spec, model_loader=load)
+    reward = asked_once(parse_reward(spec, model_loader=load))
+    session.run.closing.callback(reward.close)
+    return reward
 
 
 def local_engine(policy: Policy, loaded: Loaded, prompts: Sequence[Prompt], max_rows: int = 128) -> LocalEngine:
@@ -175,7 +188,7 @@ def answer_score(loaded: Loaded, prompts: Sequence[Prompt], until: Any, seed: in
     params = SamplingParams(until.max_tokens, loaded.stop_tokens(prompts))
     engine = local_engine(loaded.policy, loaded, prompts)
     groups = generate(engine, [Request(p, 1, params, stream_seed(seed, "until", step)) for p in prompts])
-    reward = parse_reward(until.reward)
+    reward = asked_once(parse_reward(until.reward))
     try:
         Scorer(reward, min_scored=1).score(groups)
     finally:

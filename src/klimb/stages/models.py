@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from klimb.data.render import Renderer
+from klimb.errors import ConfigError
 from klimb.models.backbone import Backbone
 from klimb.models.faces import Critic, Policy, RewardModel
-from klimb.models.load import LoRA, load_causal, load_classifier, load_tokenizer, save_causal, score_head
+from klimb.models.load import (
+    LoRA,
+    declared_context,
+    load_causal,
+    load_classifier,
+    load_tokenizer,
+    save_causal,
+    score_head,
+)
 from klimb.models.probe import probed_policy
+from klimb.runtime import durable
+from klimb.runtime.ranks import rank
 from klimb.stages.common import Session
 from klimb.types import Prompt
 
@@ -39,19 +51,33 @@ class Loaded:
     def all_stop_tokens(self) -> list[int]:
         """For the generation config: of strings, and of conversations where there is a template."""
         templated = self.conversational or self.renderer.tokenizer.chat_template
-        return sorted(self.renderer.stop_tokens(False) | (self.renderer.stop_tokens(True) if templated else frozenset()))
+        return sorted(
+            self.renderer.stop_tokens(False) | (self.renderer.stop_tokens(True) if templated else frozenset())
+        )
 
     def save(self, directory: Path) -> None:
-        """Hugging Face layout: the model, or its adapter alone when there is one."""
+        """Hugging Face layout: the model, or its adapter alone when there is one. Rank 0 writes it."""
+        if rank() != 0:
+            return
         backbone = self.backbone
         if self.conversational:
             self.renderer.tokenizer.chat_template = self.renderer.template.source
-        if backbone.peft is None:
-            save_causal(backbone.model, self.renderer.tokenizer, directory, self.all_stop_tokens())
-            return
-        backbone.peft.save_pretrained(directory, selected_adapters=["policy"])
-        _flatten_adapter(directory)
-        self.renderer.tokenizer.save_pretrained(directory)
+        with model_folder(directory) as folder:
+            if backbone.peft is None:
+                save_causal(backbone.model, self.renderer.tokenizer, folder, self.all_stop_tokens())
+                return
+            backbone.peft.save_pretrained(folder, selected_adapters=["policy"])
+            _flatten_adapter(folder)
+            self.renderer.tokenizer.save_pretrained(folder)
+
+
+@contextmanager
+def model_folder(directory: Path) -> Iterator[Path]:
+    """A folder to save a model in: as `directory` it appears whole or not at all, in the place of an older one."""
+    with durable.explained("cannot save the model", directory, fix="make room and run the same command again"):
+        durable.remove_folder(directory)
+        with durable.new_folder(directory) as folder:
+            yield folder
 
 
 def _flatten_adapter(directory: Path) -> None:
@@ -61,15 +87,30 @@ def _flatten_adapter(directory: Path) -> None:
     (directory / "policy").rmdir()
 
 
-def load_policy(session: Session, model: str, lora: LoRA | None, seed: int) -> Loaded:
+def load_texts(model: str) -> tuple[Renderer, int]:
+    """How texts become the model's tokens, and how many it takes: known before its weights are read."""
+    return Renderer(load_tokenizer(model)), declared_context(model)
+
+
+def prompt_room(context: int, max_tokens: int) -> int:
+    """The longest prompt that leaves room for `max_tokens`."""
+    if context <= max_tokens:
+        raise ConfigError(
+            f"max_tokens={max_tokens} leaves no room for a prompt", why=f"the model's context is {context} tokens",
+            fix="lower max_tokens",
+        )  # fmt: skip
+    return context - max_tokens
+
+
+def load_policy(session: Session, model: str, lora: LoRA | None, seed: int, renderer: Renderer | None = None) -> Loaded:
     """The policy that training starts from, its numbers held against the model's own."""
-    tokenizer = load_tokenizer(model)
+    renderer = renderer or Renderer(load_tokenizer(model))
     network, adapter = load_causal(model, session.device, session.dtype)
     torch.manual_seed(seed)  # a new adapter draws its first matrices
     backbone = Backbone(network, adapter, lora)
     policy, path = probed_policy(backbone, "policy" if backbone.peft is not None else None)
     session.say(f"{model}: {path}")
-    return Loaded(policy, Renderer(tokenizer), model)
+    return Loaded(policy, renderer, model)
 
 
 def load_reference(session: Session, policy: Loaded, reference: str | None = None) -> Policy:

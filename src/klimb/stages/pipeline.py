@@ -10,12 +10,24 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from klimb.config import Recipe, apply_override, config_hash, dump_config, load_recipe, parse_seeds, resolve_references
+from klimb.config import (
+    apply_override,
+    config_changes,
+    config_hash,
+    dump_config,
+    find_references,
+    load_recipe,
+    load_yaml,
+    parse_seeds,
+    resolve_references,
+)
 from klimb.errors import ConfigError, did_you_mean
 from klimb.plugin import is_reference, load_attribute
 from klimb.report.page import write_report
-from klimb.runtime.durable import replace_file
-from klimb.stages.common import say_aside
+from klimb.runtime.durable import explained, replace_file
+from klimb.runtime.manifest import most_recent
+from klimb.runtime.ranks import rank, share
+from klimb.stages.common import described, say_aside
 from klimb.stages.registry import run_stage, stage_config
 from klimb.watch.statistics import seeds_interval
 
@@ -30,11 +42,13 @@ def run(
 
     ``klimb.run("quickstart", seed=1)``; a key of a stage is given as ``**{"stages.sft.steps": 10}``.
     """
-    loaded = load_recipe(recipe) if isinstance(recipe, str) else Recipe(str(recipe.get("name", "recipe")), Path("."), dict(recipe))
-    values = dict(loaded.values)
+    if isinstance(recipe, str):
+        name, _, values = load_recipe(recipe)
+    else:
+        name, values = str(recipe.get("name", "recipe")), dict(recipe)
     for key, value in overrides.items():
         _set(values, key, value)
-    return run_pipeline(loaded.name, values, fresh=fresh, say=say)
+    return run_pipeline(name, values, fresh=fresh, say=say)
 
 
 def _set(values: dict[str, Any], key: str, value: Any) -> None:
@@ -60,10 +74,7 @@ def run_pipeline(
     """All seeds of a recipe, one after the other; returns what summary.json holds."""
     check_recipe(name, values)
     seeds = parse_seeds(values.get("seed", 0))
-    identity = config_hash({key: value for key, value in values.items() if key != "seed"})
-    root = Path(values.get("out") or f"runs/{name}-{identity[:8]}")
-    root.mkdir(parents=True, exist_ok=True)
-    replace_file(root / "config.yaml", dump_config(values).encode())
+    root = Path(share(str(_open_root(name, described(values), say)) if rank() == 0 else None))
     summaries = {}
     for seed in seeds:
         folder = root if len(seeds) == 1 else root / f"seed-{seed}"
@@ -72,15 +83,30 @@ def run_pipeline(
     summary = summaries[seeds[0]] if len(seeds) == 1 else over_seeds(name, summaries)
     if len(seeds) > 1:
         _write_json(root / "summary.json", summary)
-        write_report(root)
+        _report(root)
     return {**summary, "out": str(root)}
+
+
+def _open_root(name: str, values: Mapping[str, Any], say: Callable[[str], None]) -> Path:
+    """The directory of all stages: `out`, else one for this recipe, whatever its seeds."""
+    identity = config_hash({key: value for key, value in values.items() if key != "seed"})
+    root = Path(values.get("out") or f"runs/{name}-{identity[:8]}")
+    previous = None if values.get("out") or root.exists() else most_recent(root.parent, name, holding="config.yaml")
+    if previous is not None:
+        changes = "; ".join(config_changes(load_yaml(previous / "config.yaml"), values))
+        say(f"{root}: a new run, it differs from {previous.name}: {changes}")
+    with explained("cannot write the run directory", root, fix="choose another out"):
+        root.mkdir(parents=True, exist_ok=True)
+        replace_file(root / "config.yaml", dump_config(values).encode())
+    return root
 
 
 def check_recipe(name: str, values: Mapping[str, Any]) -> None:
     """What can be said before anything runs: keys of the recipe, stages and their configs."""
     for key in values:
         if key not in _KEYS:
-            raise ConfigError(f"unknown key {key!r}", where=name, fix=did_you_mean(str(key), _KEYS))
+            known = [*_KEYS, *(values.get("stages") or {})]
+            raise ConfigError(f"unknown key {key!r}", where=name, fix=did_you_mean(str(key), known))
     stages = values.get("stages")
     if not isinstance(stages, Mapping) or not stages:
         raise ConfigError("no stages", where=name, fix="give stages: {sft: {stage: sft, model: …, data: …}}")
@@ -89,6 +115,17 @@ def check_recipe(name: str, values: Mapping[str, Any]) -> None:
             raise ConfigError("which kind of stage is it?", where=f"{name}: stages.{stage}",
                               fix="add stage: sft, reward, rl, preference, sample or evaluate")  # fmt: skip
         _stage_config(name, stage, settings, values, seed=0)
+        _check_references(f"{name}: stages.{stage}", settings, [*stages][: [*stages].index(stage)], "world" in values)
+
+
+def _check_references(where: str, settings: Mapping[str, Any], before: Sequence[str], has_world: bool) -> None:
+    """`${stage.key}` may name the recipe, its world, and the stages before this one."""
+    known = ["recipe", *(["world"] if has_world else []), *before]
+    for reference in find_references(settings):
+        source = reference.strip().partition(".")[0]
+        if source not in known:
+            fix = f"{did_you_mean(source, known)} (a stage can use the results of earlier stages only)"
+            raise ConfigError(f"no result of a stage {source!r} for ${{{reference}}}", where=where, fix=fix)
 
 
 def _stage_config(name: str, stage: str, settings: Mapping[str, Any], recipe: Mapping[str, Any], seed: int) -> Any:
@@ -103,7 +140,8 @@ def run_seed(
     folder.mkdir(parents=True, exist_ok=True)
     results: dict[str, dict[str, Any]] = {"recipe": {"data": values.get("data"), "seed": seed}}
     if "world" in values:
-        results["world"] = prepare_world(resolve_references(values["world"], results, name), folder / "world", seed, say)
+        spec = resolve_references(values["world"], results, name)
+        results["world"] = share(prepare_world(spec, folder / "world", seed, say) if rank() == 0 else None)
     finished: dict[str, dict[str, Any]] = {}
     for stage, settings in values["stages"].items():
         say(f"─ {stage}")
@@ -113,11 +151,11 @@ def run_seed(
         results[stage] = finished[stage]
     summary = {
         "name": name, "seed": seed, "rows": [row for r in finished.values() if (row := _row(r))], "stages": finished,
-        "simulated_labels": bool(values.get("simulated_labels", False)),
+        "simulated_labels": bool(values.get("simulated_labels", False)), "kl_estimator": "full",
     }  # fmt: skip
     _write_json(folder / "summary.json", summary)
     _write_json(folder / "replies.json", replies(finished, results.get("world", {})))
-    write_report(folder)
+    _report(folder)
     return summary
 
 
@@ -197,7 +235,7 @@ def over_seeds(name: str, summaries: Mapping[int, Mapping[str, Any]]) -> dict[st
             paired.append({"method": method, "against": methods[0], "difference": difference.mean,
                            "low": difference.low, "high": difference.high})  # fmt: skip
     return {"name": name, "seeds": list(summaries), "rows": rows, "paired": paired,
-            "by_seed": {str(seed): summary["rows"] for seed, summary in summaries.items()},
+            "kl_estimator": "full", "by_seed": {str(seed): summary["rows"] for seed, summary in summaries.items()},
             "simulated_labels": any(summary["simulated_labels"] for summary in summaries.values())}  # fmt: skip
 
 
@@ -206,8 +244,14 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return statistics.fmean(present) if present else None
 
 
+def _report(folder: Path) -> None:
+    if rank() == 0:
+        write_report(folder)
+
+
 def _write_json(path: Path, value: Any) -> None:
-    replace_file(path, (json.dumps(_finite(value), indent=1, ensure_ascii=False) + "\n").encode())
+    if rank() == 0:
+        replace_file(path, (json.dumps(_finite(value), indent=1, ensure_ascii=False) + "\n").encode())
 
 
 def _finite(value: Any) -> Any:

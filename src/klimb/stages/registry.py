@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from klimb.config import StageConfig, load_config
-from klimb.errors import ConfigError, did_you_mean
+from klimb.errors import ConfigError, Interrupted, did_you_mean
 from klimb.plugin import is_reference
 from klimb.rewards.spec import reward_files
+from klimb.runtime.ranks import rank, share
 from klimb.runtime.run import Run
 from klimb.runtime.signals import interruptible
 from klimb.stages.common import inputs_of, say_aside
@@ -47,8 +48,8 @@ def run_stage(
 ) -> dict[str, Any]:  # fmt: skip
     """Run one stage, or continue it, or return what it found before. The result names its run directory."""
     module = importlib.import_module(STAGES[stage][0])
-    with Run.open(out or config.out, config, inputs_of(config, *code_files(config)), name=name, fresh=fresh, say=say) as run:
-        if (result := run.result) is not None:
+    with _open(out or config.out, config, name, fresh, say) as run:
+        if (result := share(run.result)) is not None:
             say(f"{run.path}: finished before, nothing has changed")
             return {**result, "run": str(run.path)}
         started = time.monotonic()
@@ -59,7 +60,19 @@ def run_stage(
             "seconds": round(time.monotonic() - started, 2),
         }  # fmt: skip
         run.write_result(result)
+        result = share(result)  # whoever goes on finds it written
+        if interrupt.requested:
+            raise Interrupted(f"{run.path} is finished; the same command continues after it")
         return {**result, "run": str(run.path)}
+
+
+def _open(out: str | Path | None, config: Any, name: str, fresh: bool, say: Callable[[str], None]) -> Run:
+    """Rank 0 takes the directory, the others look on."""
+    run = None
+    if rank() == 0:
+        run = Run.open(out, config, inputs_of(config, *code_files(config)), name=name, fresh=fresh, say=say)
+    path, facts = share(run and [str(run.path), run.manifest])
+    return run or Run.follow(Path(path), facts, say)
 
 
 def code_files(config: Any) -> list[Path]:

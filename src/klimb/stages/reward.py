@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,6 @@ from torch import Tensor
 
 from klimb import metrics
 from klimb.batch import BatchTotals, Row, TokenBatch
-from klimb.config import StageConfig
 from klimb.data.load import load_preferences, split_by_prompt
 from klimb.data.render import Renderer
 from klimb.data.sampler import Sampler
@@ -20,32 +19,36 @@ from klimb.metrics import Metrics
 from klimb.models.faces import RewardModel, reward_scores
 from klimb.models.load import load_tokenizer, save_classifier
 from klimb.objective.critic import reward_loss
+from klimb.runtime.ranks import rank
 from klimb.runtime.run import Run
 from klimb.runtime.signals import Interrupt
-from klimb.stages.common import Given, Session, TrainConfig
-from klimb.stages.models import load_reward_model
+from klimb.stages.common import Given, Session, SupervisedConfig
+from klimb.stages.models import load_reward_model, model_folder
 from klimb.types import Preference
 
 
-class RewardConfig(TrainConfig):
+class RewardConfig(SupervisedConfig):
     """One epoch; more make a reward model sure of itself (arXiv 2203.02155, appendix C.2)."""
 
-    steps: int | None = Field(None, ge=1)
-    epochs: float = Field(1.0, gt=0)
     batch_size: int = Field(64, ge=1, description="pairs in an update")
-    max_tokens: int | None = Field(None, ge=1)
     centering: float = Field(0.01, ge=0, description="arXiv 2312.09244: keeps scores near zero")
-    eval_fraction: float = Field(0.0, ge=0, lt=1, description="share of pairs held out, by hash of the prompt")
-    eval_every: int = Field(50, ge=1)
     reference: Given = Field(None, description="prompts with completions: scores are scaled to mean 0, std 1 on them")
     min_accuracy: float = Field(0.0, ge=0, le=1, description="stop here when held-out accuracy is below")
+
+    def contradictions(self) -> Iterator[str]:
+        yield from super().contradictions()
+        if self.given("min_accuracy") and not (self.given("eval_data") or self.given("eval_fraction")):
+            yield "min_accuracy: nothing is held out to measure it on; give eval_data or eval_fraction"
 
 
 def batch_of(pairs: Sequence[Preference]) -> TokenBatch:
     """2P samples, chosen before rejected; a pair is a group and stays together."""
     rows, groups, ids = [], [], []
     for place, pair in enumerate(pairs):
-        rows += [[Row(pair.prompt, pair.chosen, pair.chosen_mask)], [Row(pair.prompt, pair.rejected, pair.rejected_mask)]]
+        rows += [
+            [Row(pair.prompt, pair.chosen, pair.chosen_mask)],
+            [Row(pair.prompt, pair.rejected, pair.rejected_mask)],
+        ]
         groups += [place, place]
         ids += [f"{pair.id}/chosen", f"{pair.id}/rejected"]
     batch = TokenBatch.from_rows(rows, groups, ids, whole_groups=True)
@@ -79,12 +82,10 @@ def train(config: RewardConfig, run: Run, interrupt: Interrupt, say: Any) -> dic
         start = found.step
         sampler.restore(found.state["stage"]["sampler"])
 
-    for step in range(start + 1, steps + 1):
+    for step in session.steps(start, steps):
         batch = batch_of([training[i] for i in sampler.next_batch()])
         with session.timed("train"):
-            measured = learner.step(
-                batch, lambda micro, totals: pair_loss(model, micro, totals, config.centering)
-            )
+            measured = learner.step(batch, lambda micro, totals: pair_loss(model, micro, totals, config.centering))
         if held_out and (step % config.eval_every == 0 or step == steps):
             measured["eval/accuracy"] = _accuracy(model, held_out, config.token_budget)
         session.end_step(
@@ -100,7 +101,9 @@ def train(config: RewardConfig, run: Run, interrupt: Interrupt, say: Any) -> dic
     normalisation = _normalisation(session, model, config, renderer, training, max_length)
     if model.backbone.peft is not None:
         model.backbone.model = model.backbone.peft.merge_and_unload()
-    save_classifier(model.backbone.model, tokenizer, run.model, normalisation)
+    if rank() == 0:
+        with model_folder(run.model) as folder:
+            save_classifier(model.backbone.model, tokenizer, folder, normalisation)
     return {"model": str(run.model), "steps": learner.steps, "evaluation": None, "accuracy": accuracy,
             "held_out_pairs": len(held_out), **normalisation}  # fmt: skip
 
@@ -112,7 +115,12 @@ def _accuracy(model: RewardModel, pairs: Sequence[Preference], budget: int) -> m
 
 
 def _normalisation(
-    session: Session, model: RewardModel, config: RewardConfig, renderer: Renderer, training: Sequence[Preference], max_length: int
+    session: Session,
+    model: RewardModel,
+    config: RewardConfig,
+    renderer: Renderer,
+    training: Sequence[Preference],
+    max_length: int,
 ) -> dict[str, float]:
     """Mean and standard deviation of raw scores on reference samples (by default: the compared completions)."""
     if config.reference is None:

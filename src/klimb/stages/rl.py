@@ -18,10 +18,10 @@ from torch import Tensor
 
 from klimb import metrics
 from klimb.batch import BatchTotals, TokenBatch, pad_tokens
-from klimb.config import StageConfig
+from klimb.config import StageConfig, find_references
 from klimb.data.load import load_prompts
 from klimb.data.sampler import Sampler
-from klimb.errors import KlimbError, RewardError
+from klimb.errors import RewardError
 from klimb.metrics import Metrics
 from klimb.models.faces import Critic, Policy, critic_values, policy_logps
 from klimb.objective.algorithms import Algorithm, validate
@@ -38,7 +38,8 @@ from klimb.runtime.run import Run
 from klimb.runtime.signals import Interrupt
 from klimb.stages.common import Given, Session, TrainConfig, stream_seed
 from klimb.stages.evaluate import Judges, Measurement, add_gold, batch_of, local_engine, open_reward
-from klimb.stages.models import Loaded, load_critic, load_policy, load_reference
+from klimb.stages.mismatch import Mismatch
+from klimb.stages.models import Loaded, load_critic, load_policy, load_reference, load_texts, prompt_room
 from klimb.types import Group, Prompt
 
 
@@ -69,6 +70,26 @@ class RlConfig(TrainConfig):
     failure_limit: float = Field(0.05, ge=0, le=1, description="share of rows whose reward may fail")
     max_refills: int = Field(8, ge=0, description="dynamic sampling: further rounds of prompts for one batch")
     measure: Measurement | None = None
+
+    def contradictions(self) -> Iterator[str]:
+        yield from super().contradictions()
+        if find_references(self.algorithm):
+            return  # of a recipe: known when the stage begins
+        try:
+            algorithm = resolved(self)
+        except ValueError as error:
+            yield str(error)
+            return
+        if algorithm.critic is None and self.critic != CriticConfig():
+            yield f"critic: {algorithm.name} has none; leave it out, or use ppo"
+        if algorithm.critic is not None and self.critic.warmup_steps >= self.steps:
+            yield f"critic.warmup_steps={self.critic.warmup_steps}: of {self.steps} steps none is left for the policy"
+        if algorithm.sampling is None and self.given("max_refills"):
+            yield f"max_refills: {algorithm.name} keeps every group; leave it out, or set algorithm.sampling=dynamic"
+        if self.reference is not None and not (algorithm.needs.ref or self.measure_kl):
+            yield f"reference: {algorithm.name} has no KL to it; leave it out, or set measure_kl=true"
+        if self.updates_per_step > self.prompts_per_step:
+            yield f"updates_per_step={self.updates_per_step}: more than the {self.prompts_per_step} groups of a step"
 
 
 @dataclass
@@ -105,7 +126,7 @@ def train(config: RlConfig, run: Run, interrupt: Interrupt, say: Any) -> dict[st
         actors.sampler.restore(found.state["stage"]["sampler"])
         actors.scorer.counts = found.state["stage"]["reward_counts"]
 
-    for step in range(start + 1, config.steps + 1):
+    for step in session.steps(start, config.steps):
         actors.engine.update_weights(step)
         groups, counted = rollout(actors, step)
         batch = look_up(actors, experience(groups), stale=is_stale(groups, step))
@@ -127,17 +148,14 @@ def train(config: RlConfig, run: Run, interrupt: Interrupt, say: Any) -> dict[st
     actors.loaded.save(run.model)
     reference = actors.reference or (load_reference(session, actors.loaded, config.model) if judges else None)
     evaluation = judges.evaluate(actors.policy, reference, "evaluate") if judges and reference else None
-    actors.scorer.close()
     return {"model": str(run.model), "steps": config.steps, "algorithm": describe(actors.algorithm),
             "evaluation": evaluation}  # fmt: skip
 
 
 def resolved(config: RlConfig) -> Algorithm:
-    """The algorithm with the constants of this run. Raises ValueError where it makes no sense with the batch numbers."""
+    """The algorithm with the constants of this run. Raises ValueError where the batch numbers make no sense of it."""
     algorithm = parse_algorithm(config.algorithm).resolve(max_length=config.max_tokens)
-    validate(
-        algorithm, samples_per_prompt=config.samples_per_prompt, updates_per_step=config.updates_per_step
-    )
+    validate(algorithm, samples_per_prompt=config.samples_per_prompt, updates_per_step=config.updates_per_step)
     return algorithm
 
 
@@ -156,15 +174,15 @@ def prepare(config: RlConfig, session: Session) -> Actors:
     for line in preview(config):
         session.say(line)
     algorithm = resolved(config)
-    loaded = load_policy(session, config.model, config.lora, config.seed)
-    room = loaded.backbone.context - config.max_tokens
-    longest = min(config.max_prompt_tokens or room, room)
-    data = session.read(load_prompts, config.data, config, loaded.renderer, longest)
-    loaded.conversational = data.conversational
-    reward = open_reward(config.reward, session, loaded)
+    renderer, context = load_texts(config.model)
+    room = prompt_room(context, config.max_tokens)
+    data = session.read(load_prompts, config.data, config, renderer, min(config.max_prompt_tokens or room, room))
+    reward = open_reward(config.reward, session, renderer)
     for line in dry_run(reward, data.items).lines()[:2]:
         session.say(f"reward {reward.name}: {line}")
-    gold = None if config.gold is None else open_reward(config.gold, session, loaded)
+    gold = None if config.gold is None else open_reward(config.gold, session, renderer)
+    loaded = load_policy(session, config.model, config.lora, config.seed, renderer)
+    loaded.conversational = data.conversational
     needs = algorithm.needs
     reference = load_reference(session, loaded, config.reference) if needs.ref or config.measure_kl else None
     critic = load_critic(session, loaded, config.critic.model) if needs.critic else None
@@ -178,7 +196,8 @@ def prepare(config: RlConfig, session: Session) -> Actors:
         critic_learner = session.learner(
             "critic", "critic", critic.trainable(), config, config.critic.optimizer, updates
         )
-    rows = int(session.run.decide("rollout_rows", lambda: min(256, config.prompts_per_step * config.samples_per_prompt)))
+    samples = config.prompts_per_step * config.samples_per_prompt
+    rows = int(session.run.decide("rollout_rows", lambda: min(256, samples)))
     return Actors(
         config, session, algorithm, loaded, reference, critic, data.items,
         Sampler(len(data.items), config.prompts_per_step, config.seed),
@@ -306,14 +325,14 @@ def learn(actors: Actors, batch: TokenBatch, step: int, state: dict[str, Tensor]
                 found |= actors.policy_learner.step(part, loss)
         if actors.critic_learner is not None:
             with session.timed("critic"):
-                measured = actors.critic_learner.step(
-                    part, lambda micro, totals: value_loss(actors, micro, totals)
-                )
-            found |= {f"critic/{k}" if k in ("grad_norm", "lr") else k: v for k, v in measured.items() if k != "objective"}
+                measured = actors.critic_learner.step(part, lambda micro, totals: value_loss(actors, micro, totals))
+            found |= {
+                f"critic/{k}" if k in ("grad_norm", "lr") else k: v for k, v in measured.items() if k != "objective"
+            }
         collected.append(found)
     merged = metrics.merge(collected)
-    if check.differences:
-        merged |= check.report(session, step, batch, fresh=config.reference is None)
+    if not warming_up:
+        merged |= check.report(step, batch, fresh=config.reference is None)
     return merged
 
 
@@ -331,7 +350,8 @@ def rl_loss(
 
 
 def value_loss(actors: Actors, micro: TokenBatch, totals: BatchTotals) -> tuple[Tensor, Metrics]:
-    assert actors.critic is not None and actors.algorithm.critic is not None
+    assert actors.critic is not None
+    assert actors.algorithm.critic is not None
     return critic_loss(
         actors.algorithm.critic, values=actors.critic(micro), returns=micro["returns"], old_values=micro["values"],
         mask=micro.mask, totals=totals,
@@ -350,42 +370,6 @@ def split_updates(batch: TokenBatch, updates: int, seed: int, step: int) -> Iter
         index = [i for i, group in enumerate(batch.group.tolist()) if group in chosen]
         if index:
             yield batch.select(index)
-
-
-_BOUNDS = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.5}
-"""Largest p99 of |log-prob at sampling − log-prob in training| that a run accepts; in fp32 it is about 1e-6."""
-_START = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 2e-2}
-"""At the first update π = π_ref: bound of the largest |log π − log π_ref| (bfloat16: of its mean)."""
-
-
-class Mismatch:
-    """How far the log-probs stored at sampling are from the trainer's, watched at every step."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
-        self.differences: list[Tensor] = []
-
-    def add(self, logps: Tensor, micro: TokenBatch) -> None:
-        self.differences.append((logps.detach() - micro["behavior_logps"])[micro.mask].abs().float().cpu())
-
-    def report(self, session: Session, step: int, batch: TokenBatch, fresh: bool) -> Metrics:
-        differences = torch.cat(self.differences)
-        p99 = float(torch.quantile(differences[: 1 << 24], 0.99))
-        if p99 > _BOUNDS[self.dtype]:
-            raise KlimbError(
-                f"step {step}: log-probs at sampling and in training differ by {p99:.2g} (p99)", where="rollout",
-                why=f"more than the {_BOUNDS[self.dtype]:g} that {self.dtype} explains", fix="report this as a bug",
-            )  # fmt: skip
-        if step == 1 and fresh and "ref_logps" in batch.columns:
-            gap = (batch["behavior_logps"] - batch["ref_logps"])[batch.mask].abs()
-            worst = float(gap.mean() if self.dtype == torch.bfloat16 else gap.max())
-            if worst > _START[self.dtype]:
-                raise KlimbError(
-                    f"before the first update policy and reference differ by {worst:.2g}", where="reference",
-                    why="the reference is not the model that training starts from",
-                    fix="name the reference that you mean with reference=DIR",
-                )  # fmt: skip
-        return {"mismatch/p99": metrics.ratio(p99, 1.0), "mismatch/max": metrics.ratio(float(differences.max()), 1.0)}
 
 
 def sample_records(groups: Sequence[Group]) -> list[dict[str, Any]]:

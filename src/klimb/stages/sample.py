@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,22 +11,23 @@ from typing import Any
 from pydantic import Field
 
 from klimb.data.load import load_prompts
-from klimb.errors import DataError
 from klimb.rewards.scorer import Scorer
 from klimb.rollout.engine import Request, generate
 from klimb.rollout.sampling import SamplingParams
 from klimb.runtime.durable import replace_file
+from klimb.runtime.ranks import rank
 from klimb.runtime.run import Run
 from klimb.runtime.signals import Interrupt
-from klimb.stages.common import Given, Session, TrainConfig, stream_seed
+from klimb.stages.common import Given, RunConfig, Session, stream_seed
 from klimb.stages.evaluate import local_engine, open_reward
-from klimb.stages.models import load_policy
+from klimb.stages.models import load_policy, prompt_room
 from klimb.types import Group
 
 
-class SampleConfig(TrainConfig):
+class SampleConfig(RunConfig):
     """`pairs`: samples 0 and 1 of a prompt, 2 and 3, … are compared by their scores; ties are left out."""
 
+    data: Given
     samples_per_prompt: int = Field(1, ge=1)
     max_tokens: int = Field(256, ge=1)
     temperature: float = Field(1.0, ge=0)
@@ -34,15 +36,19 @@ class SampleConfig(TrainConfig):
     repetition_penalty: float = Field(1.0, gt=0)
     reward: Given = None
     pairs: bool = False
+    label_noise: float = Field(0.0, ge=0, lt=0.5, description="share of comparisons turned round, as by erring people")
+
+    def contradictions(self) -> Iterator[str]:
+        yield from super().contradictions()
+        if self.pairs and (self.reward is None or self.samples_per_prompt < 2):
+            yield "pairs: comparing needs a reward, and samples_per_prompt of 2 or more"
 
 
 def train(config: SampleConfig, run: Run, interrupt: Interrupt, say: Any) -> dict[str, Any]:
     """Named as in the other stages: it is what the stage does. Nothing is trained."""
-    if config.pairs and (config.reward is None or config.samples_per_prompt < 2):
-        raise DataError("pairs: comparing needs a reward and samples_per_prompt of 2 or more", where="config")
     session = Session.begin(config, run, interrupt, say)
     loaded = load_policy(session, config.model, None, config.seed)
-    room = loaded.backbone.context - config.max_tokens
+    room = prompt_room(loaded.backbone.context, config.max_tokens)
     data = session.read(load_prompts, config.data, config, loaded.renderer, room)
     params = SamplingParams(
         config.max_tokens, loaded.stop_tokens(data.items), config.temperature, config.top_k, config.top_p,
@@ -52,25 +58,28 @@ def train(config: SampleConfig, run: Run, interrupt: Interrupt, say: Any) -> dic
     engine = local_engine(loaded.policy, loaded, data.items)
     groups = generate(engine, [Request(p, config.samples_per_prompt, params, seed) for p in data.items])
     if config.reward is not None:
-        reward = open_reward(config.reward, session, loaded)
+        reward = open_reward(config.reward, session, loaded.renderer)
         Scorer(reward, min_scored=1, on_event=lambda event: run.event(**event)).score(groups)
-        reward.close()
     result: dict[str, Any] = {"samples": _write(run.path / "samples.jsonl", _rows(groups))}
     if config.pairs:
-        pairs = list(comparisons(groups))
+        pairs = list(comparisons(groups, config.label_noise, random.Random(stream_seed(config.seed, "labels"))))
         compared = sum(len(g.samples) // 2 for g in groups)
         say(f"{len(pairs):,} of {compared:,} pairs have a better one")
-        result |= {"preferences": _write(run.path / "preferences.jsonl", pairs), "pairs": len(pairs), "left_out": compared - len(pairs)}
+        result |= {
+            "preferences": _write(run.path / "preferences.jsonl", pairs),
+            "pairs": len(pairs),
+            "left_out": compared - len(pairs),
+        }
     return {**result, "model": config.model, "evaluation": None}
 
 
-def comparisons(groups: Sequence[Group]) -> Iterator[dict[str, Any]]:
-    """Consecutive samples of a prompt, the better scored one chosen."""
+def comparisons(groups: Sequence[Group], noise: float, stream: random.Random) -> Iterator[dict[str, Any]]:
+    """Consecutive samples of a prompt, the better scored one chosen; a share `noise` of them the other way round."""
     for group in groups:
         for a, b in zip(group.samples[0::2], group.samples[1::2], strict=False):
             if a.score is None or b.score is None or a.score == b.score or not (a.text and b.text):
                 continue  # unscored, a tie, or nothing said: a comparison needs two texts
-            chosen, rejected = (a, b) if a.score > b.score else (b, a)
+            chosen, rejected = (a, b) if (a.score > b.score) != (stream.random() < noise) else (b, a)
             yield {"prompt": group.prompt.text, "chosen": chosen.text, "rejected": rejected.text}
 
 
@@ -82,5 +91,6 @@ def _rows(groups: Sequence[Group]) -> Iterator[dict[str, Any]]:
 
 
 def _write(path: Path, rows: Any) -> str:
-    replace_file(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+    if rank() == 0:
+        replace_file(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
     return str(path)

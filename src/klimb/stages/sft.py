@@ -19,7 +19,7 @@ from klimb.models.faces import Policy, policy_logps
 from klimb.objective import supervised
 from klimb.runtime.run import Run
 from klimb.runtime.signals import Interrupt
-from klimb.stages.common import Given, Session, TrainConfig
+from klimb.stages.common import Given, Session, SupervisedConfig
 from klimb.stages.evaluate import Judges, Measurement, answer_score
 from klimb.stages.models import Loaded, load_policy
 from klimb.types import Example
@@ -36,15 +36,10 @@ class Until(StageConfig):
     max_tokens: int = Field(64, ge=1)
 
 
-class SftConfig(TrainConfig):
-    """One pass over 10,000–100,000 demonstrations at the table's rate is a usual recipe (arXiv 2411.15124, section 4)."""
+class SftConfig(SupervisedConfig):
+    """One pass over 10,000–100,000 demonstrations at the table's rate is usual (arXiv 2411.15124, section 4)."""
 
-    steps: int | None = Field(None, ge=1, description="default: `epochs` passes over the data")
-    epochs: float = Field(1.0, gt=0)
     batch_size: int = Field(64, ge=1, description="examples in an update")
-    max_tokens: int | None = Field(None, ge=1, description="longest example; default: the model's context")
-    eval_fraction: float = Field(0.0, ge=0, lt=1, description="share of prompts held out, by hash")
-    eval_every: int = Field(50, ge=1)
     until: Until | None = None
     measure: Measurement | None = None
 
@@ -72,14 +67,14 @@ def train(config: SftConfig, run: Run, interrupt: Interrupt, say: Any) -> dict[s
 
     learner = session.learner("policy", "sft", loaded.policy.trainable(), config, config.optimizer, steps)
     sampler = Sampler(len(training), config.batch_size, config.seed)
-    judges = Judges.for_measurement(config.measure, session, loaded)
+    judges = Judges.for_measurement(config.measure, session, loaded, config.seed, config.token_budget)
     until = _early_stop(config, loaded)
     start, reached = 0, None
     if found := session.resume():
         start, reached = found.step, found.state["stage"]["reached"]
         sampler.restore(found.state["stage"]["sampler"])
 
-    for step in range(start + 1, steps + 1):
+    for step in session.steps(start, steps):
         if reached is not None:
             break
         batch = batch_of([training[i] for i in sampler.next_batch()])

@@ -1,0 +1,49 @@
+"""Are the numbers of sampling those of training? A run whose ratios start from anything else learns nothing true."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from klimb import metrics
+from klimb.batch import TokenBatch
+from klimb.errors import KlimbError
+from klimb.metrics import Metrics
+from klimb.runtime.ranks import gather
+
+# Stored in fp32: a log-prob of −30 is off by 1e-6 whatever it was computed in.
+_BOUNDS = {torch.float64: 1e-5, torch.float32: 1e-3, torch.bfloat16: 0.5}
+"""Largest p99 of |log-prob at sampling − log-prob in training| that a run accepts; in fp32 it is about 1e-6."""
+_START = {torch.float64: 1e-5, torch.float32: 1e-4, torch.bfloat16: 2e-2}
+"""At the first update π = π_ref: bound of the largest |log π − log π_ref| (bfloat16: of its mean)."""
+
+
+class Mismatch:
+    """How far the log-probs stored at sampling are from the trainer's, watched at every step."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.differences: list[Tensor] = []
+
+    def add(self, logps: Tensor, micro: TokenBatch) -> None:
+        self.differences.append((logps.detach() - micro["behavior_logps"])[micro.mask].abs().float().cpu())
+
+    def report(self, step: int, batch: TokenBatch, fresh: bool) -> Metrics:
+        mine = torch.cat([*self.differences, torch.zeros(0)]).tolist()
+        differences = torch.tensor([gap for theirs in gather(mine) for gap in theirs])
+        p99 = float(torch.quantile(differences[: 1 << 24], 0.99))
+        if p99 > _BOUNDS[self.dtype]:
+            raise KlimbError(
+                f"step {step}: log-probs at sampling and in training differ by {p99:.2g} (p99)", where="rollout",
+                why=f"more than the {_BOUNDS[self.dtype]:g} that {self.dtype} explains", fix="report this as a bug",
+            )  # fmt: skip
+        if step == 1 and fresh and "ref_logps" in batch.columns:
+            gap = (batch["behavior_logps"] - batch["ref_logps"])[batch.mask].abs()
+            worst = float(gap.mean() if self.dtype == torch.bfloat16 else gap.max())
+            if worst > _START[self.dtype]:
+                raise KlimbError(
+                    f"before the first update policy and reference differ by {worst:.2g}", where="reference",
+                    why="the reference is not the model that training starts from",
+                    fix="name the reference that you mean with reference=DIR",
+                )  # fmt: skip
+        return {"mismatch/p99": metrics.ratio(p99, 1.0), "mismatch/max": metrics.ratio(float(differences.max()), 1.0)}

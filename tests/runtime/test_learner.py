@@ -1,0 +1,259 @@
+"""The learner on losses whose gradient is known by hand: loss = Σ (w·x − y)² / samples."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from families import ragged
+from torch import Tensor, nn
+
+from klimb import metrics
+from klimb.batch import BatchTotals, TokenBatch
+from klimb.metrics import Metrics
+from klimb.runtime import checkpoint
+from klimb.runtime.learner import Learner, NotFinite, Optimizer
+
+WIDTH = 5
+
+
+def problem(dtype: torch.dtype = torch.float32, paired: bool = False) -> tuple[dict[str, nn.Parameter], TokenBatch]:
+    draw = torch.Generator().manual_seed(0)
+    weights = {
+        "w": nn.Parameter(torch.randn(WIDTH, generator=draw).to(dtype)),
+        "b": nn.Parameter(torch.ones(1, dtype=dtype)),
+    }
+    drawn = ragged(groups=5, samples=2)
+    batch = TokenBatch.from_rows(drawn.rows, drawn.group.tolist(), drawn.ids, whole_groups=paired)
+    x = torch.randn(len(batch), generator=draw)
+    return weights, batch.with_columns(x=x, y=3 * x + 1)
+
+
+def squares(weights: dict[str, nn.Parameter], batch: TokenBatch, totals: BatchTotals) -> tuple[Tensor, Metrics]:
+    """The features of a sample are the powers of its x."""
+    features = batch["x"][:, None] ** torch.arange(WIDTH)
+    error = features.to(weights["w"].dtype) @ weights["w"] + weights["b"] - batch["y"]
+    return error.square().sum() / totals.samples, {"error": metrics.mean(error)}
+
+
+def learner_of(weights: dict[str, nn.Parameter], budget: int = 10_000, steps: int = 10, **changes: object) -> Learner:
+    optimizer = Optimizer(**changes)  # type: ignore[arg-type]
+    return Learner(weights, optimizer, lr=0.1, total_steps=steps, budget=budget)
+
+
+def step(learner: Learner, batch: TokenBatch) -> dict[str, float]:
+    return metrics.results(learner.step(batch, lambda micro, totals: squares(learner.working, micro, totals)))
+
+
+# The step -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bound", [0.5, 1e6, None])
+@pytest.mark.parametrize("budget", [10_000, 30])
+def test_a_step_is_adamw_on_the_clipped_sum_of_the_gradients(bound: float | None, budget: int) -> None:
+    weights, batch = problem()
+    own, _ = problem()
+    reference = torch.optim.AdamW(own.values(), lr=0.1, betas=(0.9, 0.95), weight_decay=0.02)
+    learner = learner_of(weights, budget, max_grad_norm=bound, betas=(0.9, 0.95), weight_decay=0.02)
+    for _ in range(3):
+        reference.zero_grad()
+        squares(own, batch, batch.totals)[0].backward()
+        norm = nn.utils.clip_grad_norm_(own.values(), math.inf if bound is None else bound)
+        reference.step()
+        measured = step(learner, batch)
+        assert measured["grad_norm"] == pytest.approx(float(norm), rel=1e-5)  # before clipping
+        for name, weight in weights.items():
+            assert torch.allclose(weight, own[name], rtol=1e-5, atol=1e-6)
+
+
+def test_totals_are_those_of_the_whole_batch_in_every_micro_batch() -> None:
+    weights, batch = problem()
+    seen: list[tuple[int, BatchTotals]] = []
+
+    def loss(micro: TokenBatch, totals: BatchTotals) -> tuple[Tensor, Metrics]:
+        seen.append((len(micro), totals))
+        return squares(weights, micro, totals)
+
+    learner_of(weights, budget=30).step(batch, loss)
+    assert len(seen) > 3
+    assert sum(size for size, _ in seen) == len(batch)
+    assert {totals for _, totals in seen} == {batch.totals}
+
+
+def test_metrics_of_micro_batches_are_merged_by_weight() -> None:
+    weights, batch = problem()
+    whole = squares(weights, batch, batch.totals)[1]["error"].result()
+    assert step(learner_of(weights, budget=30), batch)["error"] == pytest.approx(whole, rel=1e-5)
+
+
+def test_a_parameter_that_no_sample_uses_is_left_alone() -> None:
+    weights, batch = problem()
+    weights["unused"] = nn.Parameter(torch.ones(2))
+    learner = learner_of(weights, weight_decay=0.5)
+    step(learner, batch)
+    assert torch.equal(weights["unused"], torch.ones(2))
+    assert not any("unused" in name for name in learner.tensors() if name.startswith("adam."))
+
+
+# The rate -----------------------------------------------------------------------------------------------------------
+
+
+def rates(steps: int = 12, **changes: object) -> list[float]:
+    learner = learner_of(problem()[0], steps=steps, **changes)
+    return [learner.rate(i) / learner.lr for i in range(steps)]
+
+
+def test_the_rate_warms_up_in_equal_steps_and_stays() -> None:
+    assert rates(6, warmup_steps=4) == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0, 1.0])
+    assert rates(3) == [1.0, 1.0, 1.0]
+
+
+def test_the_rate_falls_in_a_line_to_the_share_that_is_left() -> None:
+    # 8 steps after the warm-up: 1, 7/8, …, 1/8 of the way, then the end at final_lr
+    expected = [0.25, 0.5, 0.75, 1.0, *(0.1 + 0.9 * (1 - k / 8) for k in range(8))]
+    assert rates(12, warmup_steps=4, decay="linear", final_lr=0.1) == pytest.approx(expected)
+
+
+def test_the_rate_falls_as_a_cosine() -> None:
+    assert rates(4, decay="cosine") == pytest.approx([1.0, 0.5 + 0.5**1.5, 0.5, 0.5 - 0.5**1.5])
+
+
+def test_the_rate_after_the_end_stays_at_the_end() -> None:
+    learner = learner_of(problem()[0], steps=5, decay="linear", final_lr=0.2)
+    assert learner.rate(5) == learner.rate(50) == pytest.approx(0.1 * 0.2)
+
+
+def test_every_step_uses_its_rate() -> None:
+    weights, batch = problem()
+    learner = learner_of(weights, steps=3, warmup_steps=2)
+    assert [step(learner, batch)["lr"] for _ in range(3)] == pytest.approx([0.05, 0.1, 0.1])
+
+
+# What is not finite -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("budget", [10_000, 30])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_bad_row_is_named_and_nothing_changes(bad: float, budget: int) -> None:
+    weights, batch = problem()
+    learner = learner_of(weights, budget)
+    step(learner, batch)
+    before = {name: tensor.clone() for name, tensor in learner.tensors().items()}
+    y = batch["y"].clone()
+    y[7] = bad
+    with pytest.raises(NotFinite, match=r"update 2.*rows row 7;"):
+        step(learner, batch.with_columns(y=y))
+    assert {name: tensor.tolist() for name, tensor in learner.tensors().items()} == {
+        name: tensor.tolist() for name, tensor in before.items()
+    }
+    assert learner.steps == 1
+    other_weights, _ = problem()
+    other = learner_of(other_weights, budget)
+    for one in (learner, other, other):
+        step(one, batch)
+    assert torch.equal(weights["w"], other_weights["w"])  # as if the bad batch had never been
+
+
+def test_a_row_whose_gradient_alone_is_not_finite_is_named() -> None:
+    weights, batch = problem()
+    y = torch.ones(len(batch))
+    y[4] = 0.0
+
+    def loss(micro: TokenBatch, totals: BatchTotals) -> tuple[Tensor, Metrics]:
+        return (micro["y"] * weights["w"].sum()).abs().sqrt().sum() / totals.samples, {}
+
+    with pytest.raises(NotFinite, match="rows row 4;"):  # d√z/dz at 0 is infinite, √0 is 0
+        learner_of(weights).step(batch.with_columns(y=y), loss)
+
+
+def test_of_a_pair_both_rows_are_named() -> None:
+    weights, batch = problem(paired=True)
+    y = batch["y"].clone()
+    y[5] = math.nan
+
+    def loss(micro: TokenBatch, totals: BatchTotals) -> tuple[Tensor, Metrics]:
+        gap = (micro["y"][0::2] - micro["y"][1::2]) * weights["w"].sum()
+        return gap.square().sum() / totals.groups, {}
+
+    with pytest.raises(NotFinite, match="rows row 4, row 5;"):
+        learner_of(weights).step(batch.with_columns(y=y), loss)
+
+
+# bfloat16 -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_working_copy_is_the_master_rounded() -> None:
+    weights, batch = problem(torch.bfloat16)
+    learner = learner_of(weights)
+    for _ in range(5):
+        step(learner, batch)
+        for name, weight in weights.items():
+            assert weight.dtype == torch.bfloat16
+            assert learner.masters[name].dtype == torch.float32
+            assert torch.equal(weight, learner.masters[name].bfloat16())
+            assert weight.grad is None
+            assert learner.masters[name].grad is None
+
+
+def test_updates_far_below_the_resolution_of_bfloat16_add_up() -> None:
+    """Beside 1 bfloat16 knows steps of 2⁻⁷; Adam moves by lr = 1e-4 against a gradient that keeps its sign."""
+    batch = problem()[1]
+
+    def slope(weight: Tensor, totals: BatchTotals) -> tuple[Tensor, Metrics]:
+        return -weight.sum() / totals.samples, {}
+
+    weight = nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+    learner = Learner({"w": weight}, Optimizer(), lr=1e-4, total_steps=100, budget=10_000)
+    for _ in range(100):
+        learner.step(batch, lambda micro, totals: slope(weight, totals))
+    assert torch.allclose(learner.masters["w"], torch.full((3,), 1 + 100 * 1e-4), rtol=1e-4)
+    assert torch.equal(weight, torch.full((3,), 1 + 2**-7, dtype=torch.bfloat16))
+
+    alone = nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+    plain = torch.optim.AdamW([alone], lr=1e-4, weight_decay=0.0)
+    for _ in range(100):
+        alone.grad = -torch.ones_like(alone)
+        plain.step()
+    assert torch.equal(alone, torch.ones_like(alone))  # what would happen without a master
+
+
+def test_gradients_of_micro_batches_are_summed_in_fp32() -> None:
+    """In bfloat16 1 + 0.001 is 1: of a large and many small gradients the small ones would be lost."""
+    _, batch = problem()
+    weight = nn.Parameter(torch.zeros(1, dtype=torch.bfloat16))
+    small = torch.full((len(batch),), 0.001)
+    small[0] = 1.0
+    batch = batch.with_columns(y=small)
+    learner = Learner({"w": weight}, Optimizer(max_grad_norm=None), lr=0.1, total_steps=1, budget=1)
+    found = learner.step(batch, lambda micro, totals: ((weight * micro["y"].bfloat16()).sum(), {}))
+    assert metrics.results(found)["grad_norm"] == pytest.approx(1 + 9 * 0.001, rel=1e-4)
+
+
+# Resume -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_a_resumed_learner_goes_on_bit_by_bit(dtype: torch.dtype, tmp_path: Path) -> None:
+    changes = {"warmup_steps": 2, "decay": "cosine", "weight_decay": 0.01}
+    weights, batch = problem(dtype)
+    weights["unused"] = nn.Parameter(torch.ones(2, dtype=dtype))
+    learner = learner_of(weights, 30, **changes)
+    for _ in range(4):
+        step(learner, batch)
+    checkpoint.save(tmp_path, 4, {"policy": learner.tensors()}, {"steps": learner.steps})
+
+    fresh, _ = problem(dtype)
+    fresh["unused"] = nn.Parameter(torch.zeros(2, dtype=dtype))
+    resumed = learner_of(fresh, 30, **changes)
+    found = checkpoint.load_latest(tmp_path, print)
+    assert found is not None
+    resumed.load(found.tensors["policy"], found.state["steps"])
+    for name, weight in weights.items():
+        assert torch.equal(fresh[name], weight)
+    for _ in range(4):
+        assert step(resumed, batch) == step(learner, batch)
+    for name, tensor in learner.tensors().items():
+        assert torch.equal(resumed.tensors()[name], tensor), name
+    assert all(torch.equal(fresh[name], weight) for name, weight in weights.items())

@@ -1,0 +1,287 @@
+"""What can be wrong with what klimb is given, one command each; run as a script it writes docs/ERRORS.md.
+
+Every command stands in a folder with a model (`base`), data and rewards that are right, and one thing that is not.
+"""
+
+# ruff: noqa: E501
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import shlex
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from world import Said, World, klimb, make_world, write
+
+Prepare = Callable[[], object]
+
+
+class Bad(NamedTuple):
+    """One mistake. `names` is what the message has to point at: a file, a row, a key."""
+
+    situation: str
+    command: str
+    names: tuple[str, ...] = ()
+    prepare: Prepare = lambda: None
+    foreign: bool = False
+    """A part of the message is another library's, and may read otherwise in another version of it."""
+
+    def say(self) -> Said:
+        """What klimb says to it, standing in a furnished folder. With --json it tells no progress."""
+        first, *rest = shlex.split(self.command)
+        quiet = [] if first == "report" else ["--json"]
+        said = klimb(*USUAL.get(first, first).split(), *rest, *quiet)
+        return said._replace(err=said.err.replace(f"{Path.cwd()}/", "").replace(str(Path.cwd()), "."))
+
+
+_FEW = "steps=1 threads=1 device=cpu"
+_RL = (
+    f"model=base data=prompts.jsonl reward=rewards.py:count prompts_per_step=2 samples_per_prompt=4 max_tokens=4 {_FEW}"
+)
+USUAL = {
+    "SFT": f"sft model=base data=demonstrations.jsonl batch_size=4 {_FEW}",
+    "DPO": f"dpo model=base data=preferences.jsonl batch_size=4 {_FEW}",
+    "REWARD": f"reward model=base data=preferences.jsonl batch_size=4 {_FEW}",
+    "GRPO": f"grpo {_RL}",
+    "PPO": f"ppo {_RL}",
+    "SAMPLE": "sample model=base data=prompts.jsonl max_tokens=4 threads=1 device=cpu",
+    "EVALUATE": "evaluate model=base measure.data=prompts.jsonl measure.max_tokens=4 threads=1 device=cpu",
+}
+
+
+def file(name: str, text: str | bytes) -> Prepare:
+    return lambda: Path(name).write_bytes(text.encode() if isinstance(text, str) else text)
+
+
+def rows(*values: object) -> Prepare:
+    return file("bad.jsonl", "".join(json.dumps(value) + "\n" for value in values))
+
+
+def recipe(stages: str, more: str = "") -> Prepare:
+    return file("bad.yaml", f"name: bad\nthreads: 1\ndevice: cpu\n{more}stages:\n{stages}")
+
+
+def reward(body: str, name: str = "score") -> Prepare:
+    return file("bad.py", f"import os, time\ndef {name}(prompts, completions, **_):\n    {body}\n")
+
+
+def empty() -> None:
+    Path("empty").mkdir()
+
+
+GOOD_STAGE = "  sft: {stage: sft, model: base, data: demonstrations.jsonl, steps: 1, batch_size: 4}\n"
+
+
+def broken_config() -> None:
+    shutil.copytree("base", "broken", symlinks=False)
+    Path("broken/config.json").write_text('{"model_type": "gpt2", ')
+
+
+def no_weights() -> None:
+    shutil.copytree("base", "broken", symlinks=False)
+    Path("broken/model.safetensors").unlink()
+
+
+def orphaned_adapter() -> None:
+    klimb(*USUAL["SFT"].split(), "lora.rank=2", "out=tuned")
+    settings = Path("tuned/model/adapter_config.json")
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "base_model_name_or_path": "./gone"}))
+
+
+def other_run() -> None:
+    klimb(*USUAL["SFT"].split(), "out=run")
+
+
+def damaged(name: str) -> Prepare:
+    def prepare() -> None:
+        other_run()
+        Path("run", name).write_text('{"cut off')
+
+    return prepare
+
+
+CASES: dict[str, list[Bad]] = {
+    "Commands and keys": [
+        Bad("unknown command", "grop", ("grop", "grpo")),
+        Bad("a flag where a key belongs", "SFT --seed=3", ("--seed", "seed=")),
+        Bad("a word without =", "SFT oops", ("oops",)),
+        Bad("unknown key", "SFT optimiser.lr=1e-3", ("optimiser", "optimizer")),
+        Bad("unknown key in a section", "SFT optimizer.learning_rate=1e-3", ("optimizer.learning_rate",)),
+        Bad("a key at the wrong depth", "SFT lr=1e-3", ("'lr'", "optimizer.lr")),
+        Bad("no number", "SFT batch_size=many", ("batch_size", "'many'")),
+        Bad("out of range", "SFT batch_size=0", ("batch_size", "0")),
+        Bad("a required key is missing", "sft data=demonstrations.jsonl", ("model",)),
+        Bad("no such choice", "SFT optimizer.decay=linaer", ("optimizer.decay", "'linear'")),
+        Bad("no such device", "SFT device=gpu", ("device=gpu",)),
+        Bad("no such dtype", "SFT dtype=fp8", ("dtype=fp8",)),
+        Bad("no YAML after =", "SFT 'optimizer={lr'", ("optimizer",)),
+    ],
+    "Recipes": [
+        Bad("no recipe named", "run", ("RECIPE.yaml", "quickstart")),
+        Bad("unknown recipe", "run quikstart", ("quikstart", "quickstart")),
+        Bad("no such file", "run missing.yaml", ("missing.yaml",)),
+        Bad("not YAML", "run bad.yaml", ("bad.yaml:3",), file("bad.yaml", "name: bad\nstages: {sft: [\n")),
+        Bad("a key twice", "run bad.yaml", ("bad.yaml:2", "'name'"), file("bad.yaml", "name: bad\nname: worse\n")),
+        Bad("unknown key of a recipe", "run bad.yaml", ("'seeds'", "'seed'"), recipe(GOOD_STAGE, "seeds: 0..3\n")),
+        Bad("unknown stage on the command line", "run bad.yaml stf.steps=3", ("'stf'", "'sft'"), recipe(GOOD_STAGE)),
+        Bad("no stages", "run bad.yaml", ("stages",), file("bad.yaml", "name: bad\n")),
+        Bad("a stage without its kind", "run bad.yaml", ("stages.sft", "stage:"), recipe("  sft: {model: base}\n")),
+        Bad("unknown kind of stage", "run bad.yaml", ("'rll'", "'rl'"), recipe("  grpo: {stage: rll, model: base}\n")),
+        Bad("unknown key of a stage", "run bad.yaml", ("stages.sft", "'step'", "'steps'"), recipe("  sft: {stage: sft, model: base, data: demonstrations.jsonl, step: 1}\n")),
+        Bad("a reference to no stage", "run bad.yaml", ("stages.more", "${stf.model}", "'sft'"), recipe(GOOD_STAGE + "  more: {stage: sft, model: '${stf.model}', data: demonstrations.jsonl}\n")),
+        Bad("a reference to a later stage", "run bad.yaml", ("stages.more", "'sft'"), recipe("  more: {stage: sft, model: '${sft.model}', data: demonstrations.jsonl}\n" + GOOD_STAGE)),
+        Bad("a reference to what no result has", "run bad.yaml out=run", ("stages.more", "'modle'", "'model'"), recipe(GOOD_STAGE + "  more: {stage: sft, model: '${sft.modle}', data: demonstrations.jsonl}\n")),
+        Bad("unknown world", "run bad.yaml", ("'clark'", "'clerk'"), recipe(GOOD_STAGE, "world: clark\n")),
+        Bad("no seeds", "run bad.yaml seed=4..2", ("seed", "'4..2'"), recipe(GOOD_STAGE)),
+    ],
+    "Settings that contradict each other": [
+        Bad("two algorithms", "GRPO algorithm=ppo", ("grpo", "algorithm=ppo")),
+        Bad("unknown algorithm", "rl model=base data=prompts.jsonl reward=exact algorithm=gpro", ("'gpro'", "'grpo'")),
+        Bad("unknown axis", "GRPO algorithm.advantge=group_mean", ("'advantge'", "'advantage'")),
+        Bad("unknown value of an axis", "GRPO algorithm.advantage=group_maen", ("algorithm.advantage", "'group_mean'")),
+        Bad("no algorithm at all", "rl model=base data=prompts.jsonl reward=exact algorithm=3", ("algorithm", "3")),
+        Bad("unknown argument", "GRPO 'algorithm.surrogate={clip: {hihg: 0.28}}'", ("algorithm.surrogate.clip", "'high'")),
+        Bad("too many arguments", "GRPO 'algorithm.surrogate={clip: [0.1, 0.2, 0.3, 0.4]}'", ("algorithm.surrogate", "0.4")),
+        Bad("k1 in the loss", "GRPO algorithm.kl.estimator=k1", ("kl.estimator", "k1", "k2")),
+        Bad("no place for the KL", "GRPO algorithm.kl.where=both", ("kl.where", "'both'")),
+        Bad("a group of one for GRPO", "GRPO samples_per_prompt=1", ("samples_per_prompt",)),
+        Bad("PPO without its critic", "PPO algorithm.critic=none", ("critic",)),
+        Bad("a critic for GRPO", "GRPO critic.warmup_steps=3", ("critic", "grpo")),
+        Bad("a warm-up that never ends", "PPO critic.warmup_steps=3", ("critic.warmup_steps=3",)),
+        Bad("refills without dynamic sampling", "GRPO max_refills=3", ("max_refills", "dynamic")),
+        Bad("a reference that nothing looks at", "GRPO algorithm.kl=none reference=base", ("reference", "measure_kl")),
+        Bad("more updates than groups", "GRPO updates_per_step=3", ("updates_per_step=3",)),
+        Bad("several updates without a ratio", "reinforce model=base data=prompts.jsonl reward=exact updates_per_step=2", ("updates_per_step",)),
+        Bad("two sources of evaluation", "SFT eval_data=demonstrations.jsonl eval_fraction=0.1", ("eval_data", "eval_fraction")),
+        Bad("two lengths of training", "SFT epochs=2", ("steps", "epochs")),
+        Bad("evaluation of nothing", "SFT eval_every=3", ("eval_every",)),
+        Bad("an accuracy of nothing", "REWARD min_accuracy=0.6", ("min_accuracy",)),
+        Bad("pairs without a reward", "SAMPLE pairs=true samples_per_prompt=2", ("pairs", "reward")),
+        Bad("best-of-n without a proxy", "EVALUATE best_of=[1,2]", ("best_of", "measure.reward")),
+        Bad("more of n than samples", "EVALUATE measure.reward=rewards.py:count best_of=[64]", ("best_of", "samples_per_prompt=16")),
+        Bad("unknown loss", "preference model=base data=preferences.jsonl loss=dpoo", ("loss", "'dpo'")),
+        Bad("a loss with a wrong argument", "DPO loss.betta=0.1", ("loss.dpo", "'beta'")),
+        Bad("an algorithm out of no file", "rl model=base data=prompts.jsonl reward=exact algorithm=mine.py:MINE", ("mine.py",)),
+        Bad("an algorithm that its file lacks", "rl model=base data=prompts.jsonl reward=exact algorithm=rewards.py:MINE", ("rewards.py:MINE",)),
+    ],
+    "Data": [
+        Bad("no such file", "SFT data=missing.jsonl", ("missing.jsonl",)),
+        Bad("an empty file", "SFT data=bad.jsonl", ("bad.jsonl",), file("bad.jsonl", "")),
+        Bad("a directory", "SFT data=base", ("base",)),
+        Bad("a format that is not read", "SFT data=bad.csv", ("bad.csv",), file("bad.csv", "prompt,completion\n")),
+        Bad("wrong columns", "SFT data=bad.jsonl", ("bad.jsonl", "question"), rows({"question": "a ?", "answer": "b"})),
+        Bad("data of another stage", "SFT data=prompts.jsonl", ("prompts.jsonl:1", "prompt-completion")),
+        Bad("comparisons expected", "DPO data=demonstrations.jsonl", ("demonstrations.jsonl:1", "preference")),
+        Bad("a column that is not there", "SFT columns.prompt=question", ("demonstrations.jsonl", "'question'")),
+        Bad("a malformed line", "SFT data=bad.jsonl", ("bad.jsonl:2",), file("bad.jsonl", '{"prompt": "a ?", "completion": "b"}\n{"prompt": "a ?", "completion" "b"}\n')),
+        Bad("no UTF-8", "SFT data=bad.jsonl", ("bad.jsonl:2",), file("bad.jsonl", b'{"prompt": "a ?", "completion": "b"}\n{"prompt": "\xff"}\n')),
+        Bad("a broken archive", "SFT data=bad.jsonl.gz", ("bad.jsonl.gz",), file("bad.jsonl.gz", gzip.compress(b'{"prompt": "a ?", "completion": "b"}\n' * 99)[:40])),
+        Bad("an empty completion", "SFT data=bad.jsonl", ("bad.jsonl:2", "completion"), rows({"prompt": "a ?", "completion": "b"}, {"prompt": "b ?", "completion": ""})),
+        Bad("chosen is rejected", "DPO data=bad.jsonl", ("bad.jsonl:1",), rows({"prompt": "a ?", "chosen": "b", "rejected": "b"}, {"prompt": "a ?", "chosen": "b", "rejected": "c"})),
+        Bad("a word that the tokenizer does not know", "SFT data=bad.jsonl", ("bad.jsonl:2",), rows({"prompt": "a ?", "completion": "b"}, {"prompt": "zebra ?", "completion": "b"})),
+        Bad("a row longer than the context", "SFT data=bad.jsonl", ("bad.jsonl:2", "24"), rows({"prompt": "a ?", "completion": "b"}, {"prompt": "b ?", "completion": "b " * 30})),
+        Bad("a prompt longer than the context", "GRPO data=bad.jsonl", ("bad.jsonl:2", "20"), rows({"prompt": "a ?"}, {"prompt": "b " * 30})),
+        Bad("completions longer than the context", "GRPO max_tokens=256", ("max_tokens=256", "24")),
+        Bad("nothing is left to hold out", "SFT data=bad.jsonl eval_fraction=0.01", ("eval_fraction",), rows({"prompt": "a ?", "completion": "b"})),
+        Bad("a column that rewards know otherwise", "GRPO data=bad.jsonl", ("'finish'",), rows({"prompt": "a ?", "finish": "line"})),
+    ],
+    "Models": [
+        Bad("no such directory", "SFT model=./missing", ("model=./missing",)),
+        Bad("a directory that is no model", "SFT model=empty", ("model=empty", "config.json"), empty),
+        Bad("a file", "SFT model=rewards.py", ("model=rewards.py",)),
+        Bad("a broken config.json", "SFT model=broken", ("model=broken",), broken_config, foreign=True),
+        Bad("no weights", "SFT model=broken", ("model=broken",), no_weights, foreign=True),
+        Bad("an adapter without its base", "SFT model=tuned/model", ("model=tuned/model", "./gone"), orphaned_adapter, foreign=True),
+        Bad("layers that are not there", "SFT lora.targets=[wq]", ("lora.targets", "wq"), foreign=True),
+        Bad("a critic that is no model", "PPO critic.model=empty", ("model=empty",), empty),
+        Bad("a reward model that is no model", "GRPO reward=empty", ("model=empty",), empty),
+    ],
+    "Run directories": [
+        Bad("it cannot be written", "SFT out=rewards.py/run", ("rewards.py/run",)),
+        Bad("a recipe's cannot be written", "run bad.yaml out=rewards.py/run", ("rewards.py/run",), recipe(GOOD_STAGE)),
+        Bad("an explicit out of another config", "SFT out=run seed=1", ("run", "seed: 0 → 1", "--fresh"), other_run),
+        Bad("a directory of something else", "SFT out=base", ("base", "config.json")),
+        Bad("a damaged manifest", "SFT out=run", ("run/manifest.json",), damaged("manifest.json")),
+        Bad("a damaged result", "SFT out=run", ("run/result.json",), damaged("result.json")),
+        Bad("a report of nothing", "report missing", ("missing",)),
+    ],
+    "Rewards": [
+        Bad("no such file", "GRPO reward=missing.py:score", ("missing.py",)),
+        Bad("no such function", "GRPO reward=rewards.py:cuont", ("rewards.py", "'count'")),
+        Bad("a file without a function", "GRPO reward=rewards.py", ("rewards.py:NAME",)),
+        Bad("unknown rule", "GRPO reward=exakt", ("'exakt'", "'exact'")),
+        Bad("a file that does not run", "GRPO reward=bad.py:score", ("bad.py",), file("bad.py", "import no_such_module\n")),
+        Bad("no function", "GRPO reward=bad.py:score", ("bad.py:score",), file("bad.py", "score = 3\n")),
+        Bad("a column that is not there", "GRPO reward=bad.py:score", ("bad.py:score", "'solution'"), file("bad.py", "def score(completions, solution):\n    return [0.0] * len(completions)\n")),
+        Bad("the wrong number of scores", "GRPO reward=bad.py:score", ("score", "1 scores for 6"), reward("return [1.0]")),
+        Bad("NaN", "GRPO reward=bad.py:score", ("score", "nan"), reward("return [float('nan')] * len(completions)")),
+        Bad("strings", "GRPO reward=bad.py:score", ("score", "'good'"), reward("return ['good'] * len(completions)")),
+        Bad("a number for all", "GRPO reward=bad.py:score", ("score", "1.0"), reward("return 1.0")),
+        Bad("None for all", "GRPO reward=bad.py:score", ("score", "None"), reward("return [None] * len(completions)")),
+        Bad("it raises", "GRPO reward=bad.py:score", ("score", "ZeroDivisionError", "bad.py:3"), reward("return [1 / 0 for _ in completions]")),
+        Bad("it hangs", "GRPO 'reward={bad.py:score: {timeout: 0.2}}'", ("score", "no answer within"), reward("time.sleep(999)")),
+        Bad("it ends its process", "GRPO reward=bad.py:score", ("score", "exit code 7"), reward("os._exit(7)")),
+        Bad("it fails on what the policy writes", "GRPO reward=bad.py:score", ("score", "failure_limit"), reward("return [float('nan') if c != p[0] else 1.0 for p, c in zip(prompts, completions)]")),
+        Bad("unknown option", "GRPO 'reward={rewards.py:count: {patience: 3}}'", ("'patience'", "timeout")),
+        Bad("an unknown key in a sum", "GRPO 'reward=[{reward: exact, wieght: 2}]'", ("'wieght'", "'weight'")),
+        Bad("no group to learn from", "dapo model=base data=prompts.jsonl reward=bad.py:score max_tokens=4 prompts_per_step=2 max_refills=1", ("step 1",), reward("return [1.0] * len(completions)")),
+    ],
+}  # fmt: skip
+"""By chapter of docs/ERRORS.md."""
+
+
+def furnish(folder: Path, world: World) -> None:
+    """The files that every command finds, by the names that it uses."""
+    (folder / "base").symlink_to(world.model)
+    for name in (world.demonstrations, world.prompts, world.preferences, world.rewards):
+        shutil.copy(name, folder)
+    write(folder / "demonstrations.jsonl", [{"prompt": "a ?", "completion": "b"}, {"prompt": "b ?", "completion": "c"}])
+
+
+def messages() -> Iterator[tuple[str, Bad, str]]:
+    """(chapter, mistake, what klimb says to it), each in a folder of its own."""
+    before = Path.cwd()
+    with tempfile.TemporaryDirectory() as temporary:
+        world = make_world(Path(temporary))
+        for chapter, cases in CASES.items():
+            for bad in cases:
+                folder = Path(tempfile.mkdtemp(dir=temporary))
+                furnish(folder, world)
+                os.chdir(folder)
+                bad.prepare()
+                yield chapter, bad, bad.say().err
+        os.chdir(before)
+
+
+def document() -> str:
+    lines = [
+        "# What klimb says when something is wrong",
+        "",
+        "Each mistake gives one line on standard error (what, where, why, and the fix) and an exit code other than 0; what",
+        "was there before is still there. Written by `python tests/stages/bad_inputs.py`, and held against it by a test.",
+    ]
+    chapters: set[str] = set()
+    for chapter, bad, said in messages():
+        if chapter not in chapters:
+            lines += ["", f"## {chapter}", "", "| | klimb: |", "|---|---|"]
+            chapters.add(chapter)
+        lines.append(line(bad, said))
+    return "\n".join(lines) + "\n"
+
+
+def line(bad: Bad, said: str) -> str:
+    """The mistake and its message as a line of a table."""
+    text = said.strip().removeprefix("klimb: ").replace("|", "\\|").replace("`", "´")
+    return f"| {bad.situation} | `{text}` |"
+
+
+if __name__ == "__main__":
+    text = document()
+    (Path(__file__).parents[2] / "docs" / "ERRORS.md").write_text(text)
+    sys.stdout.write(text)

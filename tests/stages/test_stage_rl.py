@@ -1,0 +1,231 @@
+"""Every algorithm climbs a reward that anybody can check, and nothing climbs one that was dealt out at random."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet
+import pytest
+from world import FAST, SMALL_RL, WORDS, World, lines, play, write
+
+from klimb.errors import KlimbError
+from klimb.objective.algorithms import ALGORITHMS, GRPO
+from klimb.objective.kl import NO_KL
+from klimb.stages import rl
+
+BEST_FIRST = '''
+def best_first(completions, answer):
+    """1 when the reply begins with the letter that was asked about."""
+    return [float(reply.split()[:1] == [letter]) for reply, letter in zip(completions, answer)]
+'''
+EOS = len(WORDS) + 2
+OWN = '''
+from dataclasses import replace
+import torch
+from klimb.objective.algorithms import GRPO
+from klimb.objective.kl import NO_KL
+
+def centred(scores, group):
+    """Score less the mean of its group."""
+    means = torch.stack([scores[group == g].mean() for g in group])
+    return scores - means
+
+MINE = replace(GRPO, name="mine", kl=NO_KL)
+
+def hinge(chosen, rejected, chosen_tokens, rejected_tokens):
+    return (1 - (chosen - rejected)).clamp(min=0)
+
+'''
+
+
+def gold(rows: list[dict[str, Any]], part: slice) -> float:
+    values = [row["gold/mean"] for row in rows[part]]
+    return sum(values) / len(values)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_every_algorithm_climbs(world: World, tmp_path: Path, algorithm: str) -> None:
+    critic = {"critic": {"optimizer": FAST}} if algorithm == "ppo" else {}
+    done = play(
+        "rl",
+        tmp_path / "run",
+        model=world.model,
+        data=world.prompts,
+        reward=world.reward("count"),
+        algorithm=algorithm,
+        steps=12,
+        **SMALL_RL,
+        **critic,
+    )
+    assert done.rows[0]["reward/mean"] < 0.3
+    assert done.rows[-1]["reward/mean"] > 0.75
+    assert done.result["algorithm"] == algorithm or done.result["algorithm"].startswith(f"{algorithm}(")
+    assert len(list((done.path / "samples").iterdir())) == 12
+
+
+def test_nothing_is_learnt_from_shuffled_rewards(world: World, tmp_path: Path) -> None:
+    """The control: the same numbers in random order. What climbs here climbs by mistake."""
+    run = {"model": world.model, "data": world.prompts, "gold": world.reward("count"), "steps": 12, **SMALL_RL}
+    honest = play("rl", tmp_path / "honest", reward=world.reward("count"), **run)
+    control = play("rl", tmp_path / "control", reward=world.reward("shuffled"), **run)
+    assert honest.rows[0]["gold/mean"] == control.rows[0]["gold/mean"]  # the same first samples
+    assert gold(honest.rows, slice(-3, None)) > 0.8
+    assert gold(control.rows, slice(-3, None)) < gold(control.rows, slice(0, 3)) + 0.2
+
+
+def test_the_reward_arrives_at_the_sample_that_earned_it(world: World, tmp_path: Path) -> None:
+    done = play(
+        "rl",
+        tmp_path / "run",
+        model=world.model,
+        data=world.prompts,
+        reward=world.reward("count"),
+        gold=world.reward("count"),
+        steps=2,
+        **SMALL_RL,
+    )
+    table = pyarrow.parquet.read_table(done.path / "samples" / "step-000002.parquet").to_pylist()
+    assert len(table) == 6 * 8
+    for row in table:
+        words = row["completion"].split()
+        assert row["score"] == row["reward.count"] == row["gold"] == words.count("yes") / max(len(words), 1)
+        assert len(row["tokens"]) == len(row["logps"]) <= 4
+        assert row["version"] == 2
+        assert (row["finish"] == "stop") == (row["tokens"][-1] == EOS)
+    assert done.rows[1]["reward/mean"] == pytest.approx(sum(row["score"] for row in table) / len(table))
+    assert done.rows[1]["tokens"] == sum(len(row["tokens"]) for row in table)
+
+
+def test_samples_without_a_score_leave_and_so_do_groups_that_are_too_small(world: World, tmp_path: Path) -> None:
+    done = play(
+        "rl", tmp_path / "run", model=world.model, data=world.prompts, reward=world.reward("some"), steps=2, **SMALL_RL
+    )
+    for step, measured in enumerate(done.rows, start=1):
+        table = pyarrow.parquet.read_table(done.path / "samples" / f"step-{step:06d}.parquet").to_pylist()
+        assert all(not row["completion"].startswith("no") for row in table)
+        assert "b ?" not in {row["prompt"] for row in table}  # one scored sample has nothing to be compared with
+        assert measured["groups/drawn"] == 6
+        assert measured["groups/kept"] == 5
+        assert measured["samples/dropped"] == 6 * 8 - len(table) >= 8
+        assert measured["reward/mean"] == pytest.approx(sum(row["score"] for row in table) / len(table))
+
+
+def test_dynamic_sampling_refills_until_groups_differ(world: World, tmp_path: Path) -> None:
+    run = {"model": world.model, "data": world.prompts, "reward": world.reward("rare"), "steps": 4, **SMALL_RL}
+    done = play("rl", tmp_path / "run", algorithm="dapo", max_refills=30, **run)
+    assert any(row["groups/drawn"] > 6 for row in done.rows)
+    for step, measured in enumerate(done.rows, start=1):
+        table = pyarrow.parquet.read_table(done.path / "samples" / f"step-{step:06d}.parquet").to_pylist()
+        scores: dict[str, set[float]] = {}
+        for place, row in enumerate(table):
+            scores.setdefault(f"{place // 8}", set()).add(row["score"])
+        assert all(len(values) == 2 for values in scores.values())
+        assert measured["groups/kept"] == len(scores) == 6
+    hard = write(tmp_path / "impossible.jsonl", [{"prompt": "a ?", "answer": "never"}])
+    run |= {"data": hard, "reward": "exact", "prompts_per_step": 1}
+    with pytest.raises(KlimbError, match="no group to learn from out of 6"):
+        play("rl", tmp_path / "none", algorithm="dapo", max_refills=5, **run)
+
+
+@pytest.mark.parametrize("start", ["policy", "reward model"])
+def test_the_critic_warms_up_alone(world: World, tmp_path: Path, start: str) -> None:
+    critic: dict[str, Any] = {"optimizer": FAST, "warmup_steps": 3}
+    if start == "reward model":
+        judge = play("reward", tmp_path / "judge", model=world.model, data=world.preferences, steps=5, batch_size=18)
+        critic["model"] = judge.model
+    done = play(
+        "rl",
+        tmp_path / "run",
+        model=world.model,
+        data=world.prompts,
+        reward=world.reward("count"),
+        algorithm="ppo",
+        steps=12,
+        critic=critic,
+        **SMALL_RL,
+    )
+    assert ["grad_norm" in row for row in done.rows] == [False] * 3 + [True] * 9
+    assert all("critic/loss" in row for row in done.rows)
+    assert all(abs(row["kl"]) < 1e-5 for row in done.rows[:4])  # the policy has not moved
+    assert done.rows[5]["kl"] > 0
+    assert done.rows[-1]["reward/mean"] > 0.75
+    first = done.rows[0]["critic/explained_variance"]
+    assert (first == pytest.approx(0, abs=1e-6)) == (start == "policy")  # a head of zeros says the same of all
+
+
+def test_several_updates_on_one_batch_leave_the_ratio_behind(world: World, tmp_path: Path) -> None:
+    done = play(
+        "rl",
+        tmp_path / "run",
+        model=world.model,
+        data=world.prompts,
+        reward=world.reward("count"),
+        steps=6,
+        updates_per_step=3,
+        **SMALL_RL,
+    )
+    assert max(row["ratio/max"] for row in done.rows) > 1.05
+    assert done.rows[-1]["reward/mean"] > 0.75
+
+
+def test_algorithms_rewards_and_losses_of_ones_own(world: World, tmp_path: Path) -> None:
+    own = tmp_path / "own.py"
+    own.write_text(OWN)
+    reward = tmp_path / "reward.py"
+    reward.write_text(BEST_FIRST)
+    run = {"model": world.model, "data": world.prompts, "reward": f"{reward}:best_first", "steps": 15, **SMALL_RL}
+    done = play("rl", tmp_path / "named", algorithm=f"{own}:MINE", **run)
+    assert done.result["algorithm"].startswith("mine(")
+    assert done.rows[-1]["reward/mean"] > done.rows[0]["reward/mean"] + 0.2
+    value = play("rl", tmp_path / "value", algorithm=replace(GRPO, name="mine", kl=NO_KL), **run)
+    assert [row["loss"] for row in value.rows] == [row["loss"] for row in done.rows]
+    pairs = play(
+        "preference",
+        tmp_path / "pairs",
+        model=world.model,
+        data=world.preferences,
+        loss=f"{own}:hinge",
+        steps=20,
+        batch_size=18,
+    )
+    assert pairs.rows[0]["loss"] == pytest.approx(1.0)
+    assert pairs.rows[-1]["accuracy"] > 0.95
+
+
+def test_a_callable_from_python_is_a_reward(world: World, tmp_path: Path) -> None:
+    def shortness(completions: list[str]) -> list[float]:
+        return [-float(len(text.split())) for text in completions]
+
+    done = play("rl", tmp_path / "run", model=world.model, data=world.prompts, reward=shortness, steps=12, **SMALL_RL)
+    assert done.rows[-1]["length/mean"] < done.rows[0]["length/mean"] - 1
+
+
+def test_a_step_reads_no_algorithm_name() -> None:
+    """An algorithm is a value of the table: the loop compares nothing with a name."""
+    source = Path(str(rl.__file__)).read_text()
+    assert not [name for name in ALGORITHMS if f'== "{name}"' in source or f"== '{name}'" in source]
+
+
+def test_failures_carry_the_step_in_progress(world: World, tmp_path: Path) -> None:
+    def broken(completions: list[str]) -> list[float]:
+        return [math.nan if text.startswith("so") else 0.0 for text in completions]
+
+    done = play(
+        "rl",
+        tmp_path / "run",
+        model=world.model,
+        data=world.prompts,
+        reward=broken,
+        steps=3,
+        failure_limit=1.0,
+        **SMALL_RL,
+    )
+    failures = [event for event in done.events if event["kind"] == "reward_failure"]
+    assert {event["step"] for event in failures} == {1, 2, 3}
+    assert all("returned nan" in event["message"] for event in failures)
+    dropped = {step: sum(event["step"] == step for event in failures) for step in (1, 2, 3)}
+    assert [row["samples/dropped"] for row in done.rows] == list(dropped.values())
+    assert lines(done.path / "events.jsonl") == done.events

@@ -1,0 +1,164 @@
+"""Stages that learn from written answers: demonstrations and comparisons."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from world import World, lines, play, write
+
+from klimb.errors import RewardError
+
+
+def test_sft_learns_eight_rows_by_heart(world: World, tmp_path: Path) -> None:
+    done = play("sft", tmp_path / "run", model=world.model, data=world.demonstrations, steps=80, batch_size=8)
+    assert done.rows[0]["loss"] > 2  # about ln 16: nothing is known
+    assert done.rows[-1]["loss"] < 0.05
+    tokenizer = AutoTokenizer.from_pretrained(done.model)
+    model = AutoModelForCausalLM.from_pretrained(done.model)
+    for row in lines(Path(world.demonstrations)):
+        ids = tokenizer(row["prompt"], return_tensors="pt").input_ids
+        answer = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=8)[0]
+        assert tokenizer.decode(answer[ids.shape[1] :], skip_special_tokens=True) == row["completion"]
+
+
+def test_sft_holds_out_prompts_and_measures_them(world: World, tmp_path: Path) -> None:
+    options = {"model": world.model, "data": world.demonstrations, "steps": 3, "batch_size": 4, "eval_every": 2}
+    done = play("sft", tmp_path / "run", **options, eval_data=world.demonstrations)
+    assert ["eval/loss" in row for row in done.rows] == [False, True, True]
+    assert done.rows[1]["eval/loss"] < done.rows[0]["loss"]
+    split = play("sft", tmp_path / "split", **options, eval_fraction=0.5)
+    assert split.rows[2]["eval/loss"] != done.rows[2]["eval/loss"]
+
+
+def test_sft_stops_when_the_answers_are_good_enough(world: World, tmp_path: Path) -> None:
+    data = write(tmp_path / "echo.jsonl", [{"prompt": f"{a} ?", "completion": a, "answer": a} for a in "abcdef"])
+    until = {"data": data, "at_least": 0.9, "every": 10, "max_tokens": 3}
+    done = play("sft", tmp_path / "run", model=world.model, data=data, steps=500, batch_size=6, until=until)
+    scores = [row["eval/score"] for row in done.rows if "eval/score" in row]
+    assert scores[-1] >= 0.9 > max(scores[:-1], default=0.0)
+    assert done.result["steps"] == len(done.rows) == 10 * len(scores) < 500
+
+
+@pytest.mark.parametrize(
+    ("loss", "start"), [("dpo", math.log(2)), ({"ipo": {"beta": 0.2}}, 1 / (4 * 0.2**2)), ("cdpo", math.log(2))]
+)
+def test_preferences_start_where_policy_is_reference_and_are_learnt(
+    world: World, tmp_path: Path, loss: object, start: float
+) -> None:
+    done = play(
+        "preference", tmp_path / "run", model=world.model, data=world.preferences, loss=loss, steps=30, batch_size=18
+    )
+    assert done.rows[0]["loss"] == pytest.approx(start, rel=1e-6)
+    assert done.rows[0]["margin"] == 0.0
+    assert done.rows[-1]["accuracy"] > 0.95
+    assert done.rows[-1]["loss"] < start / 2
+    assert done.rows[-1]["chosen_log_ratio"] > done.rows[-1]["rejected_log_ratio"]
+
+
+def test_preferences_are_measured_on_held_out_pairs(world: World, tmp_path: Path) -> None:
+    done = play(
+        "preference",
+        tmp_path / "run",
+        model=world.model,
+        data=world.preferences,
+        steps=20,
+        batch_size=9,
+        eval_fraction=0.4,
+        eval_every=10,
+    )
+    measured = [row for row in done.rows if "eval/accuracy" in row]
+    assert [row["step"] for row in measured] == [10, 20]
+    assert measured[-1]["eval/accuracy"] > 0.95  # "yes" and "no" decide, whatever was asked
+    assert measured[-1]["eval/loss"] < math.log(2)
+
+
+def test_reward_model_separates_pairs_and_transformers_gives_its_scores(world: World, tmp_path: Path) -> None:
+    done = play(
+        "reward", tmp_path / "run", model=world.model, data=world.preferences, steps=30, batch_size=9, eval_fraction=0.4
+    )
+    assert done.rows[0]["loss"] == pytest.approx(math.log(2), rel=1e-6)
+    assert done.rows[-1]["accuracy"] > 0.95
+    assert done.result["accuracy"] > 0.95
+    assert done.result["held_out_pairs"] > 0
+    normalisation = json.loads((Path(done.model) / "reward.json").read_text())
+    assert normalisation == {"mean": done.result["mean"], "std": done.result["std"]}
+    tokenizer = AutoTokenizer.from_pretrained(done.model)
+    classifier = AutoModelForSequenceClassification.from_pretrained(done.model)
+    texts = tokenizer(["a ? yes it <eos>", "a ? no it <eos>"], return_tensors="pt", padding=True)
+    good, bad = classifier(texts.input_ids, attention_mask=texts.attention_mask).logits.squeeze(1).tolist()
+    assert good > bad + 1
+
+
+def test_a_reward_model_that_learnt_nothing_is_refused(world: World, tmp_path: Path) -> None:
+    swapped = [{**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in lines(Path(world.preferences))]
+    with pytest.raises(RewardError, match=r"held-out accuracy is 0.000, below min_accuracy=0.6"):
+        play(
+            "reward",
+            tmp_path / "run",
+            model=world.model,
+            data=world.preferences,
+            steps=5,
+            batch_size=9,
+            min_accuracy=0.6,
+            eval_data=write(tmp_path / "swapped.jsonl", swapped),
+        )
+    assert not (tmp_path / "run" / "model").exists()
+
+
+def test_sample_writes_scored_replies_and_comparisons(world: World, tmp_path: Path) -> None:
+    done = play(
+        "sample",
+        tmp_path / "run",
+        model=world.model,
+        data=world.prompts,
+        samples_per_prompt=8,
+        max_tokens=4,
+        reward=world.reward("count"),
+        pairs=True,
+    )
+    samples = lines(Path(done.result["samples"]))
+    assert len(samples) == 6 * 8
+    assert all(
+        row["score"] == row["completion"].split().count("yes") / max(len(row["completion"].split()), 1)
+        for row in samples
+    )
+    pairs = lines(Path(done.result["preferences"]))
+    assert 0 < len(pairs) == done.result["pairs"]
+    assert done.result["pairs"] + done.result["left_out"] == 6 * 8 // 2
+    scores = {(row["prompt"], row["completion"]): row["score"] for row in samples}
+    assert all(scores[p["prompt"], p["chosen"]] > scores[p["prompt"], p["rejected"]] for p in pairs)
+
+
+def test_evaluate_gives_intervals_kl_and_best_of_n(world: World, tmp_path: Path) -> None:
+    measure = {
+        "data": world.prompts,
+        "reward": world.reward("count"),
+        "gold": world.reward("count"),
+        "samples_per_prompt": 32,
+        "max_tokens": 4,
+    }
+    tuned = play("sft", tmp_path / "sft", model=world.model, data=world.demonstrations, steps=2, batch_size=8)
+    done = play(
+        "evaluate",
+        tmp_path / "run",
+        model=tuned.model,
+        reference=world.model,
+        measure=measure,
+        best_of=[1, 4, 16],
+        report_n=4,
+    )
+    evaluation, curve = done.result["evaluation"], done.result["curve"]
+    assert evaluation["n"] == 6 * 32
+    assert evaluation["gold_low"] < evaluation["gold"] < evaluation["gold_high"]
+    assert [row["n"] for row in curve] == [1, 4, 16]
+    assert curve[0]["gold"] < curve[1]["gold"] < curve[2]["gold"]  # the proxy is the gold here
+    assert curve[1]["kl"] == pytest.approx(math.log(4) - 3 / 4)
+    plain = play("evaluate", tmp_path / "plain", model=tuned.model, reference=world.model, measure=measure)
+    assert plain.result["evaluation"]["kl"] > 0
+    own = play("evaluate", tmp_path / "own", model=world.model, measure=measure)
+    assert own.result["evaluation"]["kl"] == 0
