@@ -135,8 +135,11 @@ def fastest(options: dict[str, Any], environment: dict[str, str], micro_batches:
     precisions: list[dict[str, Any]] = [{}]
     if options["dtype"] == "bf16":
         precisions = [{"autocast": True}, {"weights": "bf16"}]
-    best, found = float("inf"), {}
-    for tried in [{"micro_batch": size, **precision} for precision in precisions for size in micro_batches]:
+    candidates = [{"micro_batch": size, **precision} for precision in precisions for size in micro_batches]
+    if len(candidates) == 1:
+        return candidates[0]
+    best, found = float("inf"), candidates[0]
+    for tried in candidates:
         with Side("trl", {**options, "tried": tried}, environment) as side:
             side.read()
             seconds = statistics.median([side.step()["seconds"] for _ in range(4)][1:])

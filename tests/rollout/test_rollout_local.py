@@ -56,6 +56,20 @@ def test_log_probs_stored_at_sampling_are_the_trainers(family: str, temperature:
     assert torch.quantile(gap, 0.99) <= 2e-5 / temperature  # logits carry the fp32 error, temperature scales it
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])
+def test_in_bfloat16_they_are_near(family: str) -> None:
+    """Two orders of the same sums differ by some of the 8 bits; logits of a like spread as those of real models."""
+    model = tiny(family)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.div_(4)
+    generator = LocalEngine(Policy(Backbone(model.to(torch.bfloat16)), None), str, max_rows=7)
+    batch = as_batch(generate(generator, requests(SamplingParams(24, STOP))))
+    logps = policy_logps(generator.policy, batch, budget=10_000).logps
+    assert (logps - batch["behavior"])[batch.mask].abs().mean() <= 5e-3
+
+
 def test_the_same_batch_history_gives_the_same_bits() -> None:
     params = SamplingParams(24, STOP)
     first, second = (generate(engine(max_rows=5), requests(params)) for _ in range(2))

@@ -4,8 +4,8 @@ A clerk answers one-word questions about six goods ("tea ?") in a tiny language.
 program) pays one point for each different true fact, half a point for each of the first two courtesies, and
 takes back a point for every wrong fact, every fact said again and every further courtesy, and a tenth for
 every word over fourteen. The reward model only ever compares pairs of ordinary replies, in which nobody
-grovels and hardly anybody says a thing twice, so it learns "more facts, more courtesy, longer" and goes on saying so when the
-policy has nothing else left::
+grovels and hardly anybody says a thing twice, so it learns "more facts, more courtesy, longer" and goes on
+saying so when the policy has nothing else left::
 
     tea ?   it is hot and leafy . thanks        +1 +1 +0.5            =  2.5
     tea ?   hot hot also hot please sir sir     +1 -1 -1 +0.5 +0.5 -1 = -1.0

@@ -60,12 +60,11 @@ def make_model(
     context: int,
     seed: int,
     tie: bool = False,
-    init_std: float | None = None,
 ) -> Path:
     """Writes a causal language model with random weights, and its tokenizer, and returns the directory.
 
     `hidden` and `mlp` are widths, `context` the longest sequence in tokens; `tie` shares embedding and
-    head; `init_std` is the spread of the random weights, by default hidden^-0.5. There is no dropout. The same arguments give the same bytes of weights, and torch's own random
+    head. There is no dropout. The same arguments give the same bytes of weights, and torch's own random
     stream is left alone.
     """
     if architecture not in get_args(Architecture):
@@ -83,7 +82,7 @@ def make_model(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         # The usual 0.02 suits widths in the thousands: narrow models learn far slower from there.
-        initializer_range=init_std or hidden**-0.5,
+        initializer_range=hidden**-0.5,
         **_sizes(architecture, hidden, layers, heads, mlp, context),
     )
     with torch.random.fork_rng(devices=[]):

@@ -35,7 +35,8 @@ def probed_policy(backbone: Backbone, adapter: str | None) -> tuple[Policy, str]
             with torch.no_grad():
                 logps = policy(batch).logps
         except (TypeError, ValueError) as error:
-            raise KlimbError(f"{type(backbone.model).__name__} cannot run on klimb's packed attention", why=error) from None
+            name = type(backbone.model).__name__
+            raise KlimbError(f"{name} cannot run on klimb's packed attention", why=error) from None
         worst = float((logps - own).abs().max())
         if worst <= TOLERANCE[backbone.dtype]:
             path = "the model's own head" if policy.own_head else "chunked head"

@@ -35,7 +35,7 @@ LEARNING_RATES: dict[Stage, tuple[float, float]] = {
     "critic": (1e-5, 1e-4),
 }
 """Starting points for pretrained models of 0.5–8 B parameters, (all weights, LoRA); LoRA takes about ten times the
-rate of full training (Schulman et al. 2025, "LoRA without regret"). A model made from scratch wants 10–100 times more."""
+rate of full training (Schulman et al. 2025, "LoRA without regret"). A model from scratch wants 10–100 times more."""
 
 
 class Optimizer(StageConfig):
