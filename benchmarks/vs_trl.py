@@ -106,7 +106,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--malloc", choices=["default", "tuned"], default="default", help="glibc's, for both sides")
     parser.add_argument("--micro-batches", type=int, nargs="+", default=[8, 16, 32, 64], help="tried for TRL")
-    parser.add_argument("--token-budget", type=int, default=1024, help="klimb's micro-batch, in flat tokens")
+    parser.add_argument("--token-budget", type=int, default=640, help="klimb's micro-batch, in flat tokens")
     parser.add_argument("--json", type=Path, metavar="FILE")
     return parser.parse_args()
 

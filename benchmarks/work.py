@@ -16,7 +16,7 @@ PROMPTS, SAMPLES = 8, 8
 PROMPT_TOKENS, MAX_TOKENS = (75, 95), 128
 LEARNING_RATE = 1e-6
 _STOP_PROBABILITY = 0.0105  # a completion ends after 72 tokens on average, cut at 128: lengths 1–128, mean about 70
-_DIRECTION_SHARE = 0.5  # of a hidden state that lies along one fixed direction, for the stop token to hang on
+_DIRECTION_SHARE = 2.0  # length of the fixed direction in every embedding that the stop token hangs on, over the rest
 
 
 class Size(NamedTuple):

@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 from world import FAST, SMALL_RL, World, make_world
 
 from klimb.runtime import checkpoint
+from klimb.runtime.run import Run
+from klimb.stages import models
 from klimb.stages.pipeline import run_pipeline
 
 pytestmark = pytest.mark.slow
@@ -22,14 +24,22 @@ pytestmark = pytest.mark.slow
 # Log-probs are stored at sampling in fp32 and compared with in the ratio: their last bit is what may differ.
 TOLERANCE = 1e-5
 CLI = ["-c", "from klimb.cli import main; main()"]
+COUNTED = """
+from pathlib import Path
+
+def counted(completions, **_):
+    with Path(__file__).with_suffix(".calls").open("a") as file:
+        print(len(completions), file=file)
+    return [float(len(c)) for c in completions]
+"""
 
 
 def recipe(world: World, out: Path) -> dict[str, Any]:
     """Every kind of stage, in float64, so that a difference is a mistake and not the growth of rounding."""
     trained = {"optimizer": FAST, "dtype": "float64", "checkpoint_every": 2}
-    measure = {"data": world.prompts, "reward": world.reward("count"), "gold": "${judge}", "samples_per_prompt": 2,
-               "max_tokens": 4}  # fmt: skip
-    measured = {**measure, "gold": world.reward("some")}
+    measured = {"data": world.prompts, "reward": world.reward("count"), "gold": world.reward("some"),
+                "samples_per_prompt": 2, "max_tokens": 4}  # fmt: skip
+    out.with_suffix(".py").write_text(COUNTED)
     return {
         "out": str(out), "device": "cpu", "threads": 1,
         "stages": {
@@ -45,7 +55,7 @@ def recipe(world: World, out: Path) -> dict[str, Any]:
                     "gold": world.reward("shuffled"), "algorithm": "ppo", "steps": 3, "updates_per_step": 2,
                     "critic": {"warmup_steps": 1, "optimizer": FAST}, "measure": measured, **SMALL_RL, **trained},
             "dapo": {"stage": "rl", "model": "${sft.model}", "data": world.prompts, "reward": world.reward("rare"),
-                     "algorithm": "dapo", "steps": 3, **SMALL_RL, **trained},
+                     "gold": f"{out.with_suffix('.py')}:counted", "algorithm": "dapo", "steps": 3, **SMALL_RL, **trained},
             "look": {"stage": "evaluate", "model": "${ppo.model}", "reference": "${sft.model}", "measure": measured,
                      "dtype": "float64"},
         },
@@ -130,6 +140,34 @@ def test_files_are_written_once_by_rank_0(runs: tuple[Path, Path, list[str]]) ->
     for a, b in zip(*rows, strict=True):
         assert b["proxy"] == pytest.approx(a["proxy"], abs=TOLERANCE)
         assert b["kl"] == pytest.approx(a["kl"], abs=TOLERANCE)
+
+
+def test_rewards_are_asked_once(runs: tuple[Path, Path, list[str]]) -> None:
+    """A judge that costs, or one that draws lots, may not be asked by every rank."""
+    one, two = (run.with_suffix(".calls").read_text() for run in runs[:2])
+    assert one == two != ""
+
+
+def test_a_run_that_is_followed_is_not_written(tmp_path: Path) -> None:
+    with Run.open(tmp_path / "run", {"steps": 2}, {}, name="sft") as held:
+        held.log(1, {"loss": 1.0})
+        before = {path: path.read_bytes() for path in held.path.rglob("*") if path.is_file()}
+        followed = Run.follow(held.path, dict(held.manifest), say=lambda line: None)
+        followed.log(1, {"loss": 2.0})
+        followed.event("alarm", "too late")
+        followed.report("continued")
+        followed.write_samples(1, [{"prompt": "a"}])
+        followed.write_result({"steps": 1})
+        followed.sync()
+        followed.truncate(-1)
+        followed.close()
+        assert {path: path.read_bytes() for path in held.path.rglob("*") if path.is_file()} == before
+
+
+def test_a_further_rank_saves_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "rank", lambda: 1)
+    models.Loaded(None, None, "base").save(tmp_path / "model")  # type: ignore[arg-type]
+    assert not (tmp_path / "model").exists()
 
 
 def test_the_same_command_on_one_rank_finds_everything_finished(runs: tuple[Path, Path, list[str]]) -> None:

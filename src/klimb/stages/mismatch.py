@@ -9,7 +9,7 @@ from klimb import metrics
 from klimb.batch import TokenBatch
 from klimb.errors import KlimbError
 from klimb.metrics import Metrics
-from klimb.runtime.ranks import gather
+from klimb.runtime.ranks import gather, world
 
 # Stored in fp32: a log-prob of −30 is off by 1e-6 whatever it was computed in.
 _BOUNDS = {torch.float64: 1e-5, torch.float32: 1e-3, torch.bfloat16: 0.5}
@@ -29,8 +29,9 @@ class Mismatch:
         self.differences.append((logps.detach() - micro["behavior_logps"])[micro.mask].abs().float().cpu())
 
     def report(self, step: int, batch: TokenBatch, fresh: bool) -> Metrics:
-        mine = torch.cat([*self.differences, torch.zeros(0)]).tolist()
-        differences = torch.tensor([gap for theirs in gather(mine) for gap in theirs])
+        differences = torch.cat([*self.differences, torch.zeros(0)])
+        if world() > 1:
+            differences = torch.tensor([gap for theirs in gather(differences.tolist()) for gap in theirs])
         p99 = float(torch.quantile(differences[: 1 << 24], 0.99))
         if p99 > _BOUNDS[self.dtype]:
             raise KlimbError(
