@@ -152,9 +152,7 @@ def fastest(options: dict[str, Any], environment: dict[str, str], micro_batches:
 Steps = list[dict[str, Any]]
 
 
-def in_turn(
-    trl: dict[str, Any], klimb: dict[str, Any], environment: dict[str, str], steps: int
-) -> tuple[Steps, Steps]:
+def in_turn(trl: dict[str, Any], klimb: dict[str, Any], environment: dict[str, str], steps: int) -> tuple[Steps, Steps]:
     """One step of each, again and again; the first two of each (allocation, warm caches) are not counted."""
     with Side("trl", trl, environment) as a, Side("klimb", klimb, environment) as b:
         a.read(), b.read()

@@ -16,6 +16,7 @@ PROMPTS, SAMPLES = 8, 8
 PROMPT_TOKENS, MAX_TOKENS = (75, 95), 128
 LEARNING_RATE = 1e-6
 _STOP_PROBABILITY = 0.0105  # a completion ends after 72 tokens on average, cut at 128: lengths 1–128, mean about 70
+_SPREAD = 0.02
 _DIRECTION_SHARE = 2.0  # length of the fixed direction in every embedding that the stop token hangs on, over the rest
 
 
@@ -46,7 +47,7 @@ def prepare(folder: Path, size: str) -> int:
     words = [f"w{i}" for i in range(shape.vocabulary - 3)]  # three special tokens come on top
     make_model(
         folder / "model", tokenizer=word_tokenizer(words), architecture="llama", hidden=shape.hidden,
-        layers=shape.layers, heads=shape.heads, mlp=shape.mlp, context=256, seed=0, init_std=0.02,
+        layers=shape.layers, heads=shape.heads, mlp=shape.mlp, context=256, seed=0,
     )  # fmt: skip
     draw = random.Random(0)
     prompts = [" ".join(draw.choices(words, k=draw.randint(*PROMPT_TOKENS))) for _ in range(64)]
@@ -61,15 +62,18 @@ def _teach_to_stop(path: Path, draw: random.Random) -> int:
     eos = model.config.eos_token_id
     direction = torch.full((hidden,), hidden**-0.5)
     with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter *= _SPREAD * hidden**0.5  # made with a spread of hidden^-0.5, which random layers amplify
         embedding = model.get_input_embeddings().weight
         embedding += _DIRECTION_SHARE * embedding.norm(dim=1).mean() * direction
         row = model.get_output_embeddings().weight
         row -= (row @ direction)[:, None] * direction  # no other token hangs on the direction
-        texts = torch.tensor([[draw.randrange(3, vocabulary) for _ in range(128)] for _ in range(8)])
-        states = model.model(texts).last_hidden_state.reshape(-1, hidden)
+        texts = torch.tensor([[draw.randrange(3, vocabulary) for _ in range(220)] for _ in range(8)])
+        states = model.model(texts).last_hidden_state[:, PROMPT_TOKENS[0] :].reshape(-1, hidden)
         others = states @ row.T
         others[:, eos] = -torch.inf
-        low, high = 0.0, 10.0
+        low, high = 0.0, 100.0
         for _ in range(40):
             scale = (low + high) / 2
             logits = others.clone()

@@ -213,9 +213,7 @@ def test_a_missing_key_is_named() -> None:
 def test_malformed_overrides() -> None:
     assert complaints("model") == ["command line: expected key=value, got 'model'"]
     assert complaints("a..b=1") == ["command line: expected key=value, got 'a..b=1'"]
-    assert complaints("steps.x=1", steps=3) == [
-        "command line: steps.x: 'steps' is 3, it has no keys of its own"
-    ]
+    assert complaints("steps.x=1", steps=3) == ["command line: steps.x: 'steps' is 3, it has no keys of its own"]
     assert complaints("gold=*x")[0].endswith("""if it is text, quote it twice: '"*x"'""")
 
 
@@ -330,9 +328,7 @@ def test_seeds() -> None:
 
 
 def test_an_error_is_what_where_why_and_fix_on_one_line() -> None:
-    error = KlimbError(
-        "3 rows are empty", where=Path("a.jsonl"), why=ValueError("no\n text"), fix="remove them"
-    )
+    error = KlimbError("3 rows are empty", where=Path("a.jsonl"), why=ValueError("no\n text"), fix="remove them")
     assert str(error) == "a.jsonl: 3 rows are empty: no text; remove them"
     assert str(KlimbError("stop")) == "stop"
 

@@ -13,9 +13,7 @@ from klimb.plugin import is_reference, load_attribute, source_hash, unknown_name
 def test_what_is_a_reference():
     assert is_reference("rewards.py:score")
     assert is_reference("/some/where/my_file.py:MINE")
-    assert not any(
-        is_reference(text) for text in ("grpo", "rewards.py", "a:b", "rewards.py:not a name", "x.py:")
-    )
+    assert not any(is_reference(text) for text in ("grpo", "rewards.py", "a:b", "rewards.py:not a name", "x.py:"))
 
 
 def test_an_unchanged_file_is_run_once_and_an_edited_one_again(tmp_path):

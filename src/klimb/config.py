@@ -91,9 +91,7 @@ class _Loader(yaml.SafeLoader):
         seen: set[str] = set()
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and key.value in seen:
-                raise yaml.MarkedYAMLError(
-                    problem=f"key {key.value!r} is given twice", problem_mark=key.start_mark
-                )
+                raise yaml.MarkedYAMLError(problem=f"key {key.value!r} is given twice", problem_mark=key.start_mark)
             seen.add(key.value if isinstance(key, yaml.ScalarNode) else "")
         return super().construct_mapping(node, deep)
 
@@ -151,9 +149,7 @@ def load_yaml(path: Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         near = [file.name for file in path.parent.glob("*.y*ml")]
-        raise ConfigError(
-            "no such file", where=path, fix=did_you_mean(path.name, near) if near else ""
-        ) from None
+        raise ConfigError("no such file", where=path, fix=did_you_mean(path.name, near) if near else "") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError("cannot be read", where=path, why=error) from None
     values = parse_yaml(text, str(path))
@@ -273,9 +269,7 @@ def _look_up(reference: str, results: Mapping[str, Mapping[str, Any]], where: st
     for key in keys:
         if not isinstance(value, Mapping) or key not in value:
             known = value if isinstance(value, Mapping) else ()
-            raise ConfigError(
-                f"{shown}: the result has no {key!r}", where=where, fix=did_you_mean(key, known)
-            )
+            raise ConfigError(f"{shown}: the result has no {key!r}", where=where, fix=did_you_mean(key, known))
         value = value[key]
     return value
 

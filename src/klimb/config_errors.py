@@ -40,9 +40,7 @@ def one_line_each(cls: type[BaseModel], values: Any, error: ValidationError) -> 
         for each in complaints:
             if each.union == union:
                 branches.setdefault(each.branch, []).append(each)
-        entered = [
-            branch for branch in branches.values() if all(len(each.key) > len(union) for each in branch)
-        ]
+        entered = [branch for branch in branches.values() if all(len(each.key) > len(union) for each in branch)]
         if entered:
             lines += [(each.key, _describe(cls, each)) for each in min(entered, key=len)]
         else:

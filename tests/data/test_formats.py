@@ -78,9 +78,7 @@ def test_every_line_is_a_row_or_a_problem_at_its_place(
         f"{path}:1",
         *(at for at, verdict in expected.items() if not verdict),
     ]
-    assert [p.where for p in problems] == [
-        at for at, verdict in expected.items() if verdict not in ("", "blank")
-    ]
+    assert [p.where for p in problems] == [at for at, verdict in expected.items() if verdict not in ("", "blank")]
     for problem in problems:
         assert expected[problem.where] in problem.reason
 
@@ -88,9 +86,7 @@ def test_every_line_is_a_row_or_a_problem_at_its_place(
 @FUZZ
 @given(
     st.lists(
-        st.dictionaries(
-            st.text(max_size=5), st.one_of(st.integers(), st.text(), st.booleans(), st.none()), max_size=3
-        ),
+        st.dictionaries(st.text(max_size=5), st.one_of(st.integers(), st.text(), st.booleans(), st.none()), max_size=3),
         min_size=1,
         max_size=4,
     ),
@@ -176,15 +172,11 @@ def test_python_rows_have_places_and_are_not_changed() -> None:
 
 
 def test_columns_can_be_swapped() -> None:
-    rows, _ = read_rows(
-        [{"prompt": "b", "completion": "a"}], {"prompt": "completion", "completion": "prompt"}
-    )
+    rows, _ = read_rows([{"prompt": "b", "completion": "a"}], {"prompt": "completion", "completion": "prompt"})
     assert rows[0].values == {"prompt": "a", "completion": "b"}
 
 
-def test_a_hub_name_is_loaded_by_datasets_and_a_path_wins(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_hub_name_is_loaded_by_datasets_and_a_path_wins(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     calls = []
 
     def load_dataset(name: str, config: str | None, split: str) -> list[dict[str, str]]:

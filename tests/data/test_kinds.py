@@ -170,9 +170,7 @@ def test_string_prompts_are_common_end_at_a_word_and_lose_nothing(prompt: str, o
 def test_message_prompts_are_the_common_start() -> None:
     row = with_prompt({"chosen": [user(), assistant("a")], "rejected": [user(), assistant("b")]})
     assert row["prompt"] == [user()]
-    repeated = with_prompt(
-        {"prompt": "q", "chosen": [user(), assistant("a")], "rejected": [user(), assistant("b")]}
-    )
+    repeated = with_prompt({"prompt": "q", "chosen": [user(), assistant("a")], "rejected": [user(), assistant("b")]})
     assert repeated == row
 
 

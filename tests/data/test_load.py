@@ -121,9 +121,7 @@ def test_a_prompt_longer_than_the_context_is_reported_not_cut() -> None:
 
 
 def test_other_types_of_data_are_refused_by_name() -> None:
-    with pytest.raises(
-        DataError, match="is of type labelled, which is not used here: needed: prompt-completion"
-    ):
+    with pytest.raises(DataError, match="is of type labelled, which is not used here: needed: prompt-completion"):
         load_examples([{"prompt": "a", "completion": "b", "label": False}], CHAT)
     with pytest.raises(DataError, match="is of type prompt, which is not used here: needed: preference"):
         load_preferences([{"prompt": "a"}], CHAT)
@@ -136,9 +134,8 @@ def test_control_tokens_that_are_spelled_out_are_mentioned() -> None:
         {"prompt": asked("a"), "completion": answered()},
         {"prompt": asked("<|im_end|>"), "completion": answered()},
     ]
-    assert (
-        "1 rows spell out a control token, which is read as plain text; the first: '<|im_end|>' at rows[1]"
-        in str(load_examples(rows, CHAT).report)
+    assert "1 rows spell out a control token, which is read as plain text; the first: '<|im_end|>' at rows[1]" in str(
+        load_examples(rows, CHAT).report
     )
 
 
@@ -154,9 +151,7 @@ def test_no_prompt_is_on_both_sides_and_the_share_is_right() -> None:
     # 2000 prompts, binomial: six standard deviations are 6 · sqrt(.2 · .8 / 2000) = .054.
     assert abs(len(held_out) / 4000 - 0.2) < 0.054
     # A part of the rows is split as it is in the whole: the decision is the prompt's own.
-    assert {item.id for item in split_by_prompt(items[:500], 0.2, seed=1)[1]} <= {
-        item.id for item in held_out
-    }
+    assert {item.id for item in split_by_prompt(items[:500], 0.2, seed=1)[1]} <= {item.id for item in held_out}
     assert held_out != split_by_prompt(items, 0.2, seed=2)[1]
 
 

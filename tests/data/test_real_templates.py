@@ -29,9 +29,7 @@ CERTAIN = {
     ),
     *("phi3_5", "qwen2_5", "qwen2_5_training", "qwen3", "qwen3_training", "qwen3_instruct_2507", "gptoss"),
 }
-TOKEN = re.compile(
-    r"<\|[^|>\s]+\|?>|<[^|<>\s]+\|>|<｜[^｜]+｜>|<(?:start|end)_of_turn>|</?think>|\[gMASK\]|<sop>"
-)
+TOKEN = re.compile(r"<\|[^|>\s]+\|?>|<[^|<>\s]+\|>|<｜[^｜]+｜>|<(?:start|end)_of_turn>|</?think>|\[gMASK\]|<sop>")
 
 
 def renderer(path: Path) -> Renderer:
@@ -52,9 +50,7 @@ def test_a_real_template_is_rendered_as_it_stands_or_refused(path: Path) -> None
         assert path.stem not in CERTAIN
         return
     check(ours, question, answer, tokens)
-    forged = [
-        {"role": "user", "content": f"How {ours.template.end} {' '.join(sorted(ours.template.control))}"}
-    ]
+    forged = [{"role": "user", "content": f"How {ours.template.end} {' '.join(sorted(ours.template.control))}"}]
     control = {ours.tokenizer.added_tokens_encoder[literal] for literal in ours.template.control}
     known = [id for id in tokens.prompt if id in control]
     assert [id for id in ours.completion(forged, answer).prompt if id in control] == known

@@ -71,9 +71,7 @@ def test_harmless_text_gets_the_ids_of_transformers(name: str, question: str, an
     messages = [user(question), assistant(answer)]
     tokens = renderer.completion(messages[:1], messages[1:])
     whole = renderer.tokenizer.apply_chat_template(messages, return_dict=False)
-    asked = renderer.tokenizer.apply_chat_template(
-        messages[:1], add_generation_prompt=True, return_dict=False
-    )
+    asked = renderer.tokenizer.apply_chat_template(messages[:1], add_generation_prompt=True, return_dict=False)
     assert tokens.prompt == asked == renderer.prompt(messages[:1])
     assert tokens.prompt + tokens.completion == whole[: len(tokens.prompt) + len(tokens.completion)]
     assert all(tokens.mask)
@@ -92,9 +90,7 @@ def test_the_mask_of_several_turns_is_that_of_generation_marks(name: str, texts:
     marked = toy.chatml(toy.CHATML_MARKED).apply_chat_template(messages, return_assistant_tokens_mask=True)
     length = len(tokens.prompt) + len(tokens.completion)
     assert tokens.prompt + tokens.completion == marked["input_ids"][:length]
-    assert [False] * len(tokens.prompt) + tokens.mask == [
-        bool(bit) for bit in marked["assistant_masks"][:length]
-    ]
+    assert [False] * len(tokens.prompt) + tokens.mask == [bool(bit) for bit in marked["assistant_masks"][:length]]
     assert not any(marked["assistant_masks"][length:])
 
 
@@ -103,11 +99,7 @@ def test_every_assistant_turn_is_trained_with_its_end_and_nothing_else(name: str
     renderer = RENDERERS[name]
     messages = [user("Hi"), assistant("Yes?"), user("Tea?"), assistant("No tea.")]
     tokens = renderer.conversation(messages)
-    said = [
-        renderer.tokenizer.decode([token])
-        for token, trained in zip(tokens.completion, tokens.mask)
-        if trained
-    ]
+    said = [renderer.tokenizer.decode([token]) for token, trained in zip(tokens.completion, tokens.mask) if trained]
     end = renderer.template.end
     assert "".join(said).replace(" ", "") == f"Yes?{end}Notea.{end}"
     assert tokens.mask[0]
@@ -122,9 +114,7 @@ def test_every_assistant_turn_is_trained_with_its_end_and_nothing_else(name: str
 @pytest.mark.parametrize("name", BYTE_LEVEL)
 @FUZZ
 @given(question=hostile, answer=hostile)
-def test_no_content_becomes_a_control_token_and_no_character_is_lost(
-    name: str, question: str, answer: str
-) -> None:
+def test_no_content_becomes_a_control_token_and_no_character_is_lost(name: str, question: str, answer: str) -> None:
     renderer = RENDERERS[name]
     tokenizer, control = renderer.tokenizer, control_ids(renderer)
     messages = [user(question), assistant(answer)]
@@ -227,9 +217,7 @@ def test_the_system_option_goes_before_those_without_one() -> None:
 
 def test_options_reach_the_template() -> None:
     renderer = Renderer(toy.chatml(toy.QWEN3), enable_thinking=False)
-    assert renderer.tokenizer.decode(renderer.prompt([user("a")])).endswith(
-        "assistant\n<think>\n\n</think>\n\n"
-    )
+    assert renderer.tokenizer.decode(renderer.prompt([user("a")])).endswith("assistant\n<think>\n\n</think>\n\n")
     tokens = renderer.completion([user("a")], [assistant("b")])
     assert renderer.tokenizer.decode(tokens.completion) == "b<|im_end|>"
 
@@ -326,9 +314,7 @@ def test_marks_that_begin_within_the_prompt_are_cut_to_what_is_sampled() -> None
     assert Renderer(toy.chatml(early)).conversation(messages) == RENDERERS["chatml"].conversation(messages)
     shouting = Renderer(
         toy.chatml(
-            early.replace(
-                "}}{{ m['content'] }}<|im_end|>{% end", "}}{{ m['content'] | upper }}<|im_end|>{% end"
-            )
+            early.replace("}}{{ m['content'] }}<|im_end|>{% end", "}}{{ m['content'] | upper }}<|im_end|>{% end")
         )
     )
     tokens = shouting.completion([user("a")], [assistant("b")])
@@ -427,13 +413,9 @@ def test_a_base_model_gets_the_plain_template() -> None:
     tokens = renderer.conversation([user("Hi"), assistant("Yes?"), user("Tea?"), assistant("No.")])
     text = renderer.tokenizer.decode(tokens.prompt + tokens.completion)
     end = "<|end_of_text|>"
-    assert (
-        text == f"<|begin_of_text|>user:\nHi\n\nassistant:\nYes?{end}\n\nuser:\nTea?\n\nassistant:\nNo.{end}"
-    )
+    assert text == f"<|begin_of_text|>user:\nHi\n\nassistant:\nYes?{end}\n\nuser:\nTea?\n\nassistant:\nNo.{end}"
     assert renderer.stop_tokens(conversational=True) == {renderer.tokenizer.eos_token_id}
-    assert not renderer.tokenizer.decode(Renderer(toy.chatml(None)).prompt([user("Hi")])).startswith(
-        "<|begin"
-    )
+    assert not renderer.tokenizer.decode(Renderer(toy.chatml(None)).prompt([user("Hi")])).startswith("<|begin")
 
 
 def test_without_eos_there_is_nothing_to_stop_at() -> None:

@@ -36,9 +36,7 @@ def test_a_restored_state_continues_the_same_sequence(n: int, batch_size: int, s
 
 def test_orders_differ_between_epochs_and_seeds_and_are_even() -> None:
     orders = {tuple(Sampler(6, 6, seed).next_batch()) for seed in range(12_000)}
-    assert (
-        len(orders) == 720
-    )  # uniform draws would miss 720 · (1 - 1/720)^12000 = 4e-5 of the permutations of 6
+    assert len(orders) == 720  # uniform draws would miss 720 · (1 - 1/720)^12000 = 4e-5 of the permutations of 6
     sampler = Sampler(1000, 1000, 0)
     first, second = sampler.next_batch(), sampler.next_batch()
     agreeing = sum(a == b for a, b in zip(first, second))

@@ -113,9 +113,7 @@ def with_tokens(literals: list[str], template: str) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer.from_str(_byte_level(("<s>", "</s>")).to_str())
     for literal in literals:
         thought = "think" in literal
-        (tokenizer.add_tokens if thought else tokenizer.add_special_tokens)(
-            [AddedToken(literal, normalized=False)]
-        )
+        (tokenizer.add_tokens if thought else tokenizer.add_special_tokens)([AddedToken(literal, normalized=False)])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", chat_template=template
     )

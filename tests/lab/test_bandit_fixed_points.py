@@ -45,13 +45,9 @@ def backwards(local, discount=1.0):
     length = BANDIT.mask.sum(dim=1)
     for state in reversed(range(len(q))):  # longer prefixes have higher numbers
         for token in range(3):
-            row, t = (
-                ((BANDIT.prefixes == state) & (BANDIT.tokens == token) & BANDIT.mask).nonzero()[0].tolist()
-            )
+            row, t = ((BANDIT.prefixes == state) & (BANDIT.tokens == token) & BANDIT.mask).nonzero()[0].tolist()
             ends = length[row] == t + 1
-            q[state, token] = (
-                BANDIT.rewards[row] if ends else discount * value[BANDIT.prefixes[row, t + 1], 0]
-            )
+            q[state, token] = BANDIT.rewards[row] if ends else discount * value[BANDIT.prefixes[row, t + 1], 0]
         policy[state], value[state] = local(q[state], ref[state])
     return BANDIT.probabilities(policy.log())
 
@@ -91,9 +87,7 @@ def test_with_the_kl_in_the_reward_no_sample_moves_the_optimum(advantage):
     """Not only in expectation: every advantage is exactly zero, noise dies out and no clip can matter."""
     logits = BANDIT.logits_of(OPTIMUM)
     pairs = torch.combinations(torch.arange(31), 2).flatten()
-    credit = credit_of(
-        BANDIT, replace(PLAIN, advantage=advantage), logits, pairs, torch.arange(len(pairs)) // 2
-    )
+    credit = credit_of(BANDIT, replace(PLAIN, advantage=advantage), logits, pairs, torch.arange(len(pairs)) // 2)
     assert (credit.advantages == 0).all()
 
 
@@ -165,9 +159,7 @@ def expected_step(algorithm, logits, lr, updates):
     copies = logits.expand(len(pairs), 15, 3)
     for _ in range(updates):
         copies = copies.detach().requires_grad_()
-        steps = copies.log_softmax(-1)[
-            group[:, None], BANDIT.prefixes[completions], BANDIT.tokens[completions]
-        ]
+        steps = copies.log_softmax(-1)[group[:, None], BANDIT.prefixes[completions], BANDIT.tokens[completions]]
         loss, _ = policy_loss(
             algorithm,
             logps=steps,

@@ -60,9 +60,7 @@ def test_cdpo_takes_labels_for_noisier_than_they_are():
     noisy = 0.8 * POPULATION + 0.2 * POPULATION.T
     clean = BANDIT.probabilities(fit(cdpo(BETA, 0.2), POPULATION))
     assert total_variation(clean, BANDIT.probabilities(fit(dpo(BETA), noisy))) <= 1e-3
-    assert (
-        total_variation(clean, BANDIT.optimum(BETA)) > 0.1
-    )  # and so it fits weaker preferences than there are
+    assert total_variation(clean, BANDIT.optimum(BETA)) > 0.1  # and so it fits weaker preferences than there are
 
 
 def test_ipo_on_the_population_is_its_own_closed_form():

@@ -20,13 +20,9 @@ def weights(directory: Path) -> bytes:
 
 @pytest.mark.parametrize("architecture", get_args(Architecture))
 @pytest.mark.parametrize("tie", [False, True])
-def test_what_is_written_is_what_transformers_loads(
-    tmp_path: Path, architecture: Architecture, tie: bool
-) -> None:
+def test_what_is_written_is_what_transformers_loads(tmp_path: Path, architecture: Architecture, tie: bool) -> None:
     tokenizer = word_tokenizer(WORDS)
-    path = make_model(
-        tmp_path / "m", tokenizer=tokenizer, architecture=architecture, seed=0, tie=tie, **SIZES
-    )
+    path = make_model(tmp_path / "m", tokenizer=tokenizer, architecture=architecture, seed=0, tie=tie, **SIZES)
     model = AutoModelForCausalLM.from_pretrained(path).eval()
     assert (model.get_input_embeddings().weight is model.get_output_embeddings().weight) is tie
     assert model.config.vocab_size == len(tokenizer) == len(WORDS) + 3
@@ -63,9 +59,7 @@ def test_parameters_are_counted_by_hand(tmp_path: Path) -> None:
 def test_weights_follow_the_seed_alone(tmp_path: Path) -> None:
     def made(name: str, seed: int) -> bytes:
         tokenizer = word_tokenizer(WORDS)
-        return weights(
-            make_model(tmp_path / name, tokenizer=tokenizer, architecture="gpt2", seed=seed, **SIZES)
-        )
+        return weights(make_model(tmp_path / name, tokenizer=tokenizer, architecture="gpt2", seed=seed, **SIZES))
 
     torch.manual_seed(7)
     expected = torch.rand(3)

@@ -41,9 +41,7 @@ def test_the_score_lands_on_the_last_token_and_the_kl_on_each():
     for row in PRESENT:
         length = int(MASK[row].sum())
         for t in range(length):
-            assert found[row, t].item() == pytest.approx(
-                SCORES[row].item() - 0.5 * x[row, t:length].sum().item()
-            )
+            assert found[row, t].item() == pytest.approx(SCORES[row].item() - 0.5 * x[row, t:length].sum().item())
 
 
 def test_the_estimator_of_the_leash_is_the_one_in_the_reward():
@@ -59,9 +57,7 @@ def test_a_kl_in_the_loss_stays_out_of_the_reward():
 def test_an_outcome_reaches_every_token_of_its_sample_alone():
     found = credit(replace(REINFORCE, advantage=no_baseline, kl=GRPO.kl)).advantages
     assert found.dtype == torch.float64
-    assert torch.equal(
-        found, torch.where(MASK, SCORES[:, None], 0.0)[:].index_fill(0, torch.tensor([2]), 0.0)
-    )
+    assert torch.equal(found, torch.where(MASK, SCORES[:, None], 0.0)[:].index_fill(0, torch.tensor([2]), 0.0))
 
 
 @pytest.mark.parametrize("algorithm", [REINFORCE, RLOO, GRPO, PPO])
@@ -128,9 +124,7 @@ def test_state_is_returned_and_never_changed_in_place():
     expected = 0.5 * (1 + 0.1 * max(-0.2, min(0.2, observed - 1)))
     assert found.state["beta"].item() == pytest.approx(expected)
     doubled = credit(replace(algorithm, advantage=discounted_return()), state={"beta": torch.tensor(1.0)})
-    assert torch.allclose(
-        doubled.advantages, credit(replace(RETURNS_TO_GO, kl=KL("reward", k1, 1.0))).advantages
-    )
+    assert torch.allclose(doubled.advantages, credit(replace(RETURNS_TO_GO, kl=KL("reward", k1, 1.0))).advantages)
 
 
 def test_small_differences_of_large_scores_survive():

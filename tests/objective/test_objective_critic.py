@@ -68,9 +68,7 @@ def test_reward_loss_parts_add_up_and_a_tie_is_half_right():
 def test_value_loss_by_hand(value, old, target, expected):
     found = value_loss(tensor(value), tensor(target), tensor(old), 0.2)
     assert found.item() == pytest.approx(expected)
-    assert value_loss(tensor(value), tensor(target), None, None).item() == pytest.approx(
-        (value - target) ** 2 / 2
-    )
+    assert value_loss(tensor(value), tensor(target), None, None).item() == pytest.approx((value - target) ** 2 / 2)
 
 
 def test_a_clipped_value_gets_no_gradient():
@@ -84,8 +82,7 @@ def test_critic_loss_over_any_split_with_nan_where_no_token_is():
     totals = BatchTotals.of(mask, torch.arange(3))
     generator = torch.Generator().manual_seed(0)
     values, old, returns = (
-        torch.where(mask, x, torch.nan)
-        for x in torch.randn(3, 3, 2, generator=generator, dtype=torch.float64)
+        torch.where(mask, x, torch.nan) for x in torch.randn(3, 3, 2, generator=generator, dtype=torch.float64)
     )
     values.requires_grad_()
 

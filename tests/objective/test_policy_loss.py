@@ -32,10 +32,7 @@ def inputs(dtype=torch.float64, hole=0.0, seed=0):
     """Policies about 0.2 apart, so that many tokens clip; `hole` stands where there is no token."""
     generator = torch.Generator().manual_seed(seed)
     base = -torch.rand(SAMPLES, LENGTH, generator=generator, dtype=torch.float64) - 0.5
-    drawn = {
-        name: base + 0.2 * torch.randn(base.shape, generator=generator, dtype=torch.float64)
-        for name in TOKENS
-    }
+    drawn = {name: base + 0.2 * torch.randn(base.shape, generator=generator, dtype=torch.float64) for name in TOKENS}
     tokens = {name: torch.where(MASK, part, hole).to(dtype) for name, part in drawn.items()}
     tokens["scores"] = torch.randn(SAMPLES, generator=generator, dtype=torch.float64)
     return tokens

@@ -55,7 +55,7 @@ def recipe(world: World, out: Path) -> dict[str, Any]:
                     "gold": world.reward("shuffled"), "algorithm": "ppo", "steps": 3, "updates_per_step": 2,
                     "critic": {"warmup_steps": 1, "optimizer": FAST}, "measure": measured, **SMALL_RL, **trained},
             "dapo": {"stage": "rl", "model": "${sft.model}", "data": world.prompts, "reward": world.reward("rare"),
-                     "gold": f"{out.with_suffix('.py')}:counted", "algorithm": "dapo", "steps": 3, **SMALL_RL, **trained},
+                     "gold": f"{out}.py:counted", "algorithm": "dapo", "steps": 3, **SMALL_RL, **trained},
             "look": {"stage": "evaluate", "model": "${ppo.model}", "reference": "${sft.model}", "measure": measured,
                      "dtype": "float64"},
         },

@@ -36,8 +36,7 @@ def pipeline(root: Path, seed: int = 0) -> Path:
     results["dpo"] = _preference(root / "dpo", random, seed, shift)
     shown = ("proxy", "gold", "gold_low", "gold_high", "kl")
     rows = [
-        {"method": result["method"], "seconds": result["seconds"]}
-        | {key: result["evaluation"][key] for key in shown}
+        {"method": result["method"], "seconds": result["seconds"]} | {key: result["evaluation"][key] for key in shown}
         for result in results.values()
         if result["evaluation"]
     ]
@@ -50,25 +49,18 @@ def pipeline(root: Path, seed: int = 0) -> Path:
 
 def seeds(root: Path, count: int = 5) -> Path:
     """The same for several seeds, with a summary over them: t intervals and paired differences."""
-    told = [
-        json.loads((pipeline(root / f"seed-{s}", s) / "summary.json").read_text())["rows"]
-        for s in range(count)
-    ]
+    told = [json.loads((pipeline(root / f"seed-{s}", s) / "summary.json").read_text())["rows"] for s in range(count)]
     rows: list[dict[str, Any]] = []
     paired = []
     for index, first in enumerate(told[0]):
-        across = {
-            key: np.array([own[index][key] for own in told]) for key in ("proxy", "gold", "kl", "seconds")
-        }
+        across = {key: np.array([own[index][key] for own in told]) for key in ("proxy", "gold", "kl", "seconds")}
         low, high = _t_interval(across["gold"])
         means = {key: float(values.mean()) for key, values in across.items()}
         rows.append({"method": first["method"], **means, "gold_low": low, "gold_high": high})
         if index:
             gap = across["gold"] - np.array([own[0]["gold"] for own in told])
             low, high = _t_interval(gap)
-            paired.append(
-                {"method": first["method"], "difference": float(gap.mean()), "low": low, "high": high}
-            )
+            paired.append({"method": first["method"], "difference": float(gap.mean()), "low": low, "high": high})
     summary = {"name": "quickstart", "seeds": list(range(count)), "simulated_labels": True}
     as_json(root / "summary.json", summary | {"rows": rows, "paired": paired})
     return root
@@ -250,9 +242,7 @@ def _finish(
         "curve": curve or [],
     }
     as_json(run / "result.json", result)
-    as_json(
-        run / "manifest.json", {"stage": stage, "seed": seed, "versions": {"klimb": "0.1.0"}, "threads": 2}
-    )
+    as_json(run / "manifest.json", {"stage": stage, "seed": seed, "versions": {"klimb": "0.1.0"}, "threads": 2})
     told = f"stage: {stage}\nsteps: {steps}\nhf_token: hf_abcdef\neos_token: </s>\n"
     (run / "config.yaml").write_text(told, encoding="utf-8")
     return result

@@ -98,9 +98,7 @@ def test_the_best_of_several_is_said_to_be_picked() -> None:
 def test_best_of_n_is_a_yardstick_and_never_the_answer() -> None:
     told = headline(records(SFT, LEASHED, BEST_OF), {})
     assert told.answer.startswith("Better. GRPO β=0.15")
-    assert any(
-        "best-of-32 with gold 2.41 [2.30, 2.50]; GRPO β=0.15 is below it" in text for text in told.details
-    )
+    assert any("best-of-32 with gold 2.41 [2.30, 2.50]; GRPO β=0.15 is below it" in text for text in told.details)
 
 
 def test_paired_differences_over_seeds_decide() -> None:

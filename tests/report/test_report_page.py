@@ -67,9 +67,7 @@ def hostile_pipeline(root: Path) -> Path:
         for text in HOSTILE
     ]
     (root / "replies.json").write_text(json.dumps(asked))
-    fake_run.lines(
-        root / "grpo" / "events.jsonl", [{"step": 1, "kind": text, "message": text} for text in HOSTILE]
-    )
+    fake_run.lines(root / "grpo" / "events.jsonl", [{"step": 1, "kind": text, "message": text} for text in HOSTILE])
     (root / "grpo" / "config.yaml").write_text(f"prompt: {HOSTILE[0]}\n")
     return root
 
@@ -93,9 +91,7 @@ def test_policy_allows_exactly_our_style_and_script(page: str) -> None:
     assert "unsafe" not in policy
     for name, directive in (("style", "style-src"), ("script", "script-src")):
         blocks = [block for block in parsed.named(name) if block.attributes.get("type") != "application/json"]
-        digests = [
-            base64.b64encode(hashlib.sha256(block.text.encode()).digest()).decode() for block in blocks
-        ]
+        digests = [base64.b64encode(hashlib.sha256(block.text.encode()).digest()).decode() for block in blocks]
         assert len(digests) == 1
         assert f"{directive} 'sha256-{digests[0]}';" in policy
 
@@ -119,10 +115,7 @@ def test_table_says_what_the_summary_says(pipeline: Path, page: str) -> None:
 def test_the_whole_story_is_there(page: str) -> None:
     parsed = Page(page)
     answer = next(e for e in parsed.elements if e.attributes.get("class", "").startswith("answer")).text
-    assert (
-        "Better. GRPO β=0.15: gold 1.62 [1.55, 1.69] against 0.97 [0.90, 1.04] after SFT, at KL 1.3."
-        in answer
-    )
+    assert "Better. GRPO β=0.15: gold 1.62 [1.55, 1.69] against 0.97 [0.90, 1.04] after SFT, at KL 1.3." in answer
     assert "the reward model was climbed, not the task" in answer
     assert "simulated" in answer
     titles = [element.text for element in parsed.named("b")]
@@ -156,9 +149,7 @@ def test_picture_puts_marks_where_the_rows_are(page: str) -> None:
         centres.setdefault(method, sum(x for x, _ in points) / len(points))
     # Triangles and the like are centred too: their corners are regular around the point.
     unit = (centres["GRPO β=0"] - centres["SFT"]) / 32**0.5
-    assert (centres["DPO β=0.1"] - centres["SFT"]) / unit == pytest.approx(
-        2.63**0.5, abs=2e-3
-    )  # rounded to 0.1 px
+    assert (centres["DPO β=0.1"] - centres["SFT"]) / unit == pytest.approx(2.63**0.5, abs=2e-3)  # rounded to 0.1 px
 
 
 def test_same_colour_for_a_method_everywhere(page: str) -> None:
@@ -206,9 +197,7 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
     json.loads(scripts[0].text)
     assert len(parsed.named("style")) == 1
     assert not parsed.named("img")
-    assert not [
-        element for element in parsed.elements if any(key.startswith("on") for key in element.attributes)
-    ]
+    assert not [element for element in parsed.elements if any(key.startswith("on") for key in element.attributes)]
     said = [e.text for e in parsed.elements if e.attributes.get("class") == "said"]
     for text in HOSTILE[:4]:
         assert text in said
@@ -304,9 +293,7 @@ def test_a_step_written_twice_counts_as_written_last(tmp_path: Path) -> None:
 
 def test_rows_of_the_wrong_shape(tmp_path: Path) -> None:
     rows = [{"method": "SFT", "gold": "high"}, {"method": None, "gold": float("nan"), "kl": -0.2}, 7, {}]
-    fake_run.as_json(
-        tmp_path / "summary.json", {"rows": rows, "stages": {"a": 3, "rl": {"stage": "rl", "curve": 5}}}
-    )
+    fake_run.as_json(tmp_path / "summary.json", {"rows": rows, "stages": {"a": 3, "rl": {"stage": "rl", "curve": 5}}})
     assert "</html>" in write_report(tmp_path).read_text(encoding="utf-8")
 
 
@@ -360,13 +347,9 @@ def test_large_inputs_stay_below_a_megabyte(tmp_path: Path) -> None:
 
 
 def test_writing_a_report_needs_no_torch(pipeline: Path) -> None:
-    code = (
-        "import sys, pathlib; from klimb.report import write_report; write_report(pathlib.Path(sys.argv[1]))"
-    )
+    code = "import sys, pathlib; from klimb.report import write_report; write_report(pathlib.Path(sys.argv[1]))"
     code += "; print('torch' in sys.modules)"
     assert (
-        subprocess.run(
-            [sys.executable, "-c", code, str(pipeline)], capture_output=True, text=True, check=True
-        ).stdout
+        subprocess.run([sys.executable, "-c", code, str(pipeline)], capture_output=True, text=True, check=True).stdout
         == "False\n"
     )

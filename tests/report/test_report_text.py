@@ -54,10 +54,7 @@ def test_numbers() -> None:
 def test_credentials_are_hidden_and_tokens_of_language_are_not() -> None:
     config = "api_key: sk-1\n  HF_TOKEN: hf_x\neos_token: </s>\nmax_tokens: 20\n  password: 'x'\n"
     shown = without_credentials(config)
-    assert (
-        shown
-        == "api_key: (hidden)\n  HF_TOKEN: (hidden)\neos_token: </s>\nmax_tokens: 20\n  password: (hidden)\n"
-    )
+    assert shown == "api_key: (hidden)\n  HF_TOKEN: (hidden)\neos_token: </s>\nmax_tokens: 20\n  password: (hidden)\n"
 
 
 def test_messages_read_as_text() -> None:

@@ -28,9 +28,7 @@ def test_peak_is_of_the_moving_mean_not_of_a_spike() -> None:
     value, step, kl = peaks([run(metrics)])["GRPO"]
     assert value == 1.0
     assert step >= 20
-    assert kl == pytest.approx(
-        step, abs=2
-    )  # the window shrinks at the end, which shifts its mean by at most 2
+    assert kl == pytest.approx(step, abs=2)  # the window shrinks at the end, which shifts its mean by at most 2
 
 
 def test_two_runs_of_a_method_have_no_single_peak() -> None:
@@ -76,9 +74,7 @@ def test_evaluations_are_not_smoothed() -> None:
 
 
 def test_reward_components_get_panels_only_beside_others() -> None:
-    both = run(
-        [{"step": 1.0, "reward/mean": 1.0, "reward/std": 0.1, "reward/length": 0.5, "reward/exact": 0.5}]
-    )
+    both = run([{"step": 1.0, "reward/mean": 1.0, "reward/std": 0.1, "reward/length": 0.5, "reward/exact": 0.5}])
     assert [p.title for p in panels_of("rl", [both])] == ["Reward (proxy)", "Reward: exact", "Reward: length"]
 
 

@@ -24,10 +24,7 @@ def strays() -> set[int]:
     found, mark = set(), os.environ["DAEMON_MARK"].encode()
     for entry in Path("/proc").iterdir():
         try:
-            if (
-                entry.name.isdigit()
-                and mark in (entry / "cmdline").read_bytes() + (entry / "environ").read_bytes()
-            ):
+            if entry.name.isdigit() and mark in (entry / "cmdline").read_bytes() + (entry / "environ").read_bytes():
                 found.add(int(entry.name))
         except OSError:
             continue

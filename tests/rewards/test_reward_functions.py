@@ -31,9 +31,7 @@ def ask(name: str, timeout: float = 1.0, **columns: list) -> Scores:
         reward.close()
 
 
-@pytest.mark.parametrize(
-    "name", ["fine", "fine_async", "prints_a_lot", "forks_and_stays", "forks_and_both_answer"]
-)
+@pytest.mark.parametrize("name", ["fine", "fine_async", "prints_a_lot", "forks_and_stays", "forks_and_both_answer"])
 def test_functions_that_answer_are_believed(name: str) -> None:
     scores = ask(name, timeout=20.0)
     assert scores == Scores(LENGTHS)
@@ -82,9 +80,7 @@ def test_a_wrong_number_of_scores_fails_every_row_and_is_never_spread(name: str)
     scores = ask(name)
     assert scores.values == [None] * len(TEXTS)
     assert [failure.row for failure in scores.failures] == list(range(len(TEXTS)))
-    assert (
-        "for 8 completions" in scores.failures[0].reason or "a list of 8 scores" in scores.failures[0].reason
-    )
+    assert "for 8 completions" in scores.failures[0].reason or "a list of 8 scores" in scores.failures[0].reason
 
 
 def test_a_fork_that_returns_as_well_answers_nothing() -> None:
@@ -140,18 +136,14 @@ def test_only_what_the_signature_names_is_passed(tmp_path) -> None:
         assert reward(["p"], ["c"], columns).values == [value]
         reward.close()
     reward = from_file(f"{file}:wants_more")
-    with pytest.raises(
-        RewardError, match=r"named.py:wants_more: the function wants 'answr'.*did you mean 'answer'"
-    ):
+    with pytest.raises(RewardError, match=r"named.py:wants_more: the function wants 'answr'.*did you mean 'answer'"):
         reward(["p"], ["c"], columns)
     reward.close()
 
 
 def test_messages_arrive_as_messages() -> None:
     reward = from_callable(lambda prompts, completions: [float(len(completions[0]))])
-    assert reward(
-        [[{"role": "user", "content": "hi"}]], [[{"role": "assistant", "content": "ho"}]], {}
-    ).values == [1.0]
+    assert reward([[{"role": "user", "content": "hi"}]], [[{"role": "assistant", "content": "ho"}]], {}).values == [1.0]
     reward.close()
 
 
@@ -183,9 +175,7 @@ def test_a_callable_that_hangs_ends_the_run_and_its_late_answer_is_for_nobody() 
         return [delay]
 
     reward = from_callable(slow, timeout=0.15)
-    with pytest.raises(
-        RewardError, match=r"slow: .*still running after 0.15 s at .*functions.py:\d+.*my_reward.py"
-    ):
+    with pytest.raises(RewardError, match=r"slow: .*still running after 0.15 s at .*functions.py:\d+.*my_reward.py"):
         reward(["p"], ["c"], {})
     time.sleep(0.5)
     assert reward(["p"], ["c"], {}).values == [0.0]
@@ -223,9 +213,7 @@ def test_halving_finds_any_set_of_guilty_rows_and_keeps_the_others_in_order() ->
     for guilty in [set(), {0}, {7}, {3, 4}, {0, 1, 2, 3, 4, 5, 6, 7}]:
         tries = []
 
-        def attempt(
-            rows: list[int], seconds: float, guilty: set[int] = guilty, tries: list = tries
-        ) -> Scores:
+        def attempt(rows: list[int], seconds: float, guilty: set[int] = guilty, tries: list = tries) -> Scores:
             tries.append(rows)
             if guilty & set(rows):
                 raise CallFailed("raised", "boom")
@@ -243,9 +231,7 @@ def test_a_process_that_dies_once_costs_no_score_and_is_noted() -> None:
     def attempt(rows: list[int], seconds: float) -> Scores:
         if deaths:
             raise deaths.pop()
-        return Scores(
-            [1.0] * len(rows)
-        )  # as one batch again, not in halves: a batch may be scored relative to itself
+        return Scores([1.0] * len(rows))  # as one batch again, not in halves: a batch may be scored relative to itself
 
     scores = in_halves(attempt, 4, timeout=5.0)
     assert scores.values == [1.0] * 4

@@ -120,9 +120,7 @@ def test_a_rule_asks_for_its_columns_and_reads_messages() -> None:
 
 def test_text_of_messages() -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "image"}, {"type": "text", "text": "b"}]
-    assert (
-        plain_text([{"role": "assistant", "content": parts}, {"role": "assistant", "content": "c"}]) == "abc"
-    )
+    assert plain_text([{"role": "assistant", "content": parts}, {"role": "assistant", "content": "c"}]) == "abc"
     assert plain_text([{"role": "assistant", "content": None, "tool_calls": []}]) == ""
     assert plain_text("as it is") == "as it is"
 

@@ -108,7 +108,5 @@ def test_files_for_hashes(tmp_path: Path) -> None:
 def test_nothing_heavy_is_imported() -> None:
     heavy = "{'torch', 'transformers', 'numpy', 'pickle'} & set(sys.modules)"
     script = f"import sys; import klimb.rewards, klimb.rewards.worker; print({heavy})"
-    printed = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True
-    ).stdout
+    printed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
     assert printed == "set()\n"

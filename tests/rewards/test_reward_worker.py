@@ -56,9 +56,7 @@ def test_a_file_that_hangs_while_it_is_loaded(tmp_path: Path, monkeypatch: pytes
 
 def test_helpers_beside_the_file_can_be_imported(tmp_path: Path) -> None:
     (tmp_path / "helper_of_mine.py").write_text("def value(): return 4.0\n")
-    (tmp_path / "reward.py").write_text(
-        "from helper_of_mine import value\ndef score(completions): return [value()]\n"
-    )
+    (tmp_path / "reward.py").write_text("from helper_of_mine import value\ndef score(completions): return [value()]\n")
     reward = from_file(f"{tmp_path}/reward.py:score")
     assert reward(["p"], ["c"], {}).values == [4.0]
     reward.close()

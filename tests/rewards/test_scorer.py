@@ -48,9 +48,7 @@ class ByHand:
 
 def test_scores_and_parts_land_in_the_samples() -> None:
     groups = [group("p", ["a", "bb"]), group("q", ["ccc", "dddd"])]
-    reward = WeightedSum(
-        [Part("length", FakeReward(), 2.0), Part("one", FakeReward(score=lambda _: 1.0), -1.0)]
-    )
+    reward = WeightedSum([Part("length", FakeReward(), 2.0), Part("one", FakeReward(score=lambda _: 1.0), -1.0)])
     report = Scorer(reward).score(groups)
     assert [sample.score for g in groups for sample in g.samples] == [1.0, 3.0, 5.0, 7.0]
     assert groups[1].samples[0].rewards == {"length": 3.0, "one": 1.0}
@@ -123,9 +121,7 @@ def rows_until_stop(limit: float, fail: Callable[[int, int], bool], calls: int =
 
 def test_the_share_of_failures_stops_the_run() -> None:
     assert rows_until_stop(0.05, lambda call, row: True) == 1  # 10 of 10
-    assert (
-        rows_until_stop(0.05, lambda call, row: call == 0 and row < 5) is None
-    )  # 5 of the first 100 are accepted
+    assert rows_until_stop(0.05, lambda call, row: call == 0 and row < 5) is None  # 5 of the first 100 are accepted
     assert rows_until_stop(0.05, lambda call, row: call == 0 and row < 6) == 1
     assert rows_until_stop(0.05, lambda call, row: row < 1) == 6  # 10 % of all: the sixth failure is too many
     assert rows_until_stop(0.10, lambda call, row: row < 1) is None  # just at the limit
@@ -190,9 +186,7 @@ def test_a_sum_leaves_out_parts_that_abstain_but_not_parts_that_fail() -> None:
     first = by_text({"a": 1.0, "b": None, "c": None, "d": 4.0})
     second = by_text({"a": 10.0, "b": 20.0, "c": None, "d": 40.0})
     second.fail = lambda call, row: row == 3
-    scores = WeightedSum([Part("first", first, 1.0), Part("second", second, 0.5)])(
-        ["p"] * 4, list("abcd"), {}
-    )
+    scores = WeightedSum([Part("first", first, 1.0), Part("second", second, 0.5)])(["p"] * 4, list("abcd"), {})
     assert scores.values == [6.0, 10.0, None, None]
     assert scores.failures == [Failure(3, "second: told to fail")]
     assert scores.parts == {"first": [1.0, None, None, 4.0], "second": [10.0, 20.0, None, None]}
@@ -223,9 +217,7 @@ def test_a_dry_run_scores_reference_answers() -> None:
     assert dry.lines()[0] == "question 0 → 42: 1.0"
     assert dry_run(FakeReward(), prompts(2)).completions == ["test", "test"]
     messages = Prompt("m", [], [{"role": "user", "content": "hi"}], {"answer": 3})
-    conversational = dry_run(
-        from_callable(lambda completions: [len(c[0]["content"]) for c in completions]), [messages]
-    )
+    conversational = dry_run(from_callable(lambda completions: [len(c[0]["content"]) for c in completions]), [messages])
     assert conversational.lines() == ["hi → 3: 1.0"]
     assert dry_run(parse_reward("length"), prompts(1, answer="one two")).scores.values == [2.0]
 

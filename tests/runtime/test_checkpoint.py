@@ -62,9 +62,7 @@ def test_bits_shapes_and_types_survive_in_shards_of_any_size(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shard_bytes: int
 ) -> None:
     monkeypatch.setattr(checkpoint, "SHARD_BYTES", shard_bytes)
-    nan_with_payload = torch.tensor([0x7FC00123, -0x80000000, 0x7F800000], dtype=torch.int32).view(
-        torch.float32
-    )
+    nan_with_payload = torch.tensor([0x7FC00123, -0x80000000, 0x7F800000], dtype=torch.int32).view(torch.float32)
     base = torch.arange(12.0).reshape(3, 4)
     saved = {
         "policy": {
@@ -96,9 +94,7 @@ def test_bits_shapes_and_types_survive_in_shards_of_any_size(
 
 def test_shared_tensors_are_stored_once_and_stay_shared(tmp_path: Path) -> None:
     embedding = torch.randn(64, 64)
-    size = save(tmp_path / "one", 1, {"policy": {"embed": embedding}}, {}).joinpath(
-        "tensors-00001.safetensors"
-    )
+    size = save(tmp_path / "one", 1, {"policy": {"embed": embedding}}, {}).joinpath("tensors-00001.safetensors")
     tied = {"policy": {"embed": embedding, "head": embedding}}
     path = save(tmp_path / "tied", 1, tied, {})
     assert path.joinpath("tensors-00001.safetensors").stat().st_size == size.stat().st_size
@@ -184,9 +180,7 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_no_litter(
 ) -> None:
     save(tmp_path, 1, tensors(1), STATE, keep=1)
     fail_to_write_after(monkeypatch, allowed)
-    with pytest.raises(
-        RunError, match="cannot save the checkpoint: No space left on device; make room"
-    ) as error:
+    with pytest.raises(RunError, match="cannot save the checkpoint: No space left on device; make room") as error:
         save(tmp_path, 2, tensors(2), STATE, keep=1)
     assert "\n" not in str(error.value)
     assert names(tmp_path) == ["step-000001"]
@@ -225,14 +219,10 @@ def test_a_rename_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert names(tmp_path) == ["step-000001"]
 
 
-def test_the_older_one_goes_only_when_the_new_one_reads_back(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_older_one_goes_only_when_the_new_one_reads_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(tmp_path, 1, tensors(1), STATE, keep=1)
     real = os.write
-    monkeypatch.setattr(
-        os, "write", lambda fd, data: real(fd, b"\0" * len(data))
-    )  # a disk that loses what it is given
+    monkeypatch.setattr(os, "write", lambda fd, data: real(fd, b"\0" * len(data)))  # a disk that loses what it is given
     with pytest.raises(RunError, match="cannot be read back"):
         save(tmp_path, 2, tensors(2), STATE, keep=1)
     monkeypatch.undo()
@@ -274,9 +264,7 @@ def lengthen(path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["manifest.json", "index.json", "state.json", "tensors-00001.safetensors"])
 @pytest.mark.parametrize("harm", [truncate, lengthen, Path.unlink, lambda path: flip(path, 5)])
-def test_a_damaged_one_is_passed_over_with_its_reason(
-    tmp_path: Path, name: str, harm: Callable[[Path], None]
-) -> None:
+def test_a_damaged_one_is_passed_over_with_its_reason(tmp_path: Path, name: str, harm: Callable[[Path], None]) -> None:
     for step in (1, 2):
         save(tmp_path, step, tensors(step), STATE)
     harm(tmp_path / "step-000002" / name)
@@ -286,9 +274,7 @@ def test_a_damaged_one_is_passed_over_with_its_reason(
         assert found is not None
         assert found.step == 1
     assert len(told) == 2
-    assert told[0].startswith(
-        f"skipped a checkpoint: {tmp_path / 'step-000002'}: the checkpoint is damaged: "
-    )
+    assert told[0].startswith(f"skipped a checkpoint: {tmp_path / 'step-000002'}: the checkpoint is damaged: ")
     save(tmp_path, 2, tensors(2), STATE)  # training comes by again and replaces it
     assert load(tmp_path / "step-000002").step == 2
 
@@ -320,9 +306,7 @@ def test_absurd_contents_are_refused_even_with_the_right_hash(tmp_path: Path, na
         load(path)
 
 
-def test_absurd_sizes_are_refused_before_they_are_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_absurd_sizes_are_refused_before_they_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = save(tmp_path, 1, tensors(1), STATE)
     monkeypatch.setattr(checkpoint, "_JSON_BYTES", 600)
     with (path / "state.json").open("r+b") as file:

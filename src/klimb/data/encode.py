@@ -72,14 +72,10 @@ class Encoder:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         if not getattr(tokenizer, "is_fast", False):
-            raise RenderError(
-                "the tokenizer does not say which characters a token comes from", fix="use a fast one"
-            )
+            raise RenderError("the tokenizer does not say which characters a token comes from", fix="use a fast one")
         self._tokenizer = tokenizer
         tokens = tokenizer.added_tokens_decoder
-        self.added: dict[str, int] = {
-            token.content: id for id, token in tokens.items() if token.content.strip()
-        }
+        self.added: dict[str, int] = {token.content: id for id, token in tokens.items() if token.content.strip()}
         self.literals: dict[int, str] = {id: literal for literal, id in self.added.items()}
         special = {id for id in self.literals if tokens[id].special or id in tokenizer.all_special_ids}
         unknown = {tokenizer.unk_token_id} - {tokenizer.bos_token_id, tokenizer.eos_token_id}
@@ -128,9 +124,7 @@ class Encoder:
             further = {start + 1 for start, end in forged if end - start > 1} - cuts
             if not further:
                 start, end = forged[0]
-                return RenderError(
-                    f"{text.text[start:end]!r} in the text is a control token", fix="take it out"
-                )
+                return RenderError(f"{text.text[start:end]!r} in the text is a control token", fix="take it out")
             cuts = cuts | further
             read = self._read_all([text.text], [cuts])[0]
         return read

@@ -168,9 +168,7 @@ def _no_type(row: Row) -> str:
     known = sorted({column for columns in COLUMNS.values() for column in columns})
     if nulls := [name for name in empty if name in known]:
         return f"{nulls[0]} is null"
-    meant = next(
-        (f" ({name!r} meant as {near!r}?)" for name in row.values if (near := nearest(name, known))), ""
-    )
+    meant = next((f" ({name!r} meant as {near!r}?)" for name in row.values if (near := nearest(name, known))), "")
     return (
         f"has no columns of a known type, it has: {', '.join(row.values) or 'none'}{meant}; "
         "rename them, as in columns={prompt: question}"
@@ -257,11 +255,7 @@ def _reply(value: Any, name: str) -> Text:
 def _require_content(messages: list[Message], name: str) -> None:
     for index, message in enumerate(messages):
         # A message with further fields (a call of a tool, say) may do without words.
-        if (
-            message["role"] == "assistant"
-            and not message["content"]
-            and message.keys() == {"role", "content"}
-        ):
+        if message["role"] == "assistant" and not message["content"] and message.keys() == {"role", "content"}:
             raise BadRow(f"{name}[{index}] is empty")
 
 

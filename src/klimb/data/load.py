@@ -42,13 +42,9 @@ class Report:
 
     def __str__(self) -> str:
         spreads = [
-            f"{name} {low}…{middle}…{high}"
-            for name in self.lengths
-            for low, middle, high in [self.spread(name)]
+            f"{name} {low}…{middle}…{high}" for name in self.lengths for low, middle, high in [self.spread(name)]
         ]
-        lines = [
-            f"{self.source}: {self.rows:,} rows, {self.type}; tokens (min…median…max): {', '.join(spreads)}"
-        ]
+        lines = [f"{self.source}: {self.rows:,} rows, {self.type}; tokens (min…median…max): {', '.join(spreads)}"]
         if self.dropped:
             lines.append(f"  {len(self.dropped):,} of them dropped, the first: {self.dropped[0]}")
         return "\n".join([*lines, *(f"  {note}" for note in self.notes)])
@@ -223,9 +219,7 @@ def _control_strings(table: Table, renderer: Renderer) -> list[str]:
             found.append(f"{literal!r} at {record.where}")
     if not found:
         return []
-    return [
-        f"{len(found):,} rows spell out a control token, which is read as plain text; the first: {found[0]}"
-    ]
+    return [f"{len(found):,} rows spell out a control token, which is read as plain text; the first: {found[0]}"]
 
 
 def _lengths(items: Sequence[Prompt | Example | Preference]) -> dict[str, list[int]]:
@@ -245,9 +239,7 @@ def _lengths(items: Sequence[Prompt | Example | Preference]) -> dict[str, list[i
 # --- evaluation part -----------------------------------------------------------------------------------
 
 
-def split_by_prompt(
-    items: Sequence[Item], eval_fraction: float, seed: int = 0
-) -> tuple[list[Item], list[Item]]:
+def split_by_prompt(items: Sequence[Item], eval_fraction: float, seed: int = 0) -> tuple[list[Item], list[Item]]:
     """(train, eval), by a hash of each item's prompt: no prompt is on both sides, nor in any later file.
 
     Raises DataError where a side would be empty.

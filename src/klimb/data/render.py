@@ -34,9 +34,7 @@ class Renderer:
     that failed.
     """
 
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, *, system: str | None = None, **options: Any
-    ) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, system: str | None = None, **options: Any) -> None:
         self.tokenizer = tokenizer
         self.system = system
         self._options = options
@@ -80,9 +78,7 @@ class Renderer:
         return self._tokens(written, _conversational([prompt for prompt, _ in pairs]))
 
     def conversations(self, conversations: Sequence[list[Message]]) -> list[Tokens | RenderError]:
-        return self._tokens(
-            [_attempt(self._write_conversation, messages) for messages in conversations], True
-        )
+        return self._tokens([_attempt(self._write_conversation, messages) for messages in conversations], True)
 
     def documents(self, texts: Sequence[str]) -> list[Tokens | RenderError]:
         whole = [Written(text, [Content(0, len(text), True)], [(0, len(text))]) for text in texts]
@@ -158,18 +154,14 @@ class Renderer:
         control = frozenset(added[literal] for literal in self.template.control)
         return control, frozenset(id for literal, id in added.items() if literal in self.template.source)
 
-    def _encoded(
-        self, written: Sequence[Written | RenderError], conversational: bool
-    ) -> list[Encoded | RenderError]:
+    def _encoded(self, written: Sequence[Written | RenderError], conversational: bool) -> list[Encoded | RenderError]:
         good = [item for item in written if isinstance(item, Written)]
         if not good:
             return [item for item in written if isinstance(item, RenderError)]
         encoded = iter(self._encoder.encode(good, *self._control(conversational)))
         return [next(encoded) if isinstance(item, Written) else item for item in written]
 
-    def _tokens(
-        self, written: Sequence[Written | RenderError], conversational: bool
-    ) -> list[Tokens | RenderError]:
+    def _tokens(self, written: Sequence[Written | RenderError], conversational: bool) -> list[Tokens | RenderError]:
         encoded = self._encoded(written, conversational)
         return [_attempt(self._split, item, ids, conversational) for item, ids in zip(written, encoded)]
 
@@ -191,9 +183,7 @@ class Renderer:
         border = encoded.index(written.cuts[0]) if written.cuts else 0
         if not conversational:
             if self._eos is None:
-                raise RenderError(
-                    "the tokenizer has no EOS token to end a completion with", fix="set its eos_token"
-                )
+                raise RenderError("the tokenizer has no EOS token to end a completion with", fix="set its eos_token")
             ids, mask = [*self._encoder.prefix, *ids, self._eos], [*mask, True]
             mask = [False] * len(self._encoder.prefix) + mask
             border += len(self._encoder.prefix)

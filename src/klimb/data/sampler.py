@@ -46,9 +46,7 @@ class Sampler:
     def restore(self, state: SamplerState) -> None:
         """Raises RunError where the state cannot be one of these rows'."""
         if not 0 <= state["position"] <= self.n or state["epoch"] < 0:
-            raise RunError(
-                f"the sampler's state {dict(state)} does not fit {self.n} rows", why="the data changed"
-            )
+            raise RunError(f"the sampler's state {dict(state)} does not fit {self.n} rows", why="the data changed")
         self.seed, self.epoch, self.position = state["seed"], state["epoch"], state["position"]
         self._order = self._permutation()
 

@@ -150,9 +150,7 @@ class ChatTemplate:
             )
         return end[1], frozenset(literal for literal in added if literal in asked) | {end[1]}
 
-    def render(
-        self, messages: Sequence[Message], generation_prompt: bool = False
-    ) -> tuple[str, list[tuple[int, int]]]:
+    def render(self, messages: Sequence[Message], generation_prompt: bool = False) -> tuple[str, list[tuple[int, int]]]:
         """The text, and the spans that the template marks as generated."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -181,9 +179,7 @@ class ChatTemplate:
             if self._holds_control(contents):
                 raise
             return Written(text, self._between_control(text, 0))
-        return Written(
-            text, [_content(prompt[hole.message], *span) for hole, span in zip(skeleton.holes, spans)]
-        )
+        return Written(text, [_content(prompt[hole.message], *span) for hole, span in zip(skeleton.holes, spans)])
 
     def answered(self, prompt: Sequence[Message], answer: Sequence[Message]) -> Written:
         """All of it, trained on what the assistant says in `answer`."""
@@ -204,9 +200,7 @@ class ChatTemplate:
         except RenderError:
             if not self._marked or self._holds_control(contents[len(prompt) :]):
                 raise
-            trained = [
-                (max(span[0], border), self._marked_end(text, *span)) for span in marks if span[1] > border
-            ]
+            trained = [(max(span[0], border), self._marked_end(text, *span)) for span in marks if span[1] > border]
             written = self._between_control(text, border)
         else:
             trained = []
@@ -214,9 +208,7 @@ class ChatTemplate:
                 if hole.tail:
                     trained.append((turn, end + len(hole.tail)))
                     if start == end and messages[hole.message].keys() == {"role", "content"}:
-                        raise RenderError(
-                            "the completion is empty", why="the chat template strips white space"
-                        )
+                        raise RenderError("the completion is empty", why="the chat template strips white space")
             written = [_content(messages[hole.message], *span) for hole, span in zip(skeleton.holes, spans)]
         return Written(text, asked.contents + written, trained, [border, *(start for start, _ in trained)])
 
@@ -254,9 +246,7 @@ class ChatTemplate:
         for index, sentinel in enumerate(sentinels):
             if text.count(sentinel) != 1:
                 verb = "repeats" if sentinel in text else "drops or rewrites"
-                raise RenderError(
-                    f"the chat template {verb} the content of message {index}", fix="use another"
-                )
+                raise RenderError(f"the chat template {verb} the content of message {index}", fix="use another")
         position = self._sampled_from(stand_ins, first, text) if first < len(messages) else 0
         holes = []
         for index in sorted(range(len(messages)), key=lambda index: text.index(sentinels[index])):
@@ -281,9 +271,7 @@ class ChatTemplate:
         if self._marked:
             asked = self.render(stand_ins[:index], generation_prompt=True)[0]
             sampled = len(asked) if text.startswith(asked) and len(asked) <= start else 0
-            return next(
-                ((max(mark, sampled), said) for mark, stop in marks if mark <= start < stop), (start, end)
-            )
+            return next(((max(mark, sampled), said) for mark, stop in marks if mark <= start < stop), (start, end))
         sampled = self._sampled_from(stand_ins, index, text)
         answered = self.render(stand_ins[: index + 1])[0]
         if answered[:said] != text[:said]:
@@ -332,9 +320,7 @@ def _stripped(content: str) -> Iterable[str]:
 
 def _plain(tokenizer: PreTrainedTokenizerBase) -> str:
     if tokenizer.eos_token is None:
-        raise RenderError(
-            "the tokenizer has neither a chat template nor an EOS token", fix="set its eos_token"
-        )
+        raise RenderError("the tokenizer has neither a chat template nor an EOS token", fix="set its eos_token")
     adds_bos = tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
     return "{{ bos_token }}" + PLAIN_TEMPLATE if adds_bos else PLAIN_TEMPLATE
 

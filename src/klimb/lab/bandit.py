@@ -56,9 +56,7 @@ class TokenBandit:
                 tokens[row, t], prefixes[row, t], mask[row, t] = token, prefix_of[completion[:t]], True
         generator = torch.Generator().manual_seed(seed)
         rewards = torch.randn(len(completions), generator=generator, dtype=torch.float64)
-        ref_logits = spread * torch.randn(
-            len(prefix_of), VOCABULARY, generator=generator, dtype=torch.float64
-        )
+        ref_logits = spread * torch.randn(len(prefix_of), VOCABULARY, generator=generator, dtype=torch.float64)
         return TokenBandit(tokens, prefixes, mask, rewards, ref_logits)
 
     def __len__(self) -> int:
@@ -101,9 +99,7 @@ class TokenBandit:
         mass = torch.zeros_like(self.ref_logits)
         for t in range(self.tokens.shape[1]):
             rows = self.mask[:, t]
-            mass.index_put_(
-                (self.prefixes[rows, t], self.tokens[rows, t]), probabilities[rows], accumulate=True
-            )
+            mass.index_put_((self.prefixes[rows, t], self.tokens[rows, t]), probabilities[rows], accumulate=True)
         return mass.log()
 
     def values(self, logits: Tensor, token_rewards: Tensor) -> Tensor:
@@ -224,9 +220,7 @@ def train_on_samples(
     state: dict[str, Tensor] = {}
     for _ in range(steps):
         logps = bandit.logps(policy).detach()
-        completions = torch.multinomial(
-            logps.sum(dim=1).exp(), samples, replacement=True, generator=generator
-        )
+        completions = torch.multinomial(logps.sum(dim=1).exp(), samples, replacement=True, generator=generator)
         values = critic.detach()[bandit.prefixes] if algorithm.needs.critic else None
         credit = credit_of(bandit, algorithm, policy, completions, group, values, state)
         for part in torch.arange(samples).chunk(updates):

@@ -77,9 +77,7 @@ def explain(prompt: str, reply: str) -> list[Price]:
     """
     good = prompt.split()[0] if prompt.split() else ""
     if good not in FACTS:
-        raise ValueError(
-            f"prompt {prompt!r} asks about no good of the clerk's: begin it with {', '.join(FACTS)}"
-        )
+        raise ValueError(f"prompt {prompt!r} asks about no good of the clerk's: begin it with {', '.join(FACTS)}")
     words = reply.split()
     facts_said: set[str] = set()
     courtesies = 0

@@ -113,9 +113,7 @@ _RESULT: dict[str, Callable[[int, int], int]] = {
 }
 
 
-def synthetic(
-    n: int, known: Sequence[Calculation], seed: int, operations: str = OPERATIONS
-) -> list[Calculation]:
+def synthetic(n: int, known: Sequence[Calculation], seed: int, operations: str = OPERATIONS) -> list[Calculation]:
     """`n` calculations with operands drawn, with replacement, from the part "operands" of `known`.
 
     What `known` has in its other parts (test, validation, prompts) is never among them, in either order.
@@ -140,9 +138,7 @@ def _draw(operation: str, operands: Sequence[int], kept_back: Set[str], stream: 
     )
 
 
-def prepare(
-    out: Path, *, data: str = "openai/gsm8k/main", seed: int, operations: str = OPERATIONS
-) -> dict[str, str]:
+def prepare(out: Path, *, data: str = "openai/gsm8k/main", seed: int, operations: str = OPERATIONS) -> dict[str, str]:
     """Writes the task into `out`: data of every part and an untrained model of 0.34 M parameters.
 
     `data` is a file of GSM8K's rows or a hub name; the split does not depend on `seed`. Returns the paths:
@@ -153,9 +149,7 @@ def prepare(
     "summary" of what was found and left out.
     """
     if not operations or not {*operations} <= {*OPERATIONS}:
-        raise ConfigError(
-            f"operations={operations!r}", why="unknown or none", fix=f"use some of {OPERATIONS}"
-        )
+        raise ConfigError(f"operations={operations!r}", why="unknown or none", fix=f"use some of {OPERATIONS}")
     from klimb.lab.scratch import character_tokenizer, make_model
 
     expressions = marked(_solutions(data))

@@ -69,9 +69,7 @@ def make_model(
     """
     if architecture not in get_args(Architecture):
         known = ", ".join(get_args(Architecture))
-        raise ValueError(
-            f"architecture {architecture!r} is not one that can be made here: use one of {known}"
-        )
+        raise ValueError(f"architecture {architecture!r} is not one that can be made here: use one of {known}")
     if hidden % (2 * heads):
         raise ValueError(f"hidden={hidden} does not split into heads={heads} of even width: use a multiple")
     config = AutoConfig.for_model(

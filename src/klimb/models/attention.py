@@ -64,9 +64,7 @@ def _planned_attention(
 AttentionInterface.register(NAME, _planned_attention)
 
 
-def attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, softcap: float | None
-) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, softcap: float | None) -> Tensor:
     """Softmax attention with an additive mask. q [R, H, Lq, D], k, v [R, H_kv, Lk, D], mask [R, 1, Lq, Lk]."""
     groups = q.shape[1] // k.shape[1]
     if groups > 1 and q.shape[2] == 1:  # one query: the heads of a group become its queries, nothing is copied

@@ -41,9 +41,7 @@ class sequence_sum:
 
     def __call__(self, per_token: Tensor, mask: Tensor, totals: BatchTotals) -> Tensor:
         if self.constant is None:
-            raise ValueError(
-                "aggregate sequence_sum: its constant is open; call algorithm.resolve(max_length=...)."
-            )
+            raise ValueError("aggregate sequence_sum: its constant is open; call algorithm.resolve(max_length=...).")
         return _kept(per_token, mask).sum() / (max(totals.samples, 1) * self.constant)
 
 

@@ -156,8 +156,7 @@ CISPO = replace(
 )
 
 ALGORITHMS: Mapping[str, Algorithm] = {
-    algorithm.name: algorithm
-    for algorithm in (REINFORCE, RLOO, REINFORCE_PP, PPO, GRPO, DR_GRPO, DAPO, GSPO, CISPO)
+    algorithm.name: algorithm for algorithm in (REINFORCE, RLOO, REINFORCE_PP, PPO, GRPO, DR_GRPO, DAPO, GSPO, CISPO)
 }
 
 
@@ -180,8 +179,7 @@ def problems(algorithm: Algorithm, *, samples_per_prompt: int, updates_per_step:
         ),
         (
             needs_values and a.critic is None,
-            "advantage: it needs a critic's values; "
-            "add critic: {value_clip: 0.2}, or set advantage to leave_one_out",
+            "advantage: it needs a critic's values; add critic: {value_clip: 0.2}, or set advantage to leave_one_out",
         ),
         (
             a.critic is not None and not needs_values,
@@ -189,8 +187,7 @@ def problems(algorithm: Algorithm, *, samples_per_prompt: int, updates_per_step:
         ),
         (
             kl.in_loss and kl.estimator is k1,
-            "kl.estimator: k1 in the loss has zero expected gradient; "
-            "set kl.where to reward, or kl.estimator to k2",
+            "kl.estimator: k1 in the loss has zero expected gradient; set kl.where to reward, or kl.estimator to k2",
         ),
         (
             isinstance(a.surrogate, sequence_clip) and a.aggregate is not sequence_mean,

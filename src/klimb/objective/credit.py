@@ -152,28 +152,16 @@ def _report(
     return found
 
 
-def _check(
-    algorithm: Algorithm, scores: Tensor, ref_logps: Tensor | None, interrupted: Tensor | None
-) -> None:
+def _check(algorithm: Algorithm, scores: Tensor, ref_logps: Tensor | None, interrupted: Tensor | None) -> None:
     name = algorithm.name
     if algorithm.kl.active and ref_logps is None:
-        raise ValueError(
-            f"{name}: its KL needs ref_logps and none were given; compute them, or set kl to none."
-        )
-    if (
-        interrupted is not None
-        and bool(interrupted.any())
-        and not getattr(algorithm.advantage, "needs_values", False)
-    ):
-        raise ValueError(
-            f"{name}: only values can stand in for the score of an interrupted sample; use advantage gae."
-        )
+        raise ValueError(f"{name}: its KL needs ref_logps and none were given; compute them, or set kl to none.")
+    if interrupted is not None and bool(interrupted.any()) and not getattr(algorithm.advantage, "needs_values", False):
+        raise ValueError(f"{name}: only values can stand in for the score of an interrupted sample; use advantage gae.")
     bad = ~scores.isfinite() if interrupted is None else ~scores.isfinite() & ~interrupted
     if bool(bad.any()):
         row = int(bad.nonzero()[0])
-        raise ValueError(
-            f"{name}: the score of sample {row} is {float(scores[row])}; leave unscored samples out."
-        )
+        raise ValueError(f"{name}: the score of sample {row} is {float(scores[row])}; leave unscored samples out.")
 
 
 def _widen(credit: Credit, rows: Tensor, samples: int) -> Credit:

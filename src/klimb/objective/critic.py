@@ -14,9 +14,7 @@ from klimb.metrics import Metric, Metrics
 from klimb.objective.aggregate import pair_mean, token_mean
 
 
-def bradley_terry(
-    chosen: Tensor, rejected: Tensor, margin: Tensor | float = 0.0, centering: float = 0.0
-) -> Tensor:
+def bradley_terry(chosen: Tensor, rejected: Tensor, margin: Tensor | float = 0.0, centering: float = 0.0) -> Tensor:
     """Scores [P], [P] → −log σ(s_w − s_l − margin) + centering · (s_w + s_l)², per pair [P].
 
     margin [P]: by how much the better one is better (Llama 2, arXiv 2307.09288, equation 2). Comparisons
@@ -46,9 +44,7 @@ class Critic:
     value_clip: float | None = 0.2
 
 
-def value_loss(
-    values: Tensor, returns: Tensor, old_values: Tensor | None, value_clip: float | None
-) -> Tensor:
+def value_loss(values: Tensor, returns: Tensor, old_values: Tensor | None, value_clip: float | None) -> Tensor:
     """½ max((V − R)², (V_old + clip(V − V_old, ±c) − R)²), per token [B, T]; c = None: ½ (V − R)².
 
     As in OpenAI's PPO; the larger of two errors, so that clipping never makes the loss look better than it

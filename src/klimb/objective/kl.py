@@ -84,19 +84,13 @@ class KL:
         if self.level not in get_args(Level):
             raise ValueError(f"kl.level: '{self.level}' is unknown; write token or sequence.")
         if self.beta < 0:
-            raise ValueError(
-                f"kl.beta: {self.beta:g} is negative and would push away from the reference; use ≥ 0."
-            )
+            raise ValueError(f"kl.beta: {self.beta:g} is negative and would push away from the reference; use ≥ 0.")
         if self.where == "none" and (self.beta or self.target):
             raise ValueError("kl: β or a target is set but kl.where is none; set kl.where to reward or loss.")
         if self.level == "sequence" and self.where != "loss":
-            raise ValueError(
-                "kl.level: sequence is for the loss; in the reward the tokens' KL already adds up."
-            )
+            raise ValueError("kl.level: sequence is for the loss; in the reward the tokens' KL already adds up.")
         if self.target is not None and (self.target <= 0 or self.beta == 0):
-            raise ValueError(
-                "kl.target: steering multiplies β, so that both β and the target must be above 0."
-            )
+            raise ValueError("kl.target: steering multiplies β, so that both β and the target must be above 0.")
 
     @property
     def active(self) -> bool:

@@ -30,9 +30,7 @@ class dpo:
 
     beta: float = 0.1
 
-    def __call__(
-        self, chosen: Tensor, rejected: Tensor, chosen_tokens: Tensor, rejected_tokens: Tensor
-    ) -> Tensor:
+    def __call__(self, chosen: Tensor, rejected: Tensor, chosen_tokens: Tensor, rejected_tokens: Tensor) -> Tensor:
         return -logsigmoid(self.beta * (chosen - rejected))
 
 
@@ -46,9 +44,7 @@ class cdpo:
     beta: float = 0.1
     epsilon: float = 0.1
 
-    def __call__(
-        self, chosen: Tensor, rejected: Tensor, chosen_tokens: Tensor, rejected_tokens: Tensor
-    ) -> Tensor:
+    def __call__(self, chosen: Tensor, rejected: Tensor, chosen_tokens: Tensor, rejected_tokens: Tensor) -> Tensor:
         margin = self.beta * (chosen - rejected)
         return -(1 - self.epsilon) * logsigmoid(margin) - self.epsilon * logsigmoid(-margin)
 
@@ -59,9 +55,7 @@ class ipo:
 
     beta: float = 0.1
 
-    def __call__(
-        self, chosen: Tensor, rejected: Tensor, chosen_tokens: Tensor, rejected_tokens: Tensor
-    ) -> Tensor:
+    def __call__(self, chosen: Tensor, rejected: Tensor, chosen_tokens: Tensor, rejected_tokens: Tensor) -> Tensor:
         return (chosen - rejected - 1 / (2 * self.beta)).square()
 
 
@@ -71,9 +65,7 @@ class ipo_average:
 
     beta: float = 0.1
 
-    def __call__(
-        self, chosen: Tensor, rejected: Tensor, chosen_tokens: Tensor, rejected_tokens: Tensor
-    ) -> Tensor:
+    def __call__(self, chosen: Tensor, rejected: Tensor, chosen_tokens: Tensor, rejected_tokens: Tensor) -> Tensor:
         margin = chosen / chosen_tokens - rejected / rejected_tokens
         return (margin - 1 / (2 * self.beta)).square()
 

@@ -42,9 +42,7 @@ def parse_algorithm(spec: str | Mapping[str, Any] | Algorithm) -> Algorithm:
     if not isinstance(spec, Mapping):
         raise ValueError(f"algorithm: {spec!r} is no algorithm; known: {_names(ALGORITHMS)}, my_file.py:NAME.")
     if "name" not in spec:
-        raise ValueError(
-            "algorithm: it has no name; write {name: grpo, ...}, the row that the changes start from."
-        )
+        raise ValueError("algorithm: it has no name; write {name: grpo, ...}, the row that the changes start from.")
     changes = {key: value for key, value in spec.items() if key != "name"}
     known = [field.name for field in fields(Algorithm) if field.name not in ("name", "source")]
     for key in changes:
@@ -62,9 +60,7 @@ def parse_value(where: str, spec: Any, known: Mapping[str, Any]) -> Any:
     name, arguments = spec, None
     if isinstance(spec, Mapping):
         if len(spec) != 1:
-            raise ValueError(
-                f"{where}: expected one {{name: arguments}}, got {dict(spec)}; known: {_names(known)}."
-            )
+            raise ValueError(f"{where}: expected one {{name: arguments}}, got {dict(spec)}; known: {_names(known)}.")
         [(name, arguments)] = spec.items()
     elif not isinstance(spec, str):
         if callable(spec):
@@ -137,9 +133,7 @@ def _parse_kl(spec: Any, base: KL) -> KL:
     if spec in (None, "none") or (isinstance(spec, Mapping) and spec.get("where") == "none"):
         return NO_KL
     if not isinstance(spec, Mapping):
-        raise ValueError(
-            f"algorithm.kl: {spec!r} is no mapping; write {{where: reward, estimator: k1, beta: 0.05}}."
-        )
+        raise ValueError(f"algorithm.kl: {spec!r} is no mapping; write {{where: reward, estimator: k1, beta: 0.05}}.")
     known = [field.name for field in fields(KL)]
     changes: dict[str, Any] = {}
     for key, value in spec.items():
@@ -198,11 +192,7 @@ def _label(value: Any) -> str:
     if isinstance(value, KL):
         level = ", sequence" if value.level == "sequence" else ""
         target = f", target {value.target:g}" if value.target else ""
-        return (
-            f"{value.where} {_label(value.estimator)}{level}, β={value.beta:g}{target}"
-            if value.active
-            else "none"
-        )
+        return f"{value.where} {_label(value.estimator)}{level}, β={value.beta:g}{target}" if value.active else "none"
     if isinstance(value, int | float):
         return f"{value:g}"
     if is_dataclass(value) and not isinstance(value, type):

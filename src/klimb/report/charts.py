@@ -86,8 +86,7 @@ def tick_label(value: float) -> str:
 def tag(name: str, content: str | Markup = "", **attributes: object) -> Markup:
     """One SVG element; a trailing underscore is dropped (`class_`), others become hyphens."""
     written = "".join(
-        f' {key.rstrip("_").replace("_", "-")}="{escape(_coordinate(value))}"'
-        for key, value in attributes.items()
+        f' {key.rstrip("_").replace("_", "-")}="{escape(_coordinate(value))}"' for key, value in attributes.items()
     )
     inner = content if isinstance(content, Markup) else escape(visible(content))
     return Markup(f"<{name}{written}>{inner}</{name}>")
@@ -127,22 +126,16 @@ def swatch(colour: int) -> Markup:
 
 def svg(parts: Iterable[Markup], width: float, height: float, title: str, class_: str = "") -> Markup:
     content = tag("title", title) + Markup("").join(parts)
-    return tag(
-        "svg", content, viewBox=f"0 0 {width:g} {height:g}", role="img", class_=f"chart {class_}".strip()
-    )
+    return tag("svg", content, viewBox=f"0 0 {width:g} {height:g}", role="img", class_=f"chart {class_}".strip())
 
 
-def axes(
-    frame: Frame, x_ticks: Sequence[float], y_ticks: Sequence[float], *, x_labels: bool = True
-) -> Markup:
+def axes(frame: Frame, x_ticks: Sequence[float], y_ticks: Sequence[float], *, x_labels: bool = True) -> Markup:
     """Grid, tick labels; the zero line is drawn stronger, because signs matter here."""
     bottom, right = frame.top + frame.height, frame.left + frame.width
     parts = []
     for value in y_ticks:
         y = frame.py(value)
-        parts.append(
-            tag("path", d=f"M{frame.left:.1f} {y:.1f}H{right:.1f}", class_="zero" if value == 0 else "grid")
-        )
+        parts.append(tag("path", d=f"M{frame.left:.1f} {y:.1f}H{right:.1f}", class_="zero" if value == 0 else "grid"))
         parts.append(tag("text", tick_label(value), x=frame.left - 7, y=y + 4, class_="tick end"))
     for value in x_ticks:
         x = frame.px(value)

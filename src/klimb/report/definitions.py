@@ -13,8 +13,7 @@ KL_ESTIMATORS = {
     "full": "exact over the whole vocabulary at each position of sampled replies, summed (Rao–Blackwellised)",
 }
 ALWAYS = {
-    "proxy": "The score that training climbs: of a reward model or function, before any KL penalty; "
-    "mean over replies.",
+    "proxy": "The score that training climbs: of a reward model or function, before any KL penalty; mean over replies.",
     "gold": "A judge of quality that training never sees, of the same replies; mean over replies.",
     "better, worse, not shown": "Better or worse: the method's gold interval lies wholly above or below "
     "the baseline's. Overlapping or missing intervals: not shown. Where paired differences over seeds are "

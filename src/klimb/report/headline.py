@@ -88,9 +88,7 @@ def headline(records: Records, peaks: dict[str, tuple[float, float, float | None
     answer = f"{shown}. {_gold(best, places)} {against}{_at(best)}{why}."
     details = [
         *_others(best, with_gold, base, paired),
-        *_over_optimised(
-            best if result == "better" else base, with_gold, base, paired, places, peaks, records
-        ),
+        *_over_optimised(best if result == "better" else base, with_gold, base, paired, places, peaks, records),
         *_yardsticks(best, rows, base, places),
         *_seeds(records, base),
     ]
@@ -170,9 +168,7 @@ def _over_optimised(
             continue
         subject = f"Without a leash ({row.method})" if _NO_LEASH.search(row.method) else f"With {row.method}"
         if row.proxy is None or against.proxy is None or row.proxy <= against.proxy:
-            sentences.append(
-                f"{row.method} is worse than {base.method}: gold {_interval(row, places)}{_at(row)}."
-            )
+            sentences.append(f"{row.method} is worse than {base.method}: gold {_interval(row, places)}{_at(row)}.")
             continue
         peak = ""
         if row.method in peaks and row.gold is not None and peaks[row.method][0] > row.gold:
@@ -206,9 +202,7 @@ def _seeds(records: Records, base: Row) -> list[str]:
     bases = {row.seed: row for row in records.seed_rows if row.method == base.method}
     for row in records.seed_rows:
         if _trained(row, base):
-            counts[row.method] = counts.get(row.method, 0) + (
-                row.seed in bases and _above(row, bases[row.seed])
-            )
+            counts[row.method] = counts.get(row.method, 0) + (row.seed in bases and _above(row, bases[row.seed]))
     if not counts:
         return []
     told = ", ".join(f"{method} {count} of {len(seeds)}" for method, count in counts.items())
@@ -230,15 +224,11 @@ def _trends(runs: list[Run]) -> list[str]:
 
 def _without_gold(trained: list[Row], base: Row | None) -> Headline:
     if not trained:
-        return Headline(
-            "Nothing has been trained on a reward here, so there is nothing to compare.", [], "open"
-        )
+        return Headline("Nothing has been trained on a reward here, so there is nothing to compare.", [], "open")
     told = ", ".join(f"{row.method} {number(row.proxy)}" for row in trained if row.proxy is not None)
     start = f", from {number(base.proxy)} after {base.method}" if base and base.proxy is not None else ""
     proxies = f" The proxy ends at: {told}{start}." if told else ""
-    answer = (
-        "Not shown: no gold was given, so nothing here says whether the policy got better, only its reward."
-    )
+    answer = "Not shown: no gold was given, so nothing here says whether the policy got better, only its reward."
     return Headline(answer + proxies, [], "open")
 
 

@@ -73,9 +73,7 @@ class Records:
 def load(directory: Path) -> Records:
     """Raises NotADirectoryError for no directory; everything else is taken as it is."""
     if not directory.is_dir():
-        raise NotADirectoryError(
-            f"{directory}: no directory to report on; give a run or a pipeline directory"
-        )
+        raise NotADirectoryError(f"{directory}: no directory to report on; give a run or a pipeline directory")
     notes: list[str] = []
     summary = _object(directory / "summary.json", notes)
     folders = sorted(_numbered_seeds(directory))
@@ -140,9 +138,7 @@ def _run(folder: Path, seed: int | None, told: dict[str, Any], notes: list[str])
     manifest = _object(folder / "manifest.json", notes)
     config = _read(folder / "config.yaml", notes)
     metrics = _metrics(folder / "metrics.jsonl", notes)
-    stage = str(
-        result.get("stage") or manifest.get("stage") or _configured(config, "stage") or _guess(metrics)
-    )
+    stage = str(result.get("stage") or manifest.get("stage") or _configured(config, "stage") or _guess(metrics))
     return Run(
         name=str(result.get("name") or folder.name),
         stage=stage,
@@ -191,11 +187,7 @@ def _rows(summary: dict[str, Any], runs: list[Run], seed: int | None) -> list[Ro
 
 def _evaluated(run: Run) -> Row | None:
     evaluation = _dict(run.result.get("evaluation"))
-    return (
-        _row(run.method, {"seconds": run.result.get("seconds")} | evaluation, run, run.seed)
-        if evaluation
-        else None
-    )
+    return _row(run.method, {"seconds": run.result.get("seconds")} | evaluation, run, run.seed) if evaluation else None
 
 
 def _row(method: str, entry: dict[str, Any], run: Run | None, seed: int | None) -> Row:
@@ -255,9 +247,7 @@ def _json_lines(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
         try:
             entry = json.loads(text) if text.strip() else None
         except ValueError:
-            notes.append(
-                f"{_place(path)}, line {line}: no JSON (a run killed while writing?); the line was left out"
-            )
+            notes.append(f"{_place(path)}, line {line}: no JSON (a run killed while writing?); the line was left out")
             continue
         if isinstance(entry, dict):
             yield entry

@@ -160,9 +160,7 @@ def _table(records: Records, base: Row | None, colours: dict[str, int]) -> list[
 def _picture_methods(records: Records, colours: dict[str, int]) -> list[tuple[str, int]]:
     drawn = {row.method for row in records.rows if row.kl is not None}
     drawn |= {
-        run.method
-        for run in records.runs
-        if run.result.get("curve") or any("kl" in step for step in run.metrics)
+        run.method for run in records.runs if run.result.get("curve") or any("kl" in step for step in run.metrics)
     }
     return [(method, colour) for method, colour in colours.items() if method in drawn]
 
@@ -213,9 +211,7 @@ def _documents(records: Records) -> list[tuple[str, str]]:
         # The other seeds' configurations differ in the seed alone.
         if run.seed is None or run.seed == records.seeds[0]:
             found += [(f"{where}: config.yaml", run.config), (f"{where}: manifest", _yaml(run.manifest))]
-    return [
-        (title, without_credentials(clipped(text, DOCUMENT_LIMIT))) for title, text in found if text.strip()
-    ]
+    return [(title, without_credentials(clipped(text, DOCUMENT_LIMIT))) for title, text in found if text.strip()]
 
 
 def _yaml(value: dict[str, Any]) -> str:

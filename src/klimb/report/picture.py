@@ -25,9 +25,7 @@ LINE_POINTS = 1500
 """Points of all lines of a panel together."""
 
 
-def picture(
-    records: Records, colours: dict[str, int], base: Row | None, narrow: bool = False
-) -> Markup | None:
+def picture(records: Records, colours: dict[str, int], base: Row | None, narrow: bool = False) -> Markup | None:
     """SVG, or None when nothing has both a KL and a score. `narrow` is laid out for a phone."""
     paths = paths_of(records, colours)
     rows = [row for row in records.rows if row.kl is not None]
@@ -36,9 +34,7 @@ def picture(
         return None
     width, left, gap = (390.0, 38.0, 44.0) if narrow else (1120.0, 58.0, 52.0)
     heights: dict[Quantity, float] = {"proxy": 190, "gold": 290} if narrow else {"proxy": 250, "gold": 430}
-    farthest = max(
-        0.5, *(x for path in paths for x in path.reach), *(math.sqrt(max(row.kl or 0, 0)) for row in rows)
-    )
+    farthest = max(0.5, *(x for path in paths for x in path.reach), *(math.sqrt(max(row.kl or 0, 0)) for row in rows))
     x_range = (-0.015 * farthest, 1.04 * farthest)
     parts, top = [], 30.0
     for quantity in shown:
@@ -172,9 +168,7 @@ def _curve_marks(space: Space, quantity: Quantity, path: Path) -> list[Markup]:
     parts = []
     for x_value, y_value, name in path.curve.get(quantity, []):
         x, y = space.frame.px(x_value), space.frame.py(y_value)
-        tip = charts.tag(
-            "title", f"{path.method} {name}: {quantity} {number(y_value)} at KL {number(x_value**2)}"
-        )
+        tip = charts.tag("title", f"{path.method} {name}: {quantity} {number(y_value)} at KL {number(x_value**2)}")
         parts.append(charts.tag("circle", tip, cx=x, cy=y, r=2.6, class_=f"mark c{path.colour}"))
         box = Box(x - 22, y - 22, x + 22, y - 6)
         if name and quantity == "gold" and space.free(box):

@@ -79,9 +79,7 @@ def _sampled(runs: Sequence[Run], notes: list[str]) -> list[Asked]:
     for run in runs:
         for prompt_id, prompt, reply in _last_samples(run, notes):
             asked = by_prompt.setdefault(prompt_id, Asked(prompt, []))
-            if len(asked.replies) < PER_PROMPT and all(
-                known.method != reply.method for known in asked.replies
-            ):
+            if len(asked.replies) < PER_PROMPT and all(known.method != reply.method for known in asked.replies):
                 asked.replies.append(reply)
     # Prompts that most runs have answered are the ones worth comparing; the sort is stable.
     return sorted(by_prompt.values(), key=lambda asked: -len(asked.replies))[:PROMPTS]
@@ -103,9 +101,7 @@ def _last_samples(run: Run, notes: list[str]) -> list[tuple[str, str, Reply]]:
         for row in rows:
             prompt_id = str(row.get("prompt_id"))
             reply = _reply({**row, "method": run.method, "proxy": row.get("score")})
-            chosen.setdefault(
-                prompt_id, (prompt_id, clipped(plain(row.get("prompt", "")), TEXT_LIMIT), reply)
-            )
+            chosen.setdefault(prompt_id, (prompt_id, clipped(plain(row.get("prompt", "")), TEXT_LIMIT), reply))
         return list(chosen.values())
     return []
 

@@ -93,25 +93,17 @@ def panels_of(stage: str, runs: Sequence[Run]) -> list[Panel]:
     """The panels with something to show, and one for every component of the reward."""
     names = sorted({name for run in runs for step in run.metrics for name in step})
     known = [
-        replace(panel, about=f"{panel.about}; dashed: held out")
-        if f"eval/{panel.keys[0]}" in names
-        else panel
+        replace(panel, about=f"{panel.about}; dashed: held out") if f"eval/{panel.keys[0]}" in names else panel
         for panel in PANELS.get(stage, ())
         if any(key in names for key in panel.keys)
     ]
-    components = [
-        name for name in names if name.startswith("reward/") and name not in ("reward/mean", "reward/std")
-    ]
+    components = [name for name in names if name.startswith("reward/") and name not in ("reward/mean", "reward/std")]
     if stage == "rl" and len(components) > 1:
-        known += [
-            Panel(f"Reward: {name.removeprefix('reward/')}", (name,), "one component") for name in components
-        ]
+        known += [Panel(f"Reward: {name.removeprefix('reward/')}", (name,), "one component") for name in components]
     return known
 
 
-def tracks_of(
-    runs: Sequence[Run], panels: Sequence[Panel], colours: dict[str, int]
-) -> tuple[list[Track], int]:
+def tracks_of(runs: Sequence[Run], panels: Sequence[Panel], colours: dict[str, int]) -> tuple[list[Track], int]:
     """Tracks of all runs of a stage kind, and the stride they were thinned by (1: every step is there).
 
     Per method: each seed's values as they are, and one thick line, the moving mean; with several seeds the

@@ -57,9 +57,7 @@ def signature_of(function: Any, name: str) -> Signature:
     """Raises RewardError where `function` cannot be called by keyword."""
     if not callable(function) or inspect.isclass(function):
         kind = "a class" if inspect.isclass(function) else f"a {type(function).__name__}"
-        raise RewardError(
-            "no reward function", where=name, why=f"it is {kind}", fix="name a function or an instance"
-        )
+        raise RewardError("no reward function", where=name, why=f"it is {kind}", fix="name a function or an instance")
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):  # some builtins have no signature
@@ -138,9 +136,7 @@ def checked(result: Any, rows: int) -> Scores:
     """
     if isinstance(result, str | bytes | dict | set) or not hasattr(result, "__len__"):
         shown = one_line(reprlib.repr(result))
-        raise CallFailed(
-            "length", f"returned {shown} ({type(result).__name__}) instead of a list of {rows} scores"
-        )
+        raise CallFailed("length", f"returned {shown} ({type(result).__name__}) instead of a list of {rows} scores")
     entries = list(result)
     if len(entries) != rows:
         raise CallFailed("length", f"returned {len(entries)} scores for {rows} completions")
@@ -160,17 +156,11 @@ def number(entry: Any) -> float | None:
     if entry is None:
         return None
     if isinstance(entry, str | bytes) or not hasattr(entry, "__float__"):
-        raise ValueError(
-            f"returned {one_line(reprlib.repr(entry))} ({type(entry).__name__}), which is no number"
-        )
+        raise ValueError(f"returned {one_line(reprlib.repr(entry))} ({type(entry).__name__}), which is no number")
     try:
-        value = float(
-            entry.item() if hasattr(entry, "item") else entry
-        )  # a tensor may still have its gradient
+        value = float(entry.item() if hasattr(entry, "item") else entry)  # a tensor may still have its gradient
     except Exception as error:
-        raise ValueError(
-            f"returned a {type(entry).__name__} that is no number: {one_line(error)[:200]}"
-        ) from error
+        raise ValueError(f"returned a {type(entry).__name__} that is no number: {one_line(error)[:200]}") from error
     if not math.isfinite(value):
         raise ValueError(f"returned {value}")
     return value

@@ -64,11 +64,7 @@ class WeightedSum:
         return Scores(totals, [failures[row] for row in sorted(failures)], values_by_part, notes)
 
     def _total(self, row: int, values_by_part: dict[str, Values]) -> float | None:
-        terms = [
-            part.weight * value
-            for part in self.parts
-            if (value := values_by_part[part.name][row]) is not None
-        ]
+        terms = [part.weight * value for part in self.parts if (value := values_by_part[part.name][row]) is not None]
         return math.fsum(terms) if terms else None
 
     def close(self) -> None:

@@ -107,9 +107,7 @@ def from_file(target: str, *, name: str = "", timeout: float = TIMEOUT) -> Funct
     return FunctionReward(name or target.rpartition(":")[2], target, start, timeout)
 
 
-def from_callable(
-    function: Callable[..., Any], *, name: str = "", timeout: float = TIMEOUT
-) -> FunctionReward:
+def from_callable(function: Callable[..., Any], *, name: str = "", timeout: float = TIMEOUT) -> FunctionReward:
     """`function` in this process. Raises RewardError where it cannot be called by keyword."""
     name = name or getattr(function, "__name__", type(function).__name__)
     caller = Caller(function, name)
@@ -141,9 +139,7 @@ class InProcess:
     def score(self, arguments: Columns, rows: int, timeout: float) -> Scores:
         if self._thread is None:
             queues = (self._tasks, self._outcomes)
-            self._thread = threading.Thread(
-                target=self._work, args=queues, name=f"reward {self._name}", daemon=True
-            )
+            self._thread = threading.Thread(target=self._work, args=queues, name=f"reward {self._name}", daemon=True)
             self._thread.start()
         self._tasks.put((_copied(arguments), rows))
         try:

@@ -40,16 +40,11 @@ class ModelReward:
     def __call__(self, prompts: Sequence[Text], completions: Sequence[Text], columns: Columns) -> Scores:
         if self.same_tokenizer:
             rendered = [self.renderer.prompt(prompt) for prompt in prompts]
-            rows = [
-                Row(p, ids, [False] * len(ids))
-                for p, ids in zip(rendered, columns["completion_ids"], strict=True)
-            ]
+            rows = [Row(p, ids, [False] * len(ids)) for p, ids in zip(rendered, columns["completion_ids"], strict=True)]
         else:
             texts = [self.renderer.completion(p, c) for p, c in zip(prompts, completions, strict=True)]
             rows = [Row(t.prompt, t.completion, [False] * len(t.completion)) for t in texts]
-        batch = TokenBatch.from_rows(
-            [[row] for row in rows], range(len(rows)), [str(i) for i in range(len(rows))]
-        )
+        batch = TokenBatch.from_rows([[row] for row in rows], range(len(rows)), [str(i) for i in range(len(rows))])
         scores = reward_scores(self.model, batch, budget=self.budget).double()
         return Scores([float(value) for value in (scores - self.mean) / self.std])
 

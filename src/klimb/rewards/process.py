@@ -64,9 +64,7 @@ class WorkerProcess:
         hello = self._hello(start_timeout)
         self.pid: int = hello["pid"]
         accepts = hello["accepts"]
-        self.signature = Signature(
-            None if accepts is None else frozenset(accepts), frozenset(hello["requires"])
-        )
+        self.signature = Signature(None if accepts is None else frozenset(accepts), frozenset(hello["requires"]))
 
     def _hello(self, timeout: float) -> dict[str, Any]:
         try:

@@ -68,9 +68,7 @@ class FakeReward:
     closed: bool = False
 
     def __call__(self, prompts: Sequence[Text], completions: Sequence[Text], columns: Columns) -> Scores:
-        failures = [
-            Failure(row, "told to fail") for row in range(len(completions)) if self.fail(self.calls, row)
-        ]
+        failures = [Failure(row, "told to fail") for row in range(len(completions)) if self.fail(self.calls, row)]
         failed = {failure.row for failure in failures}
         self.calls += 1
         values = [None if row in failed else self.score(text) for row, text in enumerate(completions)]

@@ -80,9 +80,7 @@ class numeric:
         def same(reference: Any) -> bool:
             wanted = last_number(str(reference))
             if wanted is None:
-                raise ValueError(
-                    f"the reference {str(reference)[:80]!r} in column {self.column!r} holds no number"
-                )
+                raise ValueError(f"the reference {str(reference)[:80]!r} in column {self.column!r} holds no number")
             return given is not None and abs(given - wanted) <= self.tolerance * max(1.0, abs(wanted))
 
         return _any_reference(columns[0], same)
@@ -127,9 +125,7 @@ class length:
     def __post_init__(self) -> None:
         known = ("tokens", "words", "characters")
         if self.unit not in known:
-            raise RewardError(
-                f"unknown unit {self.unit!r}", where="reward length", fix=did_you_mean(self.unit, known)
-            )
+            raise RewardError(f"unknown unit {self.unit!r}", where="reward length", fix=did_you_mean(self.unit, known))
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -182,9 +178,7 @@ def parse_rule(name: str, options: dict[str, Any]) -> Rule:
     known = [field.name for field in fields(rule)]  # type: ignore[arg-type]
     for option in options:
         if option not in known:
-            raise RewardError(
-                f"unknown option {option!r}", where=f"reward {name}", fix=did_you_mean(option, known)
-            )
+            raise RewardError(f"unknown option {option!r}", where=f"reward {name}", fix=did_you_mean(option, known))
     try:
         return rule(**options)
     except TypeError as error:
@@ -195,16 +189,10 @@ def rule_function(rule: Rule) -> Callable[..., Values]:
     """`rule` as a reward function whose signature asks for the columns that it needs."""
 
     def score(completions: list[Text], **columns: list[Any]) -> Values:
-        rows = (
-            zip(*(columns[name] for name in rule.columns), strict=True)
-            if rule.columns
-            else [()] * len(completions)
-        )
+        rows = zip(*(columns[name] for name in rule.columns), strict=True) if rule.columns else [()] * len(completions)
         return [rule.score(plain_text(text), *row) for text, row in zip(completions, rows, strict=True)]
 
-    wanted = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in ("completions", *rule.columns)
-    ]
+    wanted = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in ("completions", *rule.columns)]
     score.__signature__ = inspect.Signature(wanted)  # type: ignore[attr-defined]
     return score
 

@@ -79,9 +79,7 @@ class Scorer:
         pairs = [(group.prompt, sample) for group in groups for sample in group.samples]
         prompts, samples = [prompt for prompt, _ in pairs], [sample for _, sample in pairs]
         columns = columns_of(prompts, samples)
-        scores = audited(
-            self.reward([p.text for p in prompts], [s.text for s in samples], columns), len(pairs)
-        )
+        scores = audited(self.reward([p.text for p in prompts], [s.text for s in samples], columns), len(pairs))
         parts = scores.parts or {self.reward.name: scores.values}
         for row, sample in enumerate(samples):
             sample.score = scores.values[row]
@@ -168,9 +166,7 @@ def audited(scores: Scores, rows: int) -> Scores:
     """
     for name, values in {"scores": scores.values, **scores.parts}.items():
         if len(values) != rows:
-            raise RewardError(
-                f"{len(values)} {name} for {rows} completions", where="reward", fix="return one per row"
-            )
+            raise RewardError(f"{len(values)} {name} for {rows} completions", where="reward", fix="return one per row")
         for row, value in enumerate(values):
             if value is not None and not (isinstance(value, float | int) and math.isfinite(value)):
                 raise RewardError(
@@ -178,9 +174,7 @@ def audited(scores: Scores, rows: int) -> Scores:
                 )
     for failure in scores.failures:
         if scores.values[failure.row] is not None:
-            raise RewardError(
-                f"row {failure.row} has failed and has a score", where="reward", fix="make it None"
-            )
+            raise RewardError(f"row {failure.row} has failed and has a score", where="reward", fix="make it None")
     return scores
 
 
@@ -206,8 +200,7 @@ def dry_run(reward: Reward, prompts: Sequence[Prompt]) -> DryRun:
     prompts = list(prompts)[:DRY_ROWS]
     texts = [_plausible(prompt) for prompt in prompts]
     samples = [
-        Sample(prompt.id, index=0, segments=[], finish="stop", text=text)
-        for prompt, text in zip(prompts, texts)
+        Sample(prompt.id, index=0, segments=[], finish="stop", text=text) for prompt, text in zip(prompts, texts)
     ]
     columns = columns_of(prompts, samples)
     columns["completion_ids"] = [list(range(len(plain_text(text).split()))) for text in texts]
@@ -229,9 +222,7 @@ def dry_run(reward: Reward, prompts: Sequence[Prompt]) -> DryRun:
 
 
 def _plausible(prompt: Prompt) -> Text:
-    answers = (
-        prompt.columns[name] for name in REFERENCES if isinstance(prompt.columns.get(name), str | int | float)
-    )
+    answers = (prompt.columns[name] for name in REFERENCES if isinstance(prompt.columns.get(name), str | int | float))
     text = str(next(answers, "test"))
     return text if isinstance(prompt.text, str) else [{"role": "assistant", "content": text}]
 

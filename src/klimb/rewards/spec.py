@@ -80,9 +80,7 @@ def _named(spec: str, options: dict[str, Any], model_loader: ModelLoader | None)
         if options:
             raise RewardError(f"a reward model takes no options, not {sorted(options)}", where=spec)
         if model_loader is None:
-            raise RewardError(
-                "a reward model cannot be used here", where=spec, fix="use a function or a rule"
-            )
+            raise RewardError("a reward model cannot be used here", where=spec, fix="use a function or a rule")
         return model_loader(spec)
     close = nearest(spec, RULES)
     raise RewardError(f"unknown reward {spec!r}", fix=f"did you mean {close!r}? {KNOWN}" if close else KNOWN)
@@ -132,14 +130,10 @@ def _part(spec: Any, model_loader: ModelLoader | None) -> Part:
     for key in spec:
         if key not in known:
             raise RewardError(f"unknown key {key!r} in a weighted reward", fix=did_you_mean(str(key), known))
-    if isinstance(spec["reward"], list | tuple) or (
-        isinstance(spec["reward"], dict) and "reward" in spec["reward"]
-    ):
+    if isinstance(spec["reward"], list | tuple) or (isinstance(spec["reward"], dict) and "reward" in spec["reward"]):
         raise RewardError("a sum within a sum", where="reward", fix="put all parts into one list")
     weight = spec.get("weight", 1.0)
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
-        raise RewardError(
-            f"weight is {weight!r}", where=f"reward {spec['reward']}", fix="give a finite number"
-        )
+        raise RewardError(f"weight is {weight!r}", where=f"reward {spec['reward']}", fix="give a finite number")
     reward = parse_reward(spec["reward"], model_loader=model_loader)
     return Part(str(spec.get("name", reward.name)), reward, float(weight))

@@ -122,9 +122,7 @@ def serve(target: str, requests: int, replies: int) -> None:
         write_frame(replies, {"error": str(error)})
         return
     except BaseException as error:  # whatever the user's file does when it is loaded
-        failure = RewardError(
-            "the file cannot be loaded", where=target, why=raised(error).reason, fix="correct it"
-        )
+        failure = RewardError("the file cannot be loaded", where=target, why=raised(error).reason, fix="correct it")
         write_frame(replies, {"error": str(failure)})
         return
     signature = caller.signature
@@ -146,9 +144,7 @@ def load(target: str) -> Any:
         return rule_function(parse_rule(name, options))
     from klimb.plugin import load_attribute
 
-    sys.path.insert(
-        0, str(Path(target.rpartition(":")[0]).expanduser().resolve().parent)
-    )  # as for any script
+    sys.path.insert(0, str(Path(target.rpartition(":")[0]).expanduser().resolve().parent))  # as for any script
     try:
         return load_attribute(target)
     except ValueError as error:

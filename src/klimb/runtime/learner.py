@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -115,9 +115,7 @@ class Learner:
             for name, parameter in self.working.items():
                 master = self.masters[name]
                 if master is not parameter and parameter.grad is not None:
-                    master.grad = (
-                        parameter.grad.float() if master.grad is None else master.grad + parameter.grad
-                    )
+                    master.grad = parameter.grad.float() if master.grad is None else master.grad + parameter.grad
                     parameter.grad = None
         return parts
 
@@ -135,9 +133,7 @@ class Learner:
     def _clip(self) -> Tensor:
         """The gradient's norm before clipping, over all parameters, after the ranks were summed."""
         bound = self.config.max_grad_norm
-        return nn.utils.clip_grad_norm_(
-            self.masters.values(), bound if bound is not None else math.inf
-        ).detach()
+        return nn.utils.clip_grad_norm_(self.masters.values(), bound if bound is not None else math.inf).detach()
 
     def _write_working_copies(self) -> None:
         with torch.no_grad():
@@ -190,14 +186,13 @@ class Learner:
         with torch.no_grad():
             for name, master in self.masters.items():
                 master.copy_(tensors[f"weights.{name}"])
-                keys = ("step", "exp_avg", "exp_avg_sq")
-                state: dict[str, Any] = {
-                    k: tensors[f"adam.{k}.{name}"].clone() for k in keys if f"adam.{k}.{name}" in tensors
+                state = {  # "step" too lies where the weights are: the fused AdamW reads it there
+                    key: tensors[f"adam.{key}.{name}"].to(master.device, copy=True)
+                    for key in ("step", "exp_avg", "exp_avg_sq")
+                    if f"adam.{key}.{name}" in tensors
                 }
                 if state:
-                    self.adam.state[master] = {
-                        k: v if k == "step" else v.to(master.device) for k, v in state.items()
-                    }
+                    self.adam.state[master] = state
         self._write_working_copies()
 
 

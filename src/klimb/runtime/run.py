@@ -50,9 +50,7 @@ def _print_aside(line: str) -> None:
 class Run:
     """One run directory, held by this process from `Run.open` to `close` or to the end of the process."""
 
-    def __init__(
-        self, path: Path, facts: dict[str, Any], lock: TextIO | None, say: Callable[[str], None]
-    ) -> None:
+    def __init__(self, path: Path, facts: dict[str, Any], lock: TextIO | None, say: Callable[[str], None]) -> None:
         self.path = path
         self.manifest = facts
         self.step = 0
@@ -202,9 +200,7 @@ class Run:
         if self._lock is None:
             return
         self._keep_lines("metrics.jsonl", lambda row: row["step"] <= step)
-        self._keep_lines(
-            "events.jsonl", lambda row: row["step"] <= max(step, 0) or row["kind"].startswith(_PROCESS)
-        )
+        self._keep_lines("events.jsonl", lambda row: row["step"] <= max(step, 0) or row["kind"].startswith(_PROCESS))
         for path in (self.path / "samples").glob("step-*.parquet"):
             if int(path.stem.removeprefix("step-")) > step:
                 path.unlink()
@@ -238,12 +234,8 @@ class Run:
         self.report(f"continued; process {cut_off} was cut off" if cut_off else "continued")
         was, now = self.manifest["versions"], manifest.versions()
         if was != now:
-            news = ", ".join(
-                f"{key} {was.get(key)} → {now.get(key)}" for key in now if was.get(key) != now[key]
-            )
-            self.report(
-                f"other versions than at its start ({news}): the bits may differ from an uninterrupted run"
-            )
+            news = ", ".join(f"{key} {was.get(key)} → {now.get(key)}" for key in now if was.get(key) != now[key])
+            self.report(f"other versions than at its start ({news}): the bits may differ from an uninterrupted run")
 
     def _append(self, name: str, row: Mapping[str, Any]) -> None:
         if self._lock is None:

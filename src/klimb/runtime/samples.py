@@ -32,9 +32,7 @@ def sample_table(step: int, rows: Sequence[Mapping[str, Any]]) -> pa.Table:
     if unknown := {key for row in rows for key in row} - schema.keys():
         raise ValueError(f"samples have no column {', '.join(sorted(unknown))}; known: {', '.join(schema)}")
     columns = {
-        key: pa.array(
-            [_text(row.get(key)) if kind == pa.string() else row.get(key) for row in rows], type=kind
-        )
+        key: pa.array([_text(row.get(key)) if kind == pa.string() else row.get(key) for row in rows], type=kind)
         for key, kind in schema.items()
     }
     return pa.table({"step": pa.array([step] * len(rows), type=pa.int64()), **columns})
@@ -44,6 +42,4 @@ def _text(value: Any) -> str | None:
     if value is None:
         return None
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    return text.encode(
-        "utf-8", "replace"
-    ).decode()  # a lone surrogate out of a JSON escape is no text to Arrow
+    return text.encode("utf-8", "replace").decode()  # a lone surrogate out of a JSON escape is no text to Arrow

@@ -30,9 +30,7 @@ def interruptible() -> Iterator[Interrupt]:
         if interrupt.requested:
             raise KeyboardInterrupt
         interrupt.requested = True
-        line = (
-            f"{signal.Signals(number).name}: saving after this step, then leaving; once more leaves at once\n"
-        )
+        line = f"{signal.Signals(number).name}: saving after this step, then leaving; once more leaves at once\n"
         os.write(2, line.encode())  # print() could interrupt itself here
 
     if threading.current_thread() is not threading.main_thread():
