@@ -17,11 +17,12 @@ BIN := .venv/bin
 quickstart: .venv
 	$(BIN)/klimb quickstart
 
+# One thread a process: two processes with two threads each wait for one another on two cores.
 test: .venv/dev
-	$(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 test-fast: .venv/dev
-	$(BIN)/python -m pytest -n 2 -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
 
 lint: .venv/dev
 	$(BIN)/ruff check .
