@@ -12,7 +12,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 from typer.core import TyperGroup
@@ -26,6 +26,12 @@ Arguments = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="print the result as JSON")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="check and print the resolved config, train nothing")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="delete what an earlier run left in `out` and start anew")]
+
+
+Changed = Annotated[
+    bool,
+    typer.Option("--changed", help="delete and restart the stages that differ from what `out` holds, and no others"),
+]
 
 
 class Commands(TyperGroup):
@@ -44,14 +50,18 @@ app = typer.Typer(
 
 @app.command()
 def quickstart(
-    arguments: Arguments = None, as_json: Json = False, dry_run: DryRun = False, fresh: Fresh = False
-) -> None:
+    arguments: Arguments = None, as_json: Json = False, dry_run: DryRun = False, fresh: Fresh = False,
+    changed: Changed = False,
+) -> None:  # fmt: skip
     """The whole story on a small world: SFT, comparisons, reward model, best-of-n, DPO, PPO, GRPO, report."""
-    _pipeline("quickstart", arguments or [], as_json, dry_run, fresh)
+    _pipeline("quickstart", arguments or [], as_json, dry_run, _anew(fresh, changed))
 
 
 @app.command()
-def run(arguments: Arguments = None, as_json: Json = False, dry_run: DryRun = False, fresh: Fresh = False) -> None:
+def run(
+    arguments: Arguments = None, as_json: Json = False, dry_run: DryRun = False, fresh: Fresh = False,
+    changed: Changed = False,
+) -> None:  # fmt: skip
     """Run a recipe: a YAML file of named stages, or the name of a shipped one."""
     from klimb.config import shipped_recipes
     from klimb.errors import ConfigError
@@ -59,7 +69,7 @@ def run(arguments: Arguments = None, as_json: Json = False, dry_run: DryRun = Fa
     if not arguments or "=" in arguments[0]:
         shipped = ", ".join(shipped_recipes())
         raise ConfigError("which recipe", where="command line", fix=f"write klimb run RECIPE.yaml, or one of {shipped}")
-    _pipeline(arguments[0], arguments[1:], as_json, dry_run, fresh)
+    _pipeline(arguments[0], arguments[1:], as_json, dry_run, _anew(fresh, changed))
 
 
 @app.command()
@@ -146,25 +156,31 @@ def _stage(
 ) -> None:
     from klimb.config import dump_config, load_yaml, plain
     from klimb.runtime import ranks
-    from klimb.stages.registry import preview, run_stage, stage_config
+    from klimb.stages.registry import preview, run_stage
+    from klimb.stages.seeds import configs_by_seed, run_seeds
 
     recipe = None if not arguments or "=" in arguments[0] else Path(arguments[0])
     overrides = list(arguments[1:] if recipe else arguments)
     values = load_yaml(recipe) if recipe else {}
     for key, method in given.items():
         values[key] = _only_method(key, method, values.get(key), overrides)
-    config = stage_config(stage, values, overrides, where=str(recipe or "config"))
+    configs = configs_by_seed(stage, values, overrides, where=str(recipe or "config"))
+    seeds, config = [*configs], next(iter(configs.values()))
     if dry_run:
+        shown = {"config": plain(config), "preview": preview(stage, config)}
         if as_json:
-            print(
-                json.dumps({"config": plain(config), "preview": preview(stage, config)}, indent=1, ensure_ascii=False)
-            )
+            print(json.dumps({**shown, "seeds": seeds}, indent=1, ensure_ascii=False))
             return
         print(dump_config(config), end="")
-        for line in preview(stage, config):
+        for line in [*shown["preview"], *([f"seeds {', '.join(map(str, seeds))}"] if len(seeds) > 1 else [])]:
             print(f"# {line}")
         return
     with ranks.process_group():
+        if len(seeds) > 1:
+            summary = run_seeds(stage, configs, name=name, fresh=fresh, say=_say(as_json))
+            if ranks.rank() == 0:
+                _print_seeds(summary, as_json)
+            return
         result = run_stage(stage, config, name=name, fresh=fresh, say=_say(as_json))
         if ranks.rank() == 0:
             _write_report(Path(result["run"]))
@@ -184,7 +200,18 @@ def _only_method(key: str, method: str, in_file: Any, overrides: Sequence[str]) 
     return {**in_file, "name": method} if isinstance(in_file, dict) else method
 
 
-def _pipeline(recipe: str, overrides: Sequence[str], as_json: bool, dry_run: bool, fresh: bool) -> None:
+def _anew(fresh: bool, changed: bool) -> bool | Literal["changed"]:
+    from klimb.errors import ConfigError
+
+    if fresh and changed:
+        why = "one restarts all stages, the other some"
+        raise ConfigError("--fresh and --changed", where="command line", why=why, fix="leave one of them out")
+    return "changed" if changed else fresh
+
+
+def _pipeline(
+    recipe: str, overrides: Sequence[str], as_json: bool, dry_run: bool, fresh: bool | Literal["changed"]
+) -> None:
     from klimb.config import dump_config, load_recipe
     from klimb.runtime import ranks
     from klimb.stages.pipeline import check_recipe, run_pipeline, with_overrides
@@ -246,6 +273,21 @@ def _print_result(result: Mapping[str, Any], as_json: bool) -> None:
     ):
         if key in facts:
             print(f"{key:10} {_cell(facts[key])}")
+
+
+def _print_seeds(summary: Mapping[str, Any], as_json: bool) -> None:
+    """One line a figure: its mean over the seeds and the 95 % interval."""
+    if as_json:
+        print(json.dumps(summary, indent=1, ensure_ascii=False))
+        return
+    print(f"{summary['method']}, seeds {', '.join(map(str, summary['seeds']))}")
+    sides = ("mean", "low", "high")
+    _print_table([
+        {"figure": key, **{side: f"{found[side]:.4g}" for side in sides}} for key, found in summary["figures"].items()
+    ])  # fmt: skip
+    if summary["algorithm"]:
+        print(f"{summary['method']}: {summary['algorithm']}")
+    print(f"summary: {summary['out']}/summary.json\nreport:  {summary['out']}/report.html")
 
 
 def _print_table(rows: Sequence[Mapping[str, Any]]) -> None:

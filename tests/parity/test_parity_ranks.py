@@ -51,7 +51,8 @@ def recipe(world: World, out: Path) -> dict[str, Any]:
                       "batch_size": 6, **trained},
             "dpo": {"stage": "preference", "model": "${sft.model}", "data": world.preferences, "steps": 3,
                     "batch_size": 8, **trained},
-            "ppo": {"stage": "rl", "model": "${sft.model}", "data": world.prompts, "reward": "${judge.model}",
+            "ppo": {"stage": "rl", "model": "${sft.model}", "data": world.prompts,
+                    "reward": {"reward": "${judge.model}", "normalise": "running", "clip": 2.0},
                     "gold": world.reward("shuffled"), "algorithm": "ppo", "steps": 3, "updates_per_step": 2,
                     "critic": {"warmup_steps": 1, "optimizer": FAST}, "measure": measured, **SMALL_RL, **trained},
             "dapo": {"stage": "rl", "model": "${sft.model}", "data": world.prompts, "reward": world.reward("rare"),
@@ -122,6 +123,10 @@ def test_checkpoints_are_those_of_one_rank(stage: str, runs: tuple[Path, Path, l
     assert one is not None
     assert two is not None
     assert one.step == two.step
+    moments = [found.state["stage"].pop("reward_moments", []) for found in (one, two)]
+    assert len(moments[0]) == len(moments[1]) == (stage == "ppo")
+    for mine, theirs in zip(*moments):  # of scores that the one judge's and the other's rounding set apart
+        assert theirs == pytest.approx(mine, rel=TOLERANCE)
     assert one.state == two.state
     assert {part: set(named) for part, named in one.tensors.items()} == {p: set(n) for p, n in two.tensors.items()}
 

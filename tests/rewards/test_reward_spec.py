@@ -7,6 +7,7 @@ from reward_processes import POISON
 
 from klimb.errors import RewardError
 from klimb.rewards import FakeReward, Reward, WeightedSum, parse_reward, reward_files
+from klimb.rewards.normalise import Normalised
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
@@ -89,6 +90,10 @@ def test_a_directory_and_a_hub_name_go_to_the_loader(tmp_path: Path) -> None:
         (["exact", "exact"], r"two parts are both called 'exact'; give one another `name:`"),
         ([f"{POISON}:fine", "exct"], r"unknown reward 'exct'"),  # the first part's process is closed again
         ([["exact"]], r"a sum within a sum"),
+        ({"reward": "exact", "clip": 0}, r"reward exact: clip is 0; give the largest score that counts"),
+        ({"reward": "exact", "clip": True}, r"clip is True"),
+        ({"reward": "exact", "normalise": "runing"}, r"normalise is 'runing'; write running, or leave it out"),
+        ({"reward": "exact", "normalise": "running"}, r"nothing is trained on these scores.*leave normalise out"),
         ([], r"without parts"),
         (3, r"3 is no reward"),
     ],
@@ -99,9 +104,27 @@ def test_what_is_wrong_with_a_spec_is_said_on_one_line(spec: object, message: st
     assert "\n" not in str(caught.value)
 
 
+def test_a_scale_that_follows_the_training_is_handed_to_who_keeps_it(tmp_path: Path) -> None:
+    running: list[Normalised] = []
+    spec = [
+        {"reward": str(tmp_path), "normalise": "running", "clip": 5},
+        {"reward": "exact", "clip": 0.5},
+        {"reward": "length", "normalise": "running", "name": "brevity", "weight": -1},
+    ]
+    reward = parse_reward(spec, model_loader=lambda name: FakeReward(name="model"), running=running)
+    assert isinstance(reward, WeightedSum)
+    assert running == [reward.parts[0].reward, reward.parts[2].reward]
+    assert [part.name for part in reward.parts] == ["model", "exact", "brevity"]
+    assert [part.weight for part in reward.parts] == [1.0, 1.0, -1.0]
+    reward.close()
+    with pytest.raises(RewardError, match=r"takes no options.*write \{reward: .*, normalise: running, clip: 5\}"):
+        parse_reward({str(tmp_path): {"normalise": "running"}}, model_loader=lambda name: FakeReward())
+
+
 def test_files_for_hashes(tmp_path: Path) -> None:
     spec = [{"reward": f"{POISON}:fine", "weight": 1}, {f"{POISON}:raises": {}}, "exact", str(tmp_path), len]
     assert reward_files(spec) == [Path(POISON), Path(POISON), tmp_path]
+    assert reward_files({"reward": str(tmp_path), "normalise": "running"}) == [tmp_path]
     assert reward_files("nowhere.py:score") == []
 
 

@@ -237,6 +237,7 @@ def test_samples_have_the_stated_columns(tmp_path: Path) -> None:
         "logps": [-0.5, -1.25],
         "finish": "stop",
         "version": 3,
+        "trained": True,
         "score": 0.1,
         "reward.length": 2.0,
     }

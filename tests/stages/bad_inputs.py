@@ -98,6 +98,16 @@ def other_run() -> None:
     klimb(*USUAL["SFT"].split(), "out=run")
 
 
+def other_stage() -> None:
+    second = "  more: {stage: sft, model: '${sft.model}', data: demonstrations.jsonl, steps: 1, batch_size: 4}\n"
+    recipe(GOOD_STAGE + second, "out: story\n")()
+    klimb("run", "bad.yaml")
+
+
+def two_seeds() -> None:
+    klimb(*USUAL["SFT"].split(), "out=run", "seed=0..1")
+
+
 def damaged(name: str) -> Prepare:
     def prepare() -> None:
         other_run()
@@ -139,6 +149,7 @@ CASES: dict[str, list[Bad]] = {
         Bad("a reference to what no result has", "run bad.yaml out=run", ("stages.more", "'modle'", "'model'"), recipe(GOOD_STAGE + "  more: {stage: sft, model: '${sft.modle}', data: demonstrations.jsonl}\n")),
         Bad("unknown world", "run bad.yaml", ("'clark'", "'clerk'"), recipe(GOOD_STAGE, "world: clark\n")),
         Bad("no seeds", "run bad.yaml seed=4..2", ("seed", "'4..2'"), recipe(GOOD_STAGE)),
+        Bad("no seeds for a command", "SFT seed=many", ("seed", "'many'")),
     ],
     "Settings that contradict each other": [
         Bad("two algorithms", "GRPO algorithm=ppo", ("grpo", "algorithm=ppo")),
@@ -206,6 +217,11 @@ CASES: dict[str, list[Bad]] = {
         Bad("it cannot be written", "SFT out=rewards.py/run", ("rewards.py/run",)),
         Bad("a recipe's cannot be written", "run bad.yaml out=rewards.py/run", ("rewards.py/run",), recipe(GOOD_STAGE)),
         Bad("an explicit out of another config", "SFT out=run seed=1", ("run", "seed: 0 → 1", "--fresh"), other_run),
+        Bad("a recipe's stage of another config", "run bad.yaml sft.steps=2", ("story/sft", "steps: 1 → 2", "--changed", "more", "--fresh"), other_stage),
+        Bad("all stages and only the changed ones", "run bad.yaml --fresh --changed", ("--fresh and --changed",), recipe(GOOD_STAGE)),
+        Bad("several seeds in the directory of one", "SFT out=run seed=0..1", ("run", "one seed"), other_run),
+        Bad("one seed in the directory of several", "SFT out=run", ("run", "seed-0"), two_seeds),
+        Bad("several seeds of another config", "SFT out=run seed=0..1 steps=2", ("run/seed-0", "steps: 1 → 2", "--fresh"), two_seeds),
         Bad("a directory of something else", "SFT out=base", ("base", "config.json")),
         Bad("a damaged manifest", "SFT out=run", ("run/manifest.json",), damaged("manifest.json")),
         Bad("a damaged result", "SFT out=run", ("run/result.json",), damaged("result.json")),
@@ -230,6 +246,10 @@ CASES: dict[str, list[Bad]] = {
         Bad("it fails on what the policy writes", "GRPO reward=bad.py:score", ("score", "failure_limit"), reward("return [float('nan') if c != p[0] else 1.0 for p, c in zip(prompts, completions)]")),
         Bad("unknown option", "GRPO 'reward={rewards.py:count: {patience: 3}}'", ("'patience'", "timeout")),
         Bad("an unknown key in a sum", "GRPO 'reward=[{reward: exact, wieght: 2}]'", ("'wieght'", "'weight'")),
+        Bad("a reward model with options", "GRPO 'reward={base: {normalise: running}}'", ("base", "{reward: base, normalise: running")),
+        Bad("an unknown scale", "GRPO 'reward={reward: exact, normalise: batch}'", ("'batch'", "running")),
+        Bad("no bound", "GRPO 'reward={reward: exact, clip: 0}'", ("clip is 0",)),
+        Bad("a measure that moves", "EVALUATE 'measure.reward={reward: rewards.py:count, normalise: running}'", ("normalise: running", "leave normalise out")),
         Bad("no group to learn from", "dapo model=base data=prompts.jsonl reward=bad.py:score max_tokens=4 prompts_per_step=2 max_refills=1", ("step 1",), reward("return [1.0] * len(completions)")),
     ],
 }  # fmt: skip

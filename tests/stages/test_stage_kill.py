@@ -77,6 +77,11 @@ def jobs(world: World) -> dict[str, Job]:
             failure_limit=1.0,
         ),
         "dapo": Job("rl", algorithm="dapo", max_refills=30, **{**rl, "reward": world.reward("rare"), "steps": 4}),
+        "running": Job(
+            "rl",
+            algorithm={"name": "grpo", "advantage": "group_mean"},
+            **{**rl, "reward": {"reward": world.reward("count"), "normalise": "running", "clip": 1.0}},
+        ),
         "reinforce": Job("rl", algorithm={"name": "reinforce", "kl": {"target": 1.0}}, **rl),
     }
 
@@ -152,6 +157,7 @@ INSTANTS: list[tuple[str, str, Trap]] = [
     ("ppo", "between the samples and the line of a step", partial(at_call, "klimb.runtime.run.Run.log", 5)),
     ("dapo", "in the middle of a refill", partial(at_call, GENERATE, 2)),
     ("dapo", "in the middle of a later refill", partial(at_call, GENERATE, 9)),
+    ("running", "with a reward whose scale follows the training", partial(at_call, GENERATE, 6)),
     ("reinforce", "with a running mean and an adaptive β", partial(at_call, GENERATE, 6)),
 ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pyarrow.parquet
 import pytest
 from world import FAST, SMALL_RL, WORDS, World, lines, play, write
 
-from klimb.errors import KlimbError
+from klimb.errors import KlimbError, RewardError
 from klimb.objective.algorithms import ALGORITHMS, GRPO
 from klimb.objective.kl import NO_KL
 from klimb.stages import rl
@@ -113,21 +114,70 @@ def test_samples_without_a_score_leave_and_so_do_groups_that_are_too_small(world
         assert measured["reward/mean"] == pytest.approx(sum(row["score"] for row in table) / len(table))
 
 
+def groups_of_8(table: list[dict[str, Any]]) -> list[set[float]]:
+    """The different scores of each group."""
+    return [{row["score"] for row in table[place : place + 8]} for place in range(0, len(table), 8)]
+
+
+def test_dynamic_sampling_says_when_refills_run_out(world: World, tmp_path: Path) -> None:
+    run = {"model": world.model, "data": world.prompts, "reward": world.reward("rare"), "steps": 3, **SMALL_RL}
+    done = play("rl", tmp_path / "run", algorithm="dapo", max_refills=0, **run)
+    short = [row["step"] for row in done.rows if row["groups/kept"] < 6]
+    assert short
+    assert [(event["step"], event["kind"]) for event in done.events] == [(step, "too_few_groups") for step in short]
+    kept, refused = (int(done.rows[short[0] - 1][f"groups/{what}"]) for what in ("kept", "refused"))
+    assert kept + refused == 6
+    assert done.events[0]["message"] == (
+        f"trained on {kept} of 6 groups: after max_refills=0 further rounds of prompts {refused} groups were refused, "
+        "all samples of each scored the same; use easier or harder prompts, or raise max_refills"
+    )
+    assert "groups/refused" not in play("rl", tmp_path / "all", algorithm="grpo", **run).rows[0]
+
+
 def test_dynamic_sampling_refills_until_groups_differ(world: World, tmp_path: Path) -> None:
     run = {"model": world.model, "data": world.prompts, "reward": world.reward("rare"), "steps": 4, **SMALL_RL}
     done = play("rl", tmp_path / "run", algorithm="dapo", max_refills=30, **run)
     assert any(row["groups/drawn"] > 6 for row in done.rows)
     for step, measured in enumerate(done.rows, start=1):
         table = pyarrow.parquet.read_table(done.path / "samples" / f"step-{step:06d}.parquet").to_pylist()
-        scores: dict[str, set[float]] = {}
-        for place, row in enumerate(table):
-            scores.setdefault(f"{place // 8}", set()).add(row["score"])
-        assert all(len(values) == 2 for values in scores.values())
-        assert measured["groups/kept"] == len(scores) == 6
+        scores = {part: groups_of_8([row for row in table if row["trained"] is part]) for part in (True, False)}
+        assert all(len(values) == 2 for values in scores[True])
+        assert measured["groups/kept"] == len(scores[True]) == 6
+        assert all(len(values) == 1 for values in scores[False])  # the refused are kept to be looked at
+        assert measured["groups/refused"] == len(scores[False]) == measured["groups/drawn"] - 6
+    assert not done.events
     hard = write(tmp_path / "impossible.jsonl", [{"prompt": "a ?", "answer": "never"}])
     run |= {"data": hard, "reward": "exact", "prompts_per_step": 1}
     with pytest.raises(KlimbError, match="no group to learn from out of 6"):
         play("rl", tmp_path / "none", algorithm="dapo", max_refills=5, **run)
+
+
+def test_a_reward_model_on_a_scale_that_follows_the_training(world: World, tmp_path: Path) -> None:
+    judge = play("reward", tmp_path / "judge", model=world.model, data=world.preferences, steps=8, batch_size=18)
+    run = {"model": world.model, "data": world.prompts, "steps": 3, "algorithm": "ppo", **SMALL_RL}
+    reward = {"reward": judge.model, "normalise": "running", "clip": 1.0}
+    done = play("rl", tmp_path / "run", reward=reward, **run)
+    seen: list[float] = []
+    for step, measured in enumerate(done.rows, start=1):
+        table = pyarrow.parquet.read_table(done.path / "samples" / f"step-{step:06d}.parquet").to_pylist()
+        given = [row["reward.judge"] for row in table]  # by the figures of the reference samples, for life
+        seen += given
+        mean, std = statistics.fmean(seen), statistics.stdev(seen)
+        assert [row["score"] for row in table] == pytest.approx([min(1, max(-1, (x - mean) / std)) for x in given])
+        assert measured["reward/judge"] == pytest.approx(statistics.fmean(given))
+    assert any(abs(row["score"]) == 1.0 for row in table)
+    measure = {"data": world.prompts, "max_tokens": 4}
+    with pytest.raises(RewardError, match=r"two measurements incomparable; leave normalise out"):
+        play("rl", tmp_path / "measured", reward=reward, measure={**measure, "reward": reward}, **run)
+    with pytest.raises(RewardError, match=r"two measurements incomparable; leave normalise out"):
+        play("rl", tmp_path / "gold", reward=reward, gold=reward, **run)
+    frozen = play("evaluate", tmp_path / "frozen", model=world.model, measure={**measure, "reward": judge.model})
+    bounded = {**measure, "reward": {"reward": judge.model, "clip": 1e-3}}
+    assert abs(frozen.result["evaluation"]["proxy"]) > 1e-3
+    assert (
+        abs(play("evaluate", tmp_path / "bounded", model=world.model, measure=bounded).result["evaluation"]["proxy"])
+        <= 1e-3
+    )
 
 
 @pytest.mark.parametrize("start", ["policy", "reward model"])

@@ -104,6 +104,7 @@ def test_a_run_leaves_what_its_directory_promises(world: World, here: Path) -> N
         "logps",
         "finish",
         "version",
+        "trained",
         "score",
         "reward.count",
         "gold",

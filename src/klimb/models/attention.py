@@ -11,6 +11,7 @@ layer just sees N tokens. What may look at what is decided here, by the *plan* t
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -94,7 +95,6 @@ class _Bucket:
         q_length = max(len(q) for q in queries)
         context_length = max(len(c) for c in contexts)
         self.q_index = _padded(queries, q_length, device)
-        self.shape = tuple(self.q_index.shape)
         self.places = torch.cat([torch.arange(len(q), device=device) + i * q_length for i, q in enumerate(queries)])
         self.k_index = torch.cat([_padded(contexts, context_length, device), self.q_index], dim=1)
         contexts_l = torch.tensor([len(c) for c in contexts], device=device)[:, None]
@@ -131,27 +131,31 @@ class PackedAttention:
         self.buckets = [
             _Bucket([spans[i][0] for i in bucket], [spans[i][1] for i in bucket], device) for bucket in _bucket(spans)
         ]
-        order = torch.cat([bucket.q_index.reshape(-1)[bucket.places] for bucket in self.buckets])
-        self.inverse = torch.empty_like(order)
-        self.inverse[order] = torch.arange(len(order), device=device)
+        # One gather for all buckets: the gradient of each would be a tensor as large as the whole run.
+        self.q_index = torch.cat([bucket.q_index.flatten() for bucket in self.buckets])
+        self.k_index = torch.cat([bucket.k_index.flatten() for bucket in self.buckets])
+        starts = itertools.accumulate((bucket.q_index.numel() for bucket in self.buckets[:-1]), initial=0)
+        places = torch.cat([start + bucket.places for start, bucket in zip(starts, self.buckets, strict=True)])
+        self.places = torch.empty_like(places)
+        self.places[self.q_index[places]] = places
 
     def attend(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, softcap: float | None
     ) -> Tensor:
-        q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # [N, H, D]
-        outputs = []
-        for bucket in self.buckets:
-            out = attention(
-                _gather(q, bucket.q_index), _gather(k, bucket.k_index), _gather(v, bucket.k_index),
-                bucket.mask(window, q.dtype), scale, softcap,
-            )  # fmt: skip
-            outputs.append(out.transpose(1, 2).flatten(0, 1)[bucket.places])
-        return torch.cat(outputs)[self.inverse][None]
+        queries = self._gather(q, self.q_index, [bucket.q_index for bucket in self.buckets])
+        keys, values = (self._gather(x, self.k_index, [bucket.k_index for bucket in self.buckets]) for x in (k, v))
+        outputs = [
+            attention(*one, bucket.mask(window, q.dtype), scale, softcap).transpose(1, 2).flatten(0, 1)
+            for bucket, one in zip(self.buckets, zip(queries, keys, values, strict=True), strict=True)
+        ]
+        joined = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+        return joined.index_select(0, self.places)[None]
 
-
-def _gather(x: Tensor, index: Tensor) -> Tensor:
-    """[N, H, D] at [R, L] → [R, H, L, D]."""
-    return x.index_select(0, index.reshape(-1)).view(*index.shape, *x.shape[1:]).transpose(1, 2)
+    @staticmethod
+    def _gather(x: Tensor, index: Tensor, shapes: Sequence[Tensor]) -> list[Tensor]:
+        """[1, H, N, D] → one [R, H, L, D] a bucket."""
+        parts = x[0].transpose(0, 1).index_select(0, index).split([shape.numel() for shape in shapes])
+        return [part.unflatten(0, shape.shape).transpose(1, 2) for part, shape in zip(parts, shapes, strict=True)]
 
 
 def _bucket(spans: Sequence[tuple[range, range]], waste: float = 1.25) -> list[list[int]]:

@@ -20,7 +20,7 @@ from klimb.models.logprobs import precision
 
 
 class _Layer(NamedTuple):
-    """Keys and values [places, H_kv, length, D] of the prompts and of the slots."""
+    """Keys and values of the prompts and of the slots, a line for every head of each: [places · H_kv, length, D]."""
 
     prompt_keys: Tensor
     prompt_values: Tensor
@@ -38,8 +38,8 @@ class KVCache:
     def layer(self, index: int, k: Tensor, v: Tensor) -> _Layer:
         """k, v [1, H_kv, N, D] of the first call tell heads, width, dtype and device."""
         if index not in self.layers:
-            prompt = (self.prompts, k.shape[1], self.prompt_length)
-            own = (self.slots, k.shape[1], self.length)
+            heads = k.shape[1]
+            prompt, own = (self.prompts * heads, self.prompt_length), (self.slots * heads, self.length)
             self.layers[index] = _Layer(
                 k.new_zeros(*prompt, k.shape[-1]), v.new_zeros(*prompt, v.shape[-1]),
                 k.new_zeros(*own, k.shape[-1]), v.new_zeros(*own, v.shape[-1]),
@@ -51,21 +51,26 @@ class KVCache:
         if prompts <= self.prompts and prompt_length <= self.prompt_length:
             return
         more, longer = max(prompts - self.prompts, 0), max(prompt_length - self.prompt_length, 0)
-        self.prompts, self.prompt_length = self.prompts + more, self.prompt_length + longer
         for index, layer in self.layers.items():
-            keys, values = (pad(store, (0, 0, 0, longer, 0, 0, 0, more)) for store in layer[:2])
+            heads = len(layer.prompt_keys) // self.prompts
+            keys, values = (pad(store, (0, 0, 0, longer, 0, more * heads)) for store in layer[:2])
             self.layers[index] = layer._replace(prompt_keys=keys, prompt_values=values)
+        self.prompts, self.prompt_length = self.prompts + more, self.prompt_length + longer
 
     def move(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         """Copy whole slots: the last running ones into those that became free."""
         for layer in self.layers.values():
             for store in (layer.keys, layer.values):
-                store[list(targets)] = store[list(sources)]
+                _move(store.unflatten(0, (self.slots, -1)), sources, targets)
 
     def move_prompts(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         for layer in self.layers.values():
             for store in (layer.prompt_keys, layer.prompt_values):
-                store[list(targets)] = store[list(sources)]
+                _move(store.unflatten(0, (self.prompts, -1)), sources, targets)
+
+
+def _move(store: Tensor, sources: Sequence[int], targets: Sequence[int]) -> None:
+    store[list(targets)] = store[list(sources)]
 
 
 @dataclass
@@ -89,71 +94,97 @@ class Prefill:
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, softcap: float | None
     ) -> Tensor:
         stored = self.cache.layer(layer, k, v)
-        stored.prompt_keys[self.places, :, self.positions] = k[0].transpose(0, 1)
-        stored.prompt_values[self.places, :, self.positions] = v[0].transpose(0, 1)
+        for store, new in ((stored.prompt_keys, k), (stored.prompt_values, v)):
+            by_place = store.unflatten(0, (self.cache.prompts, -1))
+            by_place[self.places, :, self.positions] = new[0].transpose(0, 1)
         return self.packed.attend(layer, q, k, v, scale, window, softcap)
+
+
+class Seats:
+    """Who asks which prompt: P prompts with m seats each, of which some stay empty. It changes when a sample comes or
+    goes, not with every token."""
+
+    def __init__(self, prompt_of: Sequence[int], device: torch.device) -> None:
+        """prompt_of [n]: place of each slot's prompt."""
+        members: list[list[int]] = [[] for _ in range(max(prompt_of) + 1)]
+        seat_of = []
+        for slot, prompt in enumerate(prompt_of):
+            seat_of.append(len(members[prompt]))
+            members[prompt].append(slot)
+        self.prompts, self.seats = len(members), max(len(slots) for slots in members)
+        # An empty seat repeats slot 0; nobody reads what comes out of it.
+        self._slot = torch.tensor([m + [0] * (self.seats - len(m)) for m in members], device=device)
+        self._prompt = torch.tensor(prompt_of, device=device)
+        self._seat = torch.tensor(seat_of, device=device)
+        self._orders: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+
+    def orders(self, heads: int, group: int) -> tuple[Tensor, Tensor]:
+        """Lines [n, H_kv, g] of the slots in the order of the seats [P, H_kv, m, g], and the inverse."""
+        if (heads, group) not in self._orders:
+            device = self._slot.device
+            h = torch.arange(heads, device=device)[None, :, None, None]
+            g = torch.arange(group, device=device)
+            to_seats = (self._slot[:, None, :, None] * heads + h) * group + g
+            prompt_line = self._prompt[:, None, None] * heads + h[:, :, 0]
+            to_slots = (prompt_line * self.seats + self._seat[:, None, None]) * group + g
+            self._orders[heads, group] = to_seats.flatten(), to_slots.flatten()
+        return self._orders[heads, group]
 
 
 class Decode:
     """Plan of one further token for each of the first n slots."""
 
-    def __init__(self, cache: KVCache, prompt_of: Sequence[int], prompt_lengths: Tensor, drawn: Tensor) -> None:
-        """prompt_of [n]: place of each slot's prompt; prompt_lengths [n]; drawn [n]: tokens sampled so far, of which
-        the last one is what comes in now."""
-        device = drawn.device
+    def __init__(self, cache: KVCache, seats: Seats, prompt_lengths: Tensor, drawn: Tensor) -> None:
+        """prompt_lengths [n]; drawn [n]: tokens sampled so far, of which the last one is what comes in now."""
         self.cache = cache
-        self.rows = torch.arange(len(prompt_of), device=device)
+        self.seats = seats
+        self.rows = torch.arange(len(drawn), device=drawn.device)
         self.own_position = drawn - 1
-        self.position = prompt_lengths + drawn - 1
+        self.position = prompt_lengths + self.own_position
         self.prompt_lengths = prompt_lengths
         self.longest = int(drawn.max())
-        members: list[list[int]] = [[] for _ in range(max(prompt_of) + 1)]
-        seats = []
-        for slot, prompt in enumerate(prompt_of):
-            seats.append((prompt, len(members[prompt])))
-            members[prompt].append(slot)
-        self.seats = max(len(slots) for slots in members)
-        # Seats [P, m]: which slot asks there (an empty seat repeats slot 0, nobody reads what comes out).
-        self.slot_of_seat = torch.tensor([m + [0] * (self.seats - len(m)) for m in members], device=device)
-        self.seat_of_slot = torch.tensor([prompt * self.seats + seat for prompt, seat in seats], device=device)
         self.masks: dict[int | None, Tensor] = {}
+        self.lines: dict[int, Tensor] = {}
 
     def attend(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, softcap: float | None
     ) -> Tensor:
         stored = self.cache.layer(layer, k, v)
-        stored.keys[self.rows, :, self.own_position] = k[0].transpose(0, 1)
-        stored.values[self.rows, :, self.own_position] = v[0].transpose(0, 1)
-        prompts = len(self.slot_of_seat)
-        n, heads, length = len(self.rows), k.shape[1], stored.prompt_keys.shape[2]
+        n, heads, group = len(self.rows), k.shape[1], q.shape[1] // k.shape[1]
+        to_seats, to_slots = self.seats.orders(heads, group)
+        for store, new in ((stored.keys, k), (stored.values, v)):
+            store.view(-1, store.shape[-1]).index_copy_(0, self._lines(heads), _by_slot(new))
         dtype = precision(q)  # in bfloat16 the scores would lose what the trainer's attention keeps
-        keys, values = (store[:n, :, : self.longest].to(dtype) for store in (stored.keys, stored.values))
+        keys, values = (store[: n * heads, : self.longest].to(dtype) for store in (stored.keys, stored.values))
+        prompts = self.seats.prompts * heads
         prompt_keys, prompt_values = (s[:prompts].to(dtype) for s in (stored.prompt_keys, stored.prompt_values))
+        length = prompt_keys.shape[1]
 
-        asked = q[0].transpose(0, 1).to(dtype).mul(scale).view(n, heads, -1, q.shape[-1])  # [n, H_kv, H / H_kv, D]
-        to_prompts = self._seated(asked) @ prompt_keys.transpose(-1, -2)
-        scores = torch.cat([self._unseated(to_prompts, asked.shape[2]), asked @ keys.transpose(-1, -2)], dim=-1)
+        asked = _by_slot(q).to(dtype) * scale  # a line for every slot and head
+        seated = asked.index_select(0, to_seats).view(prompts, -1, asked.shape[-1])
+        to_prompts = torch.bmm(seated, prompt_keys.transpose(1, 2)).view(-1, length).index_select(0, to_slots)
+        to_own = torch.bmm(asked.view(n * heads, group, -1), keys.transpose(1, 2))
+        scores = torch.cat([to_prompts, to_own.view(-1, self.longest)], dim=1)
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
-        weights = scores.add_(self.mask(window, dtype)).softmax(dim=-1)
-        from_prompts = self._seated(weights[..., :length]) @ prompt_values
-        out = self._unseated(from_prompts, asked.shape[2]) + weights[..., length:] @ values
-        return out.to(q.dtype).reshape(1, n, -1, v.shape[-1])
+        weights = scores.view(n, heads * group, -1).add_(self.mask(window, dtype)).softmax(dim=-1)
+        weights = weights.view(n * heads, group, -1)
 
-    def _seated(self, x: Tensor) -> Tensor:
-        """[n, H_kv, g, …] by slot → [P, H_kv, m · g, …] by prompt."""
-        prompts, seats = self.slot_of_seat.shape
-        by_seat = x.index_select(0, self.slot_of_seat.view(-1)).view(prompts, seats, *x.shape[1:])
-        return by_seat.transpose(1, 2).reshape(prompts, x.shape[1], seats * x.shape[2], x.shape[3])
+        seated = weights.view(n * heads * group, -1)[:, :length].index_select(0, to_seats)
+        from_prompts = torch.bmm(seated.view(prompts, -1, length), prompt_values)
+        from_prompts = from_prompts.view(-1, v.shape[-1]).index_select(0, to_slots).view(n * heads, group, -1)
+        out = torch.baddbmm(from_prompts, weights[..., length:], values)
+        return out.to(q.dtype).view(1, n, heads * group, -1)
 
-    def _unseated(self, x: Tensor, group: int) -> Tensor:
-        """The inverse: [P, H_kv, m · g, …] → [n, H_kv, g, …]."""
-        prompts, heads, _, width = x.shape
-        by_seat = x.view(prompts, heads, self.seats, group, width).transpose(1, 2)
-        return by_seat.reshape(prompts * self.seats, heads, group, width).index_select(0, self.seat_of_slot)
+    def _lines(self, heads: int) -> Tensor:
+        """Where the new key of each slot and head goes: [n · H_kv] of the lines of a store."""
+        if heads not in self.lines:
+            place = self.rows[:, None] * heads + torch.arange(heads, device=self.rows.device)
+            self.lines[heads] = (place * self.cache.length + self.own_position[:, None]).flatten()
+        return self.lines[heads]
 
     def mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
-        """[n, 1, 1, prompt length + own length], additive; built once for all layers."""
+        """[n, 1, prompt length + own length], additive; built once for all layers."""
         if window not in self.masks:
             device = self.position.device
             prompt = torch.arange(self.cache.prompt_length, device=device)[None, :]
@@ -162,5 +193,10 @@ class Decode:
             if window is not None:
                 place = torch.cat([prompt.expand(len(self.rows), -1), own + self.prompt_lengths[:, None]], dim=1)
                 allowed &= self.position[:, None] - place < window
-            self.masks[window] = additive(allowed[:, None, None], dtype)
+            self.masks[window] = additive(allowed[:, None], dtype)
         return self.masks[window]
+
+
+def _by_slot(x: Tensor) -> Tensor:
+    """[1, H, n, D] → a line for every slot and head: [n · H, D]."""
+    return x[0].transpose(0, 1).reshape(-1, x.shape[-1])

@@ -72,7 +72,7 @@ def batch_mean(rewards: Rewards) -> Tensor:
 class running_mean:
     """A = R − b, b ← decay · b + (1 − decay) · mean R: unbiased, since b stems from earlier updates alone.
 
-    The moving-average baseline of arXiv 2402.14740, section 2.2, as an exponential one. The first update has
+    The moving-average baseline of arXiv 2402.14740 (its part on REINFORCE) as an exponential one. The first update has
     no past and uses its own mean. Degrades when prompts differ much in difficulty.
     """
 
@@ -174,7 +174,7 @@ Normalise = Callable[[Tensor, Tensor], Tensor]
 
 
 def whiten(advantages: Tensor, mask: Tensor) -> Tensor:
-    """Mean 0 and variance 1 over the update's tokens (arXiv 2501.03262, equation 10; PPO by custom).
+    """Mean 0 and variance 1 over the update's tokens (REINFORCE++, arXiv 2501.03262; PPO by custom).
 
     Takes the advantage of a group without variance away from zero, because it shifts every token alike.
     """

@@ -90,13 +90,13 @@ REINFORCE = Algorithm(
     surrogate=reinforce,
     aggregate=sequence_sum(1.0),
     kl=KL("reward", k1, beta=0.05),
-    source="Williams 1992; for language models arXiv 2402.14740, section 2.2 (β is TRL's)",
+    source="Williams 1992; for language models arXiv 2402.14740, its part on REINFORCE (β is TRL's)",
 )
 RLOO = replace(
     REINFORCE,
     name="rloo",
     advantage=leave_one_out,
-    source="arXiv 2402.14740, section 2.2 (β is TRL's; TRL clips, as surrogate: product_clip)",
+    source="arXiv 2402.14740, its part on RLOO (β is TRL's; TRL clips, as surrogate: product_clip)",
 )
 REINFORCE_PP = Algorithm(
     name="reinforce++",
@@ -105,7 +105,7 @@ REINFORCE_PP = Algorithm(
     surrogate=clip(0.2, 0.2),
     aggregate=token_mean,
     kl=KL("reward", k1, beta=0.01),
-    source="arXiv 2501.03262, equations 8-10 (β is OpenRLHF's)",
+    source="arXiv 2501.03262, its part on REINFORCE++ (β is OpenRLHF's)",
 )
 PPO = replace(
     REINFORCE_PP,
@@ -146,13 +146,13 @@ GSPO = replace(
     name="gspo",
     surrogate=sequence_clip(3e-4, 4e-4),
     kl=NO_KL,
-    source="arXiv 2507.18071, equation 5; the clip of its section 5.1",
+    source="arXiv 2507.18071, equation 5; the clip of its experiments",
 )
 CISPO = replace(
     DAPO,
     name="cispo",
     surrogate=cispo(low=1.0, high=4.0),
-    source="arXiv 2506.13585, equation 4; the bound of arXiv 2510.13786",
+    source="arXiv 2506.13585, its part on CISPO; the bound of arXiv 2510.13786",
 )
 
 ALGORITHMS: Mapping[str, Algorithm] = {

@@ -49,7 +49,7 @@ class clip:
 
 @dataclass(frozen=True)
 class dual_clip:
-    """As `clip`, and for A < 0 never more than −bound · A (arXiv 1912.09729, equation 5; bound c = 3).
+    """As `clip`, and for A < 0 never more than −bound · A (dual clip, arXiv 1912.09729; bound c = 3).
 
     Stops the one case that `clip` leaves open: a bad token whose ratio has become huge.
     """
@@ -102,7 +102,7 @@ class product_clip:
 
 @dataclass(frozen=True)
 class cispo:
-    """−sg[clip(r, 1 − low, 1 + high)] · A · log π (CISPO, MiniMax-M1, arXiv 2506.13585, equation 4).
+    """−sg[clip(r, 1 − low, 1 + high)] · A · log π (CISPO, MiniMax-M1, arXiv 2506.13585).
 
     Bounds the weight and never drops a token's gradient. No lower bound at low = 1; high = 4 is the weight of
     at most 5 that ScaleRL recommends (arXiv 2510.13786), MiniMax did not publish theirs.

@@ -83,8 +83,11 @@ def load(directory: Path) -> Records:
     for seed, folder in folders:
         own = _object(folder / "summary.json", notes)
         found = _stages(folder, own, seed, notes)
-        runs += found
         seed_rows += _rows(own, found, seed)
+        if not found:  # one stage for several seeds: their folders are the runs
+            found = [_run(folder, seed, {}, notes)]
+            seed_rows += [row for run in found if (row := _evaluated(run)) is not None]
+        runs += found
         replies = replies or _list(folder / "replies.json", notes)
     if not folders:
         runs = _stages(directory, summary, None, notes) or [_run(directory, None, {}, notes)]

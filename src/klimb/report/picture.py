@@ -1,6 +1,6 @@
 """The picture of the whole page: proxy and gold against √KL, one above the other on a common axis.
 
-Distance travelled is √KL (Gao et al. 2022, "Scaling laws for reward model overoptimization", section 3):
+Distance travelled is √KL (Gao et al. 2022, "Scaling laws for reward model overoptimization"):
 in it gains start out linear. Where the upper panel climbs on and the lower one falls, the proxy is exploited.
 """
 

@@ -46,25 +46,27 @@ class WeightedSum:
     def __call__(self, prompts: Sequence[Text], completions: Sequence[Text], columns: Columns) -> Scores:
         failures: dict[int, Failure] = {}
         values_by_part: dict[str, Values] = {}
+        terms_by_part: dict[str, Values] = {}
         notes: list[str] = []
         for part in self.parts:
             scores = part.reward(prompts, completions, columns)
-            values_by_part[part.name] = scores.values
+            values_by_part[part.name] = scores.parts.get(part.reward.name, scores.values)
+            terms_by_part[part.name] = scores.values
             notes += [f"{part.name}: {note}" for note in scores.notes]
             for failure in scores.failures:
                 reason = f"{part.name}: {failure.reason}"
                 failures.setdefault(failure.row, Failure(failure.row, reason, failure.details))
         totals: Values = []
         for row in range(len(completions)):
-            total = None if row in failures else self._total(row, values_by_part)
+            total = None if row in failures else self._total(row, terms_by_part)
             if total is not None and not math.isfinite(total):
                 failures[row] = Failure(row, f"the weighted sum is {total}")
                 total = None
             totals.append(total)
         return Scores(totals, [failures[row] for row in sorted(failures)], values_by_part, notes)
 
-    def _total(self, row: int, values_by_part: dict[str, Values]) -> float | None:
-        terms = [part.weight * value for part in self.parts if (value := values_by_part[part.name][row]) is not None]
+    def _total(self, row: int, terms_by_part: dict[str, Values]) -> float | None:
+        terms = [part.weight * value for part in self.parts if (value := terms_by_part[part.name][row]) is not None]
         return math.fsum(terms) if terms else None
 
     def close(self) -> None:

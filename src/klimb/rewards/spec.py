@@ -10,6 +10,10 @@
     reward:                                              a weighted sum
       - {reward: my_reward.py:score, weight: 1.0}
       - {reward: length, weight: -0.01, name: brevity}
+    reward: {reward: runs/rm/model, normalise: running, clip: 5}
+                                                         less the mean and by the std of all scores so far, within ±5
+
+Without `normalise` a reward model keeps the mean and std of its reference samples, and others the scale they have.
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ from typing import Any
 from klimb.errors import RewardError, did_you_mean, nearest
 from klimb.rewards.combine import Part, WeightedSum
 from klimb.rewards.function import START_TIMEOUT, TIMEOUT, FunctionReward, from_callable, from_file
+from klimb.rewards.normalise import Normalised
 from klimb.rewards.process import WorkerProcess
 from klimb.rewards.protocol import Reward
 from klimb.rewards.rules import RULES, format, parse_rule, regex, rule_function
@@ -31,17 +36,21 @@ ModelLoader = Callable[[str], Reward]
 KNOWN = f"known: my_reward.py:NAME, {', '.join(RULES)}, a reward model's directory, a weighted list of these"
 
 
-def parse_reward(spec: Any, *, model_loader: ModelLoader | None = None) -> Reward:
+def parse_reward(
+    spec: Any, *, model_loader: ModelLoader | None = None, running: list[Normalised] | None = None
+) -> Reward:
     """The Reward that `spec` means: text, a mapping or a list as in a recipe, a callable, or a Reward as it
     is.
 
-    `model_loader` makes a Reward of the directory (or hub name) of a trained reward model. Starts the
-    processes of functions from files, so that what is wrong with them is said now. Raises RewardError.
+    `model_loader` makes a Reward of the directory (or hub name) of a trained reward model. `running` takes
+    what follows the training, in the order of the spec, for its checkpoints; where nothing is trained it is
+    None and such parts are refused. Starts the processes of functions from files, so that what is wrong
+    with them is said now. Raises RewardError.
     """
     if isinstance(spec, list | tuple):
-        return _weighted_sum(spec, model_loader)
+        return _weighted_sum(spec, model_loader, running)
     if isinstance(spec, dict) and "reward" in spec:
-        return _weighted_sum([spec], model_loader)
+        return _weighted_sum([spec], model_loader, running)
     if isinstance(spec, dict):
         if len(spec) != 1:
             raise RewardError(
@@ -78,7 +87,8 @@ def _named(spec: str, options: dict[str, Any], model_loader: ModelLoader | None)
         raise RewardError("a file without the name of a function", where=spec, fix=f"write {spec}:NAME")
     if Path(spec).is_dir() or spec.count("/") == 1:
         if options:
-            raise RewardError(f"a reward model takes no options, not {sorted(options)}", where=spec)
+            raise RewardError(f"a reward model takes no options, not {sorted(options)}", where=spec,
+                              fix=f"write {{reward: {spec}, normalise: running, clip: 5}}")  # fmt: skip
         if model_loader is None:
             raise RewardError("a reward model cannot be used here", where=spec, fix="use a function or a rule")
         return model_loader(spec)
@@ -111,11 +121,13 @@ def _rule(name: str, options: dict[str, Any]) -> FunctionReward:
     return from_callable(rule_function(rule), name=name)
 
 
-def _weighted_sum(specs: Sequence[Any], model_loader: ModelLoader | None) -> WeightedSum:
+def _weighted_sum(
+    specs: Sequence[Any], model_loader: ModelLoader | None, running: list[Normalised] | None
+) -> WeightedSum:
     parts: list[Part] = []
     try:
         for spec in specs:
-            parts.append(_part(spec, model_loader))
+            parts.append(_part(spec, model_loader, running))
         return WeightedSum(parts)
     except BaseException:
         for part in parts:
@@ -123,17 +135,42 @@ def _weighted_sum(specs: Sequence[Any], model_loader: ModelLoader | None) -> Wei
         raise
 
 
-def _part(spec: Any, model_loader: ModelLoader | None) -> Part:
+def _part(spec: Any, model_loader: ModelLoader | None, running: list[Normalised] | None) -> Part:
     if not isinstance(spec, dict) or "reward" not in spec:
         spec = {"reward": spec}
-    known = ("reward", "weight", "name")
+    known = ("reward", "weight", "name", "normalise", "clip")
     for key in spec:
         if key not in known:
             raise RewardError(f"unknown key {key!r} in a weighted reward", fix=did_you_mean(str(key), known))
+    where = f"reward {spec['reward']}"
     if isinstance(spec["reward"], list | tuple) or (isinstance(spec["reward"], dict) and "reward" in spec["reward"]):
         raise RewardError("a sum within a sum", where="reward", fix="put all parts into one list")
-    weight = spec.get("weight", 1.0)
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
-        raise RewardError(f"weight is {weight!r}", where=f"reward {spec['reward']}", fix="give a finite number")
+    weight, clip = spec.get("weight", 1.0), spec.get("clip")
+    if not _is_number(weight):
+        raise RewardError(f"weight is {weight!r}", where=where, fix="give a finite number")
+    if clip is not None and not (_is_number(clip) and clip > 0):
+        raise RewardError(f"clip is {clip!r}", where=where, fix="give the largest score that counts, above 0")
+    follows = _follows_training(spec.get("normalise"), where, running)
     reward = parse_reward(spec["reward"], model_loader=model_loader)
+    if follows or clip is not None:
+        reward = Normalised(reward, running=follows, clip=clip)
+        if running is not None and follows:
+            running.append(reward)
     return Part(str(spec.get("name", reward.name)), reward, float(weight))
+
+
+def _follows_training(normalise: Any, where: str, running: list[Normalised] | None) -> bool:
+    if normalise is None:
+        return False
+    if normalise != "running":
+        raise RewardError(f"normalise is {normalise!r}", where=where, fix="write running, or leave it out")
+    if running is None:
+        raise RewardError(
+            "normalise: running", where=where, why="nothing is trained on these scores, and figures that move would "
+            "make two measurements incomparable", fix="leave normalise out",
+        )  # fmt: skip
+    return True
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

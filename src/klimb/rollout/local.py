@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from klimb.errors import KlimbError
-from klimb.models.cache import Decode, KVCache, Prefill
+from klimb.models.cache import Decode, KVCache, Prefill, Seats
 from klimb.models.faces import Policy
 from klimb.rollout.engine import Request
 from klimb.rollout.sampling import SamplingParams, draw, stream_key, uniforms
@@ -36,6 +36,8 @@ class _Slots:
     owners: list[tuple[Request, int]] = field(default_factory=list)
     prompts: list[int] = field(default_factory=list)
     """Place of each one's prompt in the cache."""
+    seats: Seats | None = None
+    """Known again when somebody came or went."""
 
     @staticmethod
     def empty(slots: int, length: int, device: torch.device) -> _Slots:
@@ -152,6 +154,7 @@ class LocalEngine:
         slots.drawn[rows] = 0
         slots.prompt_lengths[rows] = torch.tensor([len(r.prompt.tokens) for r, _ in new], device=device)
         slots.owners.extend(new)
+        slots.seats = None
         self._draw(logits.repeat_interleave(torch.tensor([samples for _, samples in runs], device=device), dim=0), rows)
 
     def _decode(self) -> None:
@@ -162,7 +165,8 @@ class LocalEngine:
         rows = slice(0, self._running)
         drawn = slots.drawn[rows]
         last = slots.tokens[rows].gather(1, drawn[:, None] - 1).squeeze(1)
-        plan = Decode(cache, slots.prompts, slots.prompt_lengths[rows], drawn.clone())
+        slots.seats = slots.seats or Seats(slots.prompts, drawn.device)
+        plan = Decode(cache, slots.seats, slots.prompt_lengths[rows], drawn)
         logits = self._logits(last, plan.position, plan, plan.rows)
         self._draw(logits, rows)
 
@@ -175,14 +179,13 @@ class LocalEngine:
         slots = self.slots
         assert slots is not None
         params = self._params()
-        drawn = slots.drawn[rows]
-        u = slots.uniforms[rows].gather(1, drawn[:, None]).squeeze(1)
+        place = slots.drawn[rows, None]
+        u = slots.uniforms[rows].gather(1, place).squeeze(1)
         seen = self._seen(rows, logits.shape[-1]) if params.repetition_penalty != 1 else None
         tokens, logps = draw(logits, u, params, seen)
-        place = torch.arange(rows.start, rows.stop, device=tokens.device)
-        slots.tokens[place, drawn] = tokens
-        slots.logps[place, drawn] = logps.float()
-        slots.versions[place, drawn] = self.version
+        slots.tokens[rows].scatter_(1, place, tokens[:, None])
+        slots.logps[rows].scatter_(1, place, logps.float()[:, None])
+        slots.versions[rows].scatter_(1, place, self.version)
         slots.drawn[rows] += 1
         if self.on_tokens is not None:
             self.on_tokens(len(tokens))
@@ -254,6 +257,7 @@ class LocalEngine:
             cache.move(movers, holes)
             slots.move(movers, holes)
         del slots.owners[running:], slots.prompts[running:]
+        slots.seats = None
         self._close_prompts()
         yield from finished
 

@@ -38,6 +38,9 @@ LEARNING_RATES: dict[Stage, tuple[float, float]] = {
 rate of full training (Schulman et al. 2025, "LoRA without regret"). A model from scratch wants 10–100 times more."""
 
 
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
 class Optimizer(StageConfig):
     """AdamW (Loshchilov & Hutter 2019) with warm-up, decay and a bound on the gradient's global norm."""
 
@@ -186,13 +189,11 @@ class Learner:
         with torch.no_grad():
             for name, master in self.masters.items():
                 master.copy_(tensors[f"weights.{name}"])
-                state = {  # "step" too lies where the weights are: the fused AdamW reads it there
-                    key: tensors[f"adam.{key}.{name}"].to(master.device, copy=True)
-                    for key in ("step", "exp_avg", "exp_avg_sq")
-                    if f"adam.{key}.{name}" in tensors
-                }
-                if state:
-                    self.adam.state[master] = state
+                if f"adam.step.{name}" in tensors:
+                    # The fused AdamW reads "step" where the weights are, and the moments in the weights' own strides.
+                    step = tensors[f"adam.step.{name}"].to(master.device, copy=True)
+                    moments = {k: torch.empty_like(master).copy_(tensors[f"adam.{k}.{name}"]) for k in _MOMENTS}
+                    self.adam.state[master] = {"step": step, **moments}
         self._write_working_copies()
 
 

@@ -25,7 +25,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TextIO
+from typing import Any, Literal, Self, TextIO
 
 import pyarrow.parquet
 from pydantic import BaseModel
@@ -38,9 +38,20 @@ from klimb.runtime.samples import sample_table
 Inputs = Mapping[str, Path | str]
 """What the config points at: files and folders (hashed), or a fingerprint as text (hub name, revision)."""
 
+Fresh = bool | Literal["changed"]
+"""What becomes of an earlier run in the same directory: True deletes it, "changed" only where it is another one."""
+
 _PROCESS = "run/"
 """Events of this kind tell of the process, not of the training: after a kill there are more of them."""
 _AT_START = '{"step": 0, '
+
+
+class OtherRun(RunError):
+    """The directory holds a run of another config or input; `changes` says what differs."""
+
+    def __init__(self, path: Path, changes: str, fix: str) -> None:
+        super().__init__("holds a run of another config or input", where=path, why=changes, fix=fix)
+        self.path, self.changes = path, changes
 
 
 def _print_aside(line: str) -> None:
@@ -69,15 +80,15 @@ class Run:
         inputs: Inputs,
         *,
         name: str,
-        fresh: bool = False,
+        fresh: Fresh = False,
         say: Callable[[str], None] = _print_aside,
     ) -> Self:
         """Creates the directory of this config and these inputs, or continues the one that is there.
 
         `out` None stands for `runs/NAME-HASH`. `say` gets lines for a person: continued, what differs.
-        Raises RunError when the directory belongs to another config, another process or somebody else, or
-        cannot be written; with `fresh` what a run left there is deleted first. A run that failed before its
-        first step (a missing file, a mistake in a reward) stands in nobody's way.
+        Raises RunError when the directory belongs to another process or somebody else, or cannot be written,
+        and OtherRun when it belongs to another config; with `fresh` what a run left there is deleted first. A
+        run that failed before its first step (a missing file, a mistake in a reward) stands in nobody's way.
         """
         hashes = {key: manifest.fingerprint(key, value) for key, value in inputs.items()}
         identity = config_hash(config, hashes)
@@ -87,15 +98,17 @@ class Run:
             lock, cut_off = manifest.take(path)
             try:
                 facts = manifest.read(path)
-                fresh = fresh or (facts is not None and facts["identity"] != identity and manifest.is_untouched(path))
-                continued = facts is not None and not fresh
-                if facts is None or fresh:
+                other = facts is not None and facts["identity"] != identity
+                if other and not (fresh or manifest.is_untouched(path)):
+                    changes = "; ".join(manifest.differences(path, config, hashes))
+                    raise OtherRun(path, changes, fix="start it again here with --fresh, or choose another out")
+                if other and fresh == "changed":
+                    changes = "; ".join(manifest.differences(path, config, hashes))
+                    say(f"{path}: started anew, what it held is deleted: {changes}")
+                continued = facts is not None and not other and fresh is not True
+                if facts is None or not continued:
                     facts = manifest.describe(name, identity, config, inputs, hashes)
                     manifest.begin(path, facts, config)
-                elif facts["identity"] != identity:
-                    changes = "; ".join(manifest.differences(path, config, hashes))
-                    fix = "start it again here with --fresh, or choose another out"
-                    raise RunError("holds a run of another config or input", where=path, why=changes, fix=fix)
             except BaseException:
                 lock.close()
                 raise

@@ -27,6 +27,7 @@ from klimb.runtime.learner import LEARNING_RATES, Learner, Optimizer, Stage
 from klimb.runtime.ranks import gather, rank, share
 from klimb.runtime.run import Run
 from klimb.runtime.signals import Interrupt
+from klimb.stages.progress import Live, live_line
 
 
 def described(value: Any) -> Any:
@@ -138,6 +139,8 @@ class Session:
     learners: dict[str, Learner] = field(default_factory=dict)
     started: float = field(default_factory=time.monotonic)
     timings: dict[str, float] = field(default_factory=dict)
+    live: Live | None = None
+    """Where progress is drawn, if it is: on a terminal, for who is told by `say_aside`."""
     _shown: float = 0.0
 
     @staticmethod
@@ -148,7 +151,10 @@ class Session:
         torch.set_num_threads(int(threads))
         dtype = share(run.decide("dtype", lambda: str(resolve_dtype(config.dtype, device)).removeprefix("torch.")))
         torch.manual_seed(config.seed)
-        return Session(run, interrupt, device, getattr(torch, dtype), say)
+        live = live_line(run.manifest["name"]) if say is say_aside else None
+        if live is not None:
+            run.closing.callback(live.close)
+        return Session(run, interrupt, device, getattr(torch, dtype), say, live=live)
 
     def learner(
         self, name: str, stage: Stage, parameters: Mapping[str, torch.nn.Parameter], config: TrainConfig,
@@ -178,12 +184,26 @@ class Session:
 
     def steps(self, start: int, total: int) -> Iterator[int]:
         """The numbers of the steps that are left; events carry that of the step in progress."""
+        if self.live is not None:
+            self.live.begin(self.live.name, done=start, total=total)
         for step in range(start + 1, total + 1):
             self.run.step = step
             yield step
 
+    def sampling(self, purpose: str) -> None:
+        """Samples are drawn outside the steps, to measure or to keep them."""
+        if self.live is not None:
+            self.live.begin(self.live.name if purpose == self.live.name else f"{self.live.name}: {purpose}")
+
+    @property
+    def on_tokens(self) -> Callable[[int], None] | None:
+        """Who counts an engine's tokens, if anybody looks."""
+        return self.live.count if self.live is not None else None
+
     @contextmanager
     def timed(self, what: str) -> Iterator[None]:
+        if self.live is not None:
+            self.live.phase()
         start = time.perf_counter()
         yield
         self.timings[what] = self.timings.get(what, 0.0) + time.perf_counter() - start
@@ -221,7 +241,17 @@ class Session:
             raise Interrupted(f"saved after step {step} of {total} in {self.run.path}; the same command continues")
 
     def _show(self, step: int, total: int, plain: Mapping[str, float]) -> None:
-        """One line at most every two seconds (and for the last step): who waits wants to see it move."""
+        """One line at most every two seconds (and for the last step): who waits wants to see it move.
+
+        Where a live line moves, that of the last step is left.
+        """
+        if self.live is not None:
+            seconds = self.timings.get("rollout", self.timings.get("train", 0.0))
+            rate = plain["tokens"] / seconds if "tokens" in plain and seconds else None
+            drawn = [key for key in _LIVE if key in plain][:3]
+            self.live.step(step, rate, "  ".join(f"{key} {plain[key]:.4g}" for key in drawn))
+            if step != total:
+                return
         now = time.monotonic()
         if now - self._shown < 2 and step != total:
             return
@@ -230,6 +260,7 @@ class Session:
         self.say(f"  step {step}/{total}  " + "  ".join(f"{key} {plain[key]:.4g}" for key in known))
 
 
+_LIVE = ("reward/mean", "gold/mean", "kl", "loss", "accuracy")
 _SHOWN = (
     "loss", "accuracy", "eval/loss", "eval/accuracy", "reward/mean", "gold/mean", "kl", "entropy", "length/mean",
     "clip_fraction", "critic/explained_variance", "tokens_per_second",

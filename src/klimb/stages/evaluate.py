@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from klimb.data.render import Renderer
 from klimb.models.faces import Policy, sequence_kl
 from klimb.models.load import load_tokenizer
 from klimb.rewards.model import ModelReward
+from klimb.rewards.normalise import Normalised
 from klimb.rewards.protocol import Reward
 from klimb.rewards.ranks import asked_once
 from klimb.rewards.scorer import Scorer
@@ -92,7 +93,8 @@ class Judges:
     def sample(self, policy: Policy, purpose: str) -> list[Group]:
         """Groups of the measurement's prompts with proxy (`score`) and, as a component, gold."""
         params = SamplingParams(self.config.max_tokens, self.loaded.stop_tokens(self.prompts), self.config.temperature)
-        engine = local_engine(policy, self.loaded, self.prompts)
+        engine = local_engine(policy, self.loaded, self.prompts, on_tokens=self.session.on_tokens)
+        self.session.sampling(purpose)
         seed = stream_seed(self.seed, purpose)
         groups = generate(engine, [Request(p, self.config.samples_per_prompt, params, seed) for p in self.prompts])
         if self.proxy is not None:
@@ -153,8 +155,11 @@ def add_gold(gold: Reward, groups: Sequence[Group], on_event: Any) -> None:
         sample.score = score
 
 
-def open_reward(spec: Any, session: Session, renderer: Renderer) -> Reward:
-    """Whatever a recipe says after `reward:`; a directory is a trained reward model. It is closed with the run."""
+def open_reward(spec: Any, session: Session, renderer: Renderer, running: list[Normalised] | None = None) -> Reward:
+    """Whatever a recipe says after `reward:`; a directory is a trained reward model. It is closed with the run.
+
+    running: takes the parts that follow the training; None where the scores are not trained on.
+    """
 
     def load(directory: str) -> Reward:
         tokenizer = load_tokenizer(directory)
@@ -163,14 +168,19 @@ def open_reward(spec: Any, session: Session, renderer: Renderer) -> Reward:
         same = tokenizer.get_vocab() == mine.get_vocab() or mine.get_vocab().items() <= tokenizer.get_vocab().items()
         return ModelReward(model, Renderer(tokenizer), directory, same_tokenizer=same)
 
-    reward = asked_once(parse_reward(spec, model_loader=load))
+    reward = asked_once(parse_reward(spec, model_loader=load, running=running))
     session.run.closing.callback(reward.close)
     return reward
 
 
-def local_engine(policy: Policy, loaded: Loaded, prompts: Sequence[Prompt], max_rows: int = 128) -> LocalEngine:
+def local_engine(
+    policy: Policy, loaded: Loaded, prompts: Sequence[Prompt], max_rows: int = 128,
+    on_tokens: Callable[[int], None] | None = None,
+) -> LocalEngine:  # fmt: skip
     like = prompts[0].text if prompts else ""
-    return LocalEngine(policy, lambda tokens: loaded.renderer.decode(tokens, like), max_rows=max_rows)
+    return LocalEngine(
+        policy, lambda tokens: loaded.renderer.decode(tokens, like), max_rows=max_rows, on_tokens=on_tokens
+    )
 
 
 def batch_of(groups: Sequence[Group]) -> TokenBatch:

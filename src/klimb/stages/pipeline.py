@@ -5,42 +5,33 @@ from __future__ import annotations
 import importlib
 import json
 import math
-import statistics
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from klimb.config import (
-    apply_override,
-    config_changes,
-    config_hash,
-    dump_config,
-    find_references,
-    load_recipe,
-    load_yaml,
-    parse_seeds,
-    resolve_references,
-)
+from klimb.config import apply_override, find_references, load_recipe, parse_seeds, resolve_references
 from klimb.errors import ConfigError, did_you_mean
 from klimb.plugin import is_reference, load_attribute
 from klimb.report.page import write_report
-from klimb.runtime.durable import explained, replace_file
-from klimb.runtime.manifest import most_recent
+from klimb.runtime.durable import content_hash, replace_file
 from klimb.runtime.ranks import rank, share
+from klimb.runtime.run import Fresh, OtherRun
 from klimb.stages.common import described, say_aside
 from klimb.stages.registry import run_stage, stage_config
-from klimb.watch.statistics import seeds_interval
+from klimb.stages.seeds import keep_config, open_root, over_seeds, rows_of
 
 WORLDS: Mapping[str, str] = {"clerk": "klimb.lab.clerk", "digits": "klimb.lab.digits"}
 _KEYS = ("name", "world", "data", "seed", "device", "out", "stages", "threads", "simulated_labels")
 
 
 def run(
-    recipe: str | Mapping[str, Any], *, fresh: bool = False, say: Callable[[str], None] = say_aside, **overrides: Any
+    recipe: str | Mapping[str, Any], *, fresh: Fresh = False, say: Callable[[str], None] = say_aside, **overrides: Any
 ) -> dict[str, Any]:
     """Run a recipe (a path, the name of a shipped one, or a dict) and return its summary.
 
-    ``klimb.run("quickstart", seed=1)``; a key of a stage is given as ``**{"stages.sft.steps": 10}``.
+    ``klimb.run("quickstart", seed=1)``; a key of a stage is given as ``**{"stages.sft.steps": 10}``. `fresh`: True
+    starts every stage anew, "changed" those that differ from what `out` holds, and those that use what they make.
     """
     if isinstance(recipe, str):
         name, _, values = load_recipe(recipe)
@@ -69,12 +60,12 @@ def with_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[
 
 
 def run_pipeline(
-    name: str, values: Mapping[str, Any], *, fresh: bool = False, say: Callable[[str], None] = say_aside
+    name: str, values: Mapping[str, Any], *, fresh: Fresh = False, say: Callable[[str], None] = say_aside
 ) -> dict[str, Any]:
     """All seeds of a recipe, one after the other; returns what summary.json holds."""
     check_recipe(name, values)
     seeds = parse_seeds(values.get("seed", 0))
-    root = Path(share(str(_open_root(name, described(values), say)) if rank() == 0 else None))
+    root = Path(share(str(open_root(name, described(values), say)) if rank() == 0 else None))
     summaries = {}
     for seed in seeds:
         folder = root if len(seeds) == 1 else root / f"seed-{seed}"
@@ -83,22 +74,8 @@ def run_pipeline(
     summary = summaries[seeds[0]] if len(seeds) == 1 else over_seeds(name, summaries)
     if len(seeds) > 1:
         _write_json(root / "summary.json", summary)
-        _report(root)
+        _report(root, values)
     return {**summary, "out": str(root)}
-
-
-def _open_root(name: str, values: Mapping[str, Any], say: Callable[[str], None]) -> Path:
-    """The directory of all stages: `out`, else one for this recipe, whatever its seeds."""
-    identity = config_hash({key: value for key, value in values.items() if key != "seed"})
-    root = Path(values.get("out") or f"runs/{name}-{identity[:8]}")
-    previous = None if values.get("out") or root.exists() else most_recent(root.parent, name, holding="config.yaml")
-    if previous is not None:
-        changes = "; ".join(config_changes(load_yaml(previous / "config.yaml"), values))
-        say(f"{root}: a new run, it differs from {previous.name}: {changes}")
-    with explained("cannot write the run directory", root, fix="choose another out"):
-        root.mkdir(parents=True, exist_ok=True)
-        replace_file(root / "config.yaml", dump_config(values).encode())
-    return root
 
 
 def check_recipe(name: str, values: Mapping[str, Any]) -> None:
@@ -135,7 +112,7 @@ def _stage_config(name: str, stage: str, settings: Mapping[str, Any], recipe: Ma
 
 
 def run_seed(
-    name: str, values: Mapping[str, Any], seed: int, folder: Path, *, fresh: bool, say: Callable[[str], None]
+    name: str, values: Mapping[str, Any], seed: int, folder: Path, *, fresh: Fresh, say: Callable[[str], None]
 ) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     results: dict[str, dict[str, Any]] = {"recipe": {"data": values.get("data"), "seed": seed}}
@@ -147,37 +124,56 @@ def run_seed(
         say(f"─ {stage}")
         resolved = resolve_references(settings, results, f"{name}: stages.{stage}")
         config = _stage_config(name, stage, resolved, values, seed)
-        finished[stage] = run_stage(settings["stage"], config, name=stage, out=folder / stage, fresh=fresh, say=say)
+        try:
+            finished[stage] = run_stage(settings["stage"], config, name=stage, out=folder / stage, fresh=fresh, say=say)
+        except OtherRun as error:
+            fix = f"{_what_changed_does(stage, values['stages'])}; --fresh restarts all; or choose another out"
+            raise OtherRun(error.path, error.changes, fix) from None
         results[stage] = finished[stage]
     summary = {
-        "name": name, "seed": seed, "rows": [row for r in finished.values() if (row := _row(r))], "stages": finished,
+        "name": name, "seed": seed, "rows": rows_of([*finished.values()]), "stages": finished,
         "simulated_labels": bool(values.get("simulated_labels", False)), "kl_estimator": "full",
     }  # fmt: skip
     _write_json(folder / "summary.json", summary)
     _write_json(folder / "replies.json", replies(finished, results.get("world", {})))
-    _report(folder)
+    _report(folder, values)
     return summary
+
+
+def _what_changed_does(stage: str, stages: Mapping[str, Any]) -> str:
+    """What --changed would do here: with this stage, with those that use its results, and with all others."""
+    users = [stage]
+    for other, settings in stages.items():
+        sources = {reference.strip().partition(".")[0] for reference in find_references(settings)}
+        if sources & {*users}:
+            users.append(other)
+    told = f" (and {', '.join(users[1:])}, where the inputs then differ)" if users[1:] else ""
+    return f"--changed deletes and restarts {stage}{told} and keeps the others"
 
 
 def prepare_world(spec: Any, folder: Path, seed: int, say: Callable[[str], None]) -> dict[str, Any]:
     """Data, models and judges that a recipe starts from: a world of `klimb.lab`, or `my_world.py:prepare`.
 
-    Such a function takes (out, seed=…, and the spec's further keys) and returns names for `${world.NAME}`.
+    Such a function takes (out, seed=…, and the spec's further keys) and returns names for `${world.NAME}`. What it
+    made is used again as long as it is asked for the same: by name, seed and keys, and by the content of its code
+    and of every file or folder that a key names.
     """
     options = dict(spec) if isinstance(spec, Mapping) else {"name": spec}
     name = str(options.pop("name", ""))
     if is_reference(name):
-        prepare = load_attribute(name)
+        prepare, code = load_attribute(name), name.rpartition(":")[0]
     elif name in WORLDS:
-        prepare = importlib.import_module(WORLDS[name]).prepare
+        module = importlib.import_module(WORLDS[name])
+        prepare, code = module.prepare, str(module.__file__)
     else:
         raise ConfigError(f"unknown world {name!r}", fix=did_you_mean(name, WORLDS))
     done = folder / "world.json"
-    asked = {"name": name, "seed": seed, **options}
+    asked = {"name": name, "seed": seed, **options, "content": _content([code, options])}
     if done.is_file():
         made = json.loads(done.read_text())
         if made["asked"] == asked:
             return dict(made["world"])
+        done.unlink()  # its files are about to be replaced
     try:
         world = dict(prepare(folder, seed=seed, **options))
     except TypeError as error:
@@ -188,13 +184,13 @@ def prepare_world(spec: Any, folder: Path, seed: int, say: Callable[[str], None]
     return world
 
 
-def _row(result: Mapping[str, Any]) -> dict[str, Any] | None:
-    evaluation = result.get("evaluation")
-    if not evaluation:
-        return None
-    keys = ("proxy", "gold", "gold_low", "gold_high", "kl", "by")
-    row = {"method": result["method"], **{key: evaluation.get(key) for key in keys}, "seconds": result["seconds"]}
-    return {**row, "algorithm": result.get("algorithm")}
+def _content(value: Any) -> list[str]:
+    """The hashes of what lies where a text names a file or folder, in their order."""
+    if isinstance(value, Mapping):
+        value = [*value.values()]
+    if isinstance(value, list | tuple):
+        return [content for inner in value for content in _content(inner)]
+    return [content_hash(Path(value))] if isinstance(value, str | Path) and os.path.exists(value) else []
 
 
 def replies(results: Mapping[str, Mapping[str, Any]], world: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -216,36 +212,9 @@ def _explain(world: Mapping[str, Any]) -> Any:
     return load_attribute(str(reference)) if reference else None
 
 
-def over_seeds(name: str, summaries: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
-    """Mean and t interval over seeds for each method, and paired differences to the first one."""
-    tables = {seed: {row["method"]: row for row in summary["rows"]} for seed, summary in summaries.items()}
-    methods = [row["method"] for row in next(iter(summaries.values()))["rows"]]
-    rows, paired = [], []
-    for method in methods:
-        of_seed = [table[method] for table in tables.values() if method in table]
-        gold = seeds_interval([row["gold"] for row in of_seed if row["gold"] is not None])
-        rows.append({
-            "method": method, "proxy": _mean([row["proxy"] for row in of_seed]), "gold": gold.mean,
-            "gold_low": gold.low, "gold_high": gold.high, "kl": _mean([row["kl"] for row in of_seed]),
-            "seconds": _mean([row["seconds"] for row in of_seed]), "algorithm": of_seed[0].get("algorithm"),
-        })  # fmt: skip
-        if method != methods[0]:
-            both = [(t[method]["gold"], t[methods[0]]["gold"]) for t in tables.values() if method in t]
-            difference = seeds_interval([a - b for a, b in both if a is not None and b is not None])
-            paired.append({"method": method, "against": methods[0], "difference": difference.mean,
-                           "low": difference.low, "high": difference.high})  # fmt: skip
-    return {"name": name, "seeds": list(summaries), "rows": rows, "paired": paired,
-            "kl_estimator": "full", "by_seed": {str(seed): summary["rows"] for seed, summary in summaries.items()},
-            "simulated_labels": any(summary["simulated_labels"] for summary in summaries.values())}  # fmt: skip
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    present = [value for value in values if value is not None]
-    return statistics.fmean(present) if present else None
-
-
-def _report(folder: Path) -> None:
+def _report(folder: Path, values: Mapping[str, Any]) -> None:
     if rank() == 0:
+        keep_config(folder, described(values))
         write_report(folder)
 
 

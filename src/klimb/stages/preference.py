@@ -94,6 +94,7 @@ def train(config: PreferenceConfig, run: Run, interrupt: Interrupt, say: Any) ->
             batch = with_reference(reference, batch, config.token_budget)
         with session.timed("train"):
             measured = learner.step(batch, lambda micro, totals: pair_loss(loaded.policy, loss, micro, totals))
+        measured["tokens"] = metrics.total(batch.totals.tokens)
         if step == 1 and config.reference is None:
             _check_start(loss, measured["loss"].result(), session.dtype)
         if held_out and (step % config.eval_every == 0 or step == steps):

@@ -13,7 +13,7 @@ from klimb.errors import ConfigError, Interrupted, did_you_mean
 from klimb.plugin import is_reference
 from klimb.rewards.spec import reward_files
 from klimb.runtime.ranks import rank, share
-from klimb.runtime.run import Run
+from klimb.runtime.run import Fresh, Run
 from klimb.runtime.signals import interruptible
 from klimb.stages.common import inputs_of, say_aside
 
@@ -43,7 +43,7 @@ def preview(stage: str, config: Any) -> list[str]:
 
 
 def run_stage(
-    stage: str, config: Any, *, name: str, out: str | Path | None = None, fresh: bool = False,
+    stage: str, config: Any, *, name: str, out: str | Path | None = None, fresh: Fresh = False,
     say: Callable[[str], None] = say_aside,
 ) -> dict[str, Any]:  # fmt: skip
     """Run one stage, or continue it, or return what it found before. The result names its run directory."""
@@ -66,7 +66,7 @@ def run_stage(
         return {**result, "run": str(run.path)}
 
 
-def _open(out: str | Path | None, config: Any, name: str, fresh: bool, say: Callable[[str], None]) -> Run:
+def _open(out: str | Path | None, config: Any, name: str, fresh: Fresh, say: Callable[[str], None]) -> Run:
     """Rank 0 takes the directory, the others look on."""
     run = None
     if rank() == 0:

@@ -86,6 +86,7 @@ def train(config: RewardConfig, run: Run, interrupt: Interrupt, say: Any) -> dic
         batch = batch_of([training[i] for i in sampler.next_batch()])
         with session.timed("train"):
             measured = learner.step(batch, lambda micro, totals: pair_loss(model, micro, totals, config.centering))
+        measured["tokens"] = metrics.total(batch.totals.tokens)
         if held_out and (step % config.eval_every == 0 or step == steps):
             measured["eval/accuracy"] = _accuracy(model, held_out, config.token_budget)
         session.end_step(

@@ -29,12 +29,15 @@ from klimb.objective.credit import assign_credit
 from klimb.objective.critic import critic_loss
 from klimb.objective.policy_loss import policy_loss
 from klimb.objective.spec import describe, parse_algorithm
+from klimb.rewards.normalise import Moments, Normalised
 from klimb.rewards.protocol import Reward
 from klimb.rewards.scorer import Scorer, dry_run
 from klimb.rollout.engine import Request, RolloutEngine, generate
 from klimb.rollout.sampling import SamplingParams
 from klimb.runtime.learner import Learner, Optimizer
+from klimb.runtime.memory import give_back
 from klimb.runtime.run import Run
+from klimb.runtime.samples import sample_records
 from klimb.runtime.signals import Interrupt
 from klimb.stages.common import Given, Session, TrainConfig, stream_seed
 from klimb.stages.evaluate import Judges, Measurement, add_gold, batch_of, local_engine, open_reward
@@ -106,6 +109,8 @@ class Actors:
     sampler: Sampler
     engine: RolloutEngine
     scorer: Scorer
+    running: list[Normalised]
+    """Parts of the reward whose scale follows the training."""
     gold: Reward | None
     policy_learner: Learner
     critic_learner: Learner | None
@@ -113,6 +118,17 @@ class Actors:
     @property
     def policy(self) -> Policy:
         return self.loaded.policy
+
+    def progress(self) -> dict[str, Any]:
+        """What a checkpoint needs besides weights and the algorithm's state."""
+        moments = [list(part.moments) for part in self.running if part.moments is not None]
+        return {"sampler": self.sampler.state(), "reward_counts": dict(self.scorer.counts), "reward_moments": moments}
+
+    def restore(self, progress: dict[str, Any]) -> None:
+        self.sampler.restore(progress["sampler"])
+        self.scorer.counts = progress["reward_counts"]
+        for part, moments in zip(self.running, progress["reward_moments"], strict=True):
+            part.moments = Moments(*moments)
 
 
 def train(config: RlConfig, run: Run, interrupt: Interrupt, say: Any) -> dict[str, Any]:
@@ -123,12 +139,11 @@ def train(config: RlConfig, run: Run, interrupt: Interrupt, say: Any) -> dict[st
     start = 0
     if found := session.resume():
         start, state = found.step, found.tensors["state"]
-        actors.sampler.restore(found.state["stage"]["sampler"])
-        actors.scorer.counts = found.state["stage"]["reward_counts"]
+        actors.restore(found.state["stage"])
 
     for step in session.steps(start, config.steps):
         actors.engine.update_weights(step)
-        groups, counted = rollout(actors, step)
+        groups, refused, counted = rollout(actors, step)
         batch = look_up(actors, experience(groups), stale=is_stale(groups, step))
         credit = assign_credit(
             actors.algorithm, scores=batch["scores"], mask=batch.mask, group=batch.group,
@@ -139,10 +154,10 @@ def train(config: RlConfig, run: Run, interrupt: Interrupt, say: Any) -> dict[st
             batch = batch.with_columns(returns=credit.returns)
         measured = learn(actors, batch, step, state)
         state = credit.state
-        progress = {"sampler": actors.sampler.state(), "reward_counts": dict(actors.scorer.counts)}
         session.end_step(
             step, config.steps, {**metrics.results(credit.metrics | measured), **counted},
-            every=config.checkpoint_every, state=progress, tensors=state, samples=sample_records(groups),
+            every=config.checkpoint_every, state=actors.progress(), tensors=state,
+            samples=sample_records(groups, refused),
         )  # fmt: skip
 
     actors.loaded.save(run.model)
@@ -177,9 +192,12 @@ def prepare(config: RlConfig, session: Session) -> Actors:
     renderer, context = load_texts(config.model)
     room = prompt_room(context, config.max_tokens)
     data = session.read(load_prompts, config.data, config, renderer, min(config.max_prompt_tokens or room, room))
-    reward = open_reward(config.reward, session, renderer)
+    running: list[Normalised] = []
+    reward = open_reward(config.reward, session, renderer, running)
     for line in dry_run(reward, data.items).lines()[:2]:
         session.say(f"reward {reward.name}: {line}")
+    for part in running:
+        part.moments = Moments()  # the dry run's completions were made up
     gold = None if config.gold is None else open_reward(config.gold, session, renderer)
     loaded = load_policy(session, config.model, config.lora, config.seed, renderer)
     loaded.conversational = data.conversational
@@ -201,21 +219,25 @@ def prepare(config: RlConfig, session: Session) -> Actors:
     return Actors(
         config, session, algorithm, loaded, reference, critic, data.items,
         Sampler(len(data.items), config.prompts_per_step, config.seed),
-        local_engine(loaded.policy, loaded, data.items, rows),
+        local_engine(loaded.policy, loaded, data.items, rows, session.on_tokens),
         Scorer(reward, failure_limit=config.failure_limit, min_scored=min(2, config.samples_per_prompt),
                on_event=lambda event: session.run.event(**event)),
-        gold, policy_learner, critic_learner,
+        running, gold, policy_learner, critic_learner,
     )  # fmt: skip
 
 
 # One step -----------------------------------------------------------------------------------------------------------
 
 
-def rollout(actors: Actors, step: int) -> tuple[list[Group], dict[str, float]]:
-    """Scored groups for one batch. Groups that the algorithm's sampling refuses are replaced by further prompts."""
+def rollout(actors: Actors, step: int) -> tuple[list[Group], list[Group], dict[str, float]]:
+    """Scored groups for one batch, those that the algorithm's sampling refused, and counts.
+
+    Refused groups are replaced by further prompts, `max_refills` times; what is there then is trained on.
+    """
     config, session = actors.config, actors.session
     params = SamplingParams(config.max_tokens, actors.loaded.stop_tokens(actors.prompts), config.temperature)
     kept: list[Group] = []
+    refused: list[Group] = []
     drawn: list[Group] = []
     counts: dict[str, float] = {}
     for refill in range(config.max_refills + 1):
@@ -230,17 +252,32 @@ def rollout(actors: Actors, step: int) -> tuple[list[Group], dict[str, float]]:
         drawn += groups
         counts["samples/dropped"] = counts.get("samples/dropped", 0) + report.dropped_samples
         wanted = actors.algorithm.sampling
-        kept += [g for g in report.groups if wanted is None or wanted([float(s.score or 0.0) for s in g.samples])]
+        for group in report.groups:
+            teaches = wanted is None or wanted([float(s.score or 0.0) for s in group.samples])
+            (kept if teaches else refused).append(group)
         counts |= {key: value for key, value in report.metrics.items() if key not in ("reward/mean", "reward/std")}
         if wanted is None or len(kept) >= config.prompts_per_step:
             break
+    give_back()
     if not kept:
         raise RewardError(
             f"step {step}: no group to learn from out of {len(drawn)}", where="reward",
             why="every group was unscored or had equal scores",
             fix="look at samples/ and events.jsonl; use easier or harder prompts, or another sampling",
         )  # fmt: skip
-    return kept, {**counts, **_sample_counts(drawn, kept)}
+    if actors.algorithm.sampling is not None:
+        counts["groups/refused"] = len(refused)
+        if len(kept) < config.prompts_per_step:
+            session.run.event("too_few_groups", _too_few(config, len(kept), len(refused)))
+    return kept, refused, {**counts, **_sample_counts(drawn, kept)}
+
+
+def _too_few(config: RlConfig, kept: int, refused: int) -> str:
+    return (
+        f"trained on {kept} of {config.prompts_per_step} groups: after max_refills={config.max_refills} further rounds "
+        f"of prompts {refused} groups were refused, all samples of each scored the same; use easier or harder prompts, "
+        "or raise max_refills"
+    )
 
 
 def requests(prompts: Sequence[Prompt], samples: int, params: SamplingParams, seed: int) -> list[Request]:
@@ -330,6 +367,7 @@ def learn(actors: Actors, batch: TokenBatch, step: int, state: dict[str, Tensor]
                 f"critic/{k}" if k in ("grad_norm", "lr") else k: v for k, v in measured.items() if k != "objective"
             }
         collected.append(found)
+    give_back()
     merged = metrics.merge(collected)
     if not warming_up:
         merged |= check.report(step, batch, fresh=config.reference is None)
@@ -370,17 +408,3 @@ def split_updates(batch: TokenBatch, updates: int, seed: int, step: int) -> Iter
         index = [i for i, group in enumerate(batch.group.tolist()) if group in chosen]
         if index:
             yield batch.select(index)
-
-
-def sample_records(groups: Sequence[Group]) -> list[dict[str, Any]]:
-    """Every completion that was learnt from, as the run directory keeps it."""
-    return [
-        {
-            "prompt_id": group.prompt.id, "prompt": group.prompt.text, "sample": sample.index,
-            "completion": sample.text, "tokens": sample.tokens, "logps": sample.logps, "finish": sample.finish,
-            "version": max((v for s in sample.segments for v in s.versions), default=0), "score": sample.score,
-            "gold": sample.rewards.get("gold"),
-            **{f"reward.{name}": value for name, value in sample.rewards.items() if name != "gold"},
-        }
-        for group in groups for sample in group.samples
-    ]  # fmt: skip

@@ -55,7 +55,8 @@ def train(config: SampleConfig, run: Run, interrupt: Interrupt, say: Any) -> dic
         config.repetition_penalty,
     )  # fmt: skip
     seed = stream_seed(config.seed, "sample")
-    engine = local_engine(loaded.policy, loaded, data.items)
+    engine = local_engine(loaded.policy, loaded, data.items, on_tokens=session.on_tokens)
+    session.sampling("sample")
     groups = generate(engine, [Request(p, config.samples_per_prompt, params, seed) for p in data.items])
     if config.reward is not None:
         reward = open_reward(config.reward, session, loaded.renderer)
