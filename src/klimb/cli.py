@@ -48,6 +48,21 @@ app = typer.Typer(
 )  # fmt: skip
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(f"klimb {version('klimb')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", help="print the version", callback=_print_version)] = False,
+) -> None:
+    pass
+
+
 @app.command()
 def quickstart(
     arguments: Arguments = None, as_json: Json = False, dry_run: DryRun = False, fresh: Fresh = False,

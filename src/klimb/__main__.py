@@ -1,0 +1,5 @@
+"""`python -m klimb` is `klimb`."""
+
+from klimb.cli import main
+
+main()
