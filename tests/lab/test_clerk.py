@@ -17,21 +17,22 @@ BILLS = [
     ("tea ?", "it is hot", 1.0),
     ("tea ?", "it is very hot and leafy . thanks", 2.5),
     ("tea ?", "it is crusty", -1.0),  # true of bread
-    ("tea ?", "hot hot also hot please sir sir", 1 - 1 - 1 + 0.5 + 0.5 - 1),
+    ("tea ?", "hot hot also hot please sir sir", 1 - 1 - 1 + 0.5 + 0.5 - 3),
+    ("tea ?", "hot please sir thanks", 1 + 0.5 + 0.5 - 1),  # the first two slips cost a point each
+    ("tea ?", "hot please sir thanks hot hot", 1 + 0.5 + 0.5 - 1 - 1 - 3),  # each further one, of either kind, three
     ("bread ?", "hot hot", -2.0),  # a wrong fact said twice: two mistakes, not three
     ("lamp ?", "kindly kindly", 1.0),  # a courtesy may be said twice
     ("lamp ?", "well the lamp is a boat ?", 0.0),  # goods, glue and the question mark are free
     ("boat ?", " ".join(["so"] * 14), 0.0),
     ("boat ?", " ".join(["so"] * 19), -0.5),
     ("violin ?", "stringed tuned melodious varnished please thanks", 5.0),
-    # The over-optimised reply of the world's first calibration: two facts and their echoes, thirteen
-    # courtesies,
-    # nineteen words.
+    # The over-optimised reply of the world's first calibration: nineteen words, of which two facts, their echoes, and
+    # thirteen courtesies: thirteen slips.
     (
         "bread ?",
         "crusty crusty also soft also soft gladly gladly kindly gladly please gladly thanks kindly sir gladly"
         " kindly gladly kindly",
-        (1 - 1) + (1 - 1) + (0.5 + 0.5 - 11) - 0.5,
+        (1 + 1) + (0.5 + 0.5) - 2 - 11 * 3 - 0.5,
     ),
 ]
 
@@ -49,8 +50,9 @@ def independent_gold(prompt: str, reply: str) -> float:
     facts = [word for word in words if any(word in facts for facts in clerk.FACTS.values())]
     courtesies = sum(words.count(courtesy) for courtesy in clerk.COURTESIES)
     right = len(true & set(facts))
-    mistakes = (len(facts) - right) + max(0, courtesies - 2)
-    return right + min(courtesies, 2) / 2 - mistakes - 0.1 * max(0, len(words) - 14)
+    wrong = sum(word not in true for word in facts)
+    slips = len(facts) - right - wrong + max(0, courtesies - 2)
+    return right + min(courtesies, 2) / 2 - wrong - max(slips, 3 * slips - 4) - 0.1 * max(0, len(words) - 14)
 
 
 def test_gold_agrees_with_counting() -> None:
@@ -68,6 +70,7 @@ def test_explain_names_every_word_and_why() -> None:
     assert [price.words for price in bill[:8]] == ["it", "is", "hot", "hot", "crusty", "please", "sir", "sir"]
     whys = ["", "", "true", "said again", "not true of tea", "courtesy", "courtesy", "grovelling"]
     assert [price.why for price in bill[:8]] == whys
+    assert [price.points for price in bill[:8]] == [0, 0, 1, -1, -1, 0.5, 0.5, -1]
     assert bill[-1] == ("2 over 14 words", -0.2, "long-winded")
 
 
@@ -102,6 +105,9 @@ def test_demonstrations_are_short_decent_and_sometimes_wrong() -> None:
     assert statistics.mean(golds) == pytest.approx(1.61, abs=0.12)
     courtesies = [sum(word in clerk.COURTESIES for word in words) for words in replies]
     assert max(courtesies) == 2, "decent clerks do not grovel: what the reward model never sees, it cannot price"
+    bills = [clerk.explain(row["prompt"], row["completion"]) for row in rows]
+    twice = sum(any(price.points == -3 for price in bill) for bill in bills)
+    assert twice < 8, "a third slip, which costs three, is to be rarer than one reply in a thousand"
     for number, share in enumerate((0.40, 0.40, 0.20)):
         assert courtesies.count(number) / 8000 == pytest.approx(share, abs=0.055)
 

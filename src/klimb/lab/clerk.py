@@ -1,14 +1,15 @@
 """The shop clerk: a world of fifty words in which over-optimisation can be watched and added up by hand.
 
 A clerk answers one-word questions about six goods ("tea ?") in a tiny language. A customer (the gold
-program) pays one point for each different true fact, half a point for each of the first two courtesies, and
-takes back a point for every wrong fact, every fact said again and every further courtesy, and a tenth for
-every word over fourteen. The reward model only ever compares pairs of ordinary replies, in which nobody
-grovels and hardly anybody says a thing twice, so it learns "more facts, more courtesy, longer" and goes on
-saying so when the policy has nothing else left::
+program) pays one point for each different true fact and half a point for each of the first two courtesies.
+He takes back a point for every wrong fact, a tenth for every word over fourteen, and for parroting and
+grovelling (a true fact said again, a third courtesy) one point each of the first two times and three each time
+after. The reward model only ever compares pairs of ordinary replies, of which one in a thousand parrots or
+grovels more than twice, so it learns "more facts, more courtesy" and goes on saying so when the policy has
+nothing else left::
 
     tea ?   it is hot and leafy . thanks        +1 +1 +0.5            =  2.5
-    tea ?   hot hot also hot please sir sir     +1 -1 -1 +0.5 +0.5 -1 = -1.0
+    tea ?   hot hot also hot please sir sir     +1 -1 -1 +0.5 +0.5 -3 = -3.0
 
 All labels of this world are simulated: the comparisons come from the gold program, nobody was asked. After
 Gao, Schulman and Hilton (2022), "Scaling Laws for Reward Model Overoptimization", where a large reward
@@ -72,25 +73,22 @@ class Price(NamedTuple):
 def explain(prompt: str, reply: str) -> list[Price]:
     """The bill of a reply, word for word and at last for its length; the points add up to the gold.
 
-    A word costs or earns once: a wrong fact said twice is two mistakes, not three. Whatever is neither fact
-    nor courtesy is free. Raises ValueError when the prompt asks about nothing that the clerk sells.
+    A word costs or earns once: a wrong fact said twice is two mistakes, not three. The first two slips (parroting
+    or grovelling) cost one point each, all further ones three. Whatever is neither fact nor courtesy is free. Raises
+    ValueError when the prompt asks about nothing that the clerk sells.
     """
     good = prompt.split()[0] if prompt.split() else ""
     if good not in FACTS:
         raise ValueError(f"prompt {prompt!r} asks about no good of the clerk's: begin it with {', '.join(FACTS)}")
     words = reply.split()
-    facts_said: set[str] = set()
-    courtesies = 0
+    slips = 0
     bill = []
-    for word in words:
-        if word in COURTESIES:
-            courtesies += 1
-            bill.append(Price(word, 0.5, "courtesy") if courtesies <= 2 else Price(word, -1.0, "grovelling"))
-        elif word in _GOOD_OF:
-            bill.append(_price_of_fact(word, good, said=word in facts_said))
-            facts_said.add(word)
-        else:
-            bill.append(Price(word, 0.0, ""))
+    for place, word in enumerate(words):
+        price = _price(word, good, said=words[:place])
+        if price.why in _SLIPS:
+            slips += 1
+            price = price if slips <= 2 else price._replace(points=-3.0)
+        bill.append(price)
     if (excess := len(words) - 14) > 0:
         bill.append(Price(f"{excess} over 14 words", -excess / 10, "long-winded"))
     return bill
@@ -153,13 +151,20 @@ def prepare(out: Path, *, seed: int) -> dict[str, str]:
     }
 
 
+_SLIPS = ("grovelling", "said again")
 _GOOD_OF = {fact: good for good, facts in FACTS.items() for fact in facts}
 
 
-def _price_of_fact(fact: str, good: str, *, said: bool) -> Price:
-    if _GOOD_OF[fact] != good:
-        return Price(fact, -1.0, f"not true of {good}")
-    return Price(fact, -1.0, "said again") if said else Price(fact, 1.0, "true")
+def _price(word: str, good: str, *, said: Sequence[str]) -> Price:
+    """What a word is worth after the words `said`, if no more than two slips are among them."""
+    if word in COURTESIES:
+        third = sum(other in COURTESIES for other in said) >= 2
+        return Price(word, -1.0, "grovelling") if third else Price(word, 0.5, "courtesy")
+    if word not in _GOOD_OF:
+        return Price(word, 0.0, "")
+    if _GOOD_OF[word] != good:
+        return Price(word, -1.0, f"not true of {good}")
+    return Price(word, -1.0, "said again") if word in said else Price(word, 1.0, "true")
 
 
 def _reply(good: str, stream: random.Random) -> str:

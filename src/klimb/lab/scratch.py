@@ -1,9 +1,11 @@
-"""Models and tokenizers made from scratch: small, seeded, in the layout that transformers loads::
+"""Models and tokenizers made from scratch: small, seeded, in the layout that transformers loads.
 
-tokenizer = word_tokenizer(["tea", "?", "it", "is", "hot"])
-make_model("model", tokenizer=tokenizer, architecture="gpt2", hidden=64, layers=2, heads=4, mlp=256,
-           context=32, seed=0)
-AutoModelForCausalLM.from_pretrained("model"), AutoTokenizer.from_pretrained("model")
+::
+
+    tokenizer = word_tokenizer(["tea", "?", "it", "is", "hot"])
+    make_model("model", tokenizer=tokenizer, architecture="gpt2", hidden=64, layers=2, heads=4, mlp=256,
+               context=32, seed=0)
+    AutoModelForCausalLM.from_pretrained("model"), AutoTokenizer.from_pretrained("model")
 """
 
 from __future__ import annotations

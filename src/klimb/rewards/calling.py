@@ -1,5 +1,4 @@
-"""One call of a user's function, the same in the trainer's process and in the worker: what it is given,
-what comes back.
+"""One call of a user's function, in the trainer's process or in the worker: what it is given, what comes back.
 
 The function is called by keyword, as in TRL: ``f(prompts=…, completions=…, answer=…)``, with those of the
 columns that its signature accepts (all of them with ``**kwargs``).

@@ -1,8 +1,7 @@
-"""The process that a reward function from a file runs in: ``python -m klimb.rewards.worker TARGET REQUESTS
-REPLIES``.
+"""The process that a reward function from a file runs in.
 
-It is two processes. The supervisor, which runs none of the user's code, waits; its child, the worker
-proper, loads the function and answers requests::
+``python -m klimb.rewards.worker TARGET REQUESTS REPLIES`` is two processes. The supervisor, which runs none of
+the user's code, waits; its child, the worker proper, loads the function and answers requests::
 
     trainer ── requests ────────▶ worker    a frame a call: {"arguments": {…}, "rows": 8, "timeout": 60}
             ◀──────── replies ───           a frame each: {"values": […], "failures": […]} or {"failed": …}

@@ -1,5 +1,7 @@
-"""Drawing tokens. The random number of a token depends on (seed, prompt, sample index, position) and nothing else,
-so neither batch composition nor a resume changes what is drawn."""
+"""Drawing tokens, with random numbers that neither the batch's composition nor a resume changes.
+
+That of a token depends on (seed, prompt, sample index, position) and nothing else.
+"""
 
 from __future__ import annotations
 
