@@ -105,13 +105,15 @@ class _TokenLogps(torch.autograd.Function):
                 p = (z - normaliser[:, None]).exp_()
                 entropies[part] = normaliser - torch.einsum("mv,mv->m", p, z)
         ctx.save_for_backward(hidden, weight, bias, targets, normalisers, entropies)
-        ctx.head, ctx.temperature, ctx.with_entropy = head, temperature, with_entropy
+        ctx.head, ctx.temperature = head, temperature
+        ctx.set_materialize_grads(False)  # entropies that are only looked at cost the backward pass nothing
         return logps, entropies
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         grad_logps, grad_entropies = grads
         hidden, weight, bias, targets, normalisers, entropies = ctx.saved_tensors
+        grad_logps = torch.zeros_like(normalisers) if grad_logps is None else grad_logps
         head: Head = ctx.head
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         dtype = normalisers.dtype
@@ -124,7 +126,7 @@ class _TokenLogps(torch.autograd.Function):
             p = log_p.exp()
             dz = p * -grad_logps[part, None]
             dz.scatter_add_(1, targets[part, None], grad_logps[part, None])
-            if ctx.with_entropy:
+            if grad_entropies is not None:
                 dz -= p * (log_p + entropies[part, None]) * grad_entropies[part, None]
             dz /= ctx.temperature
             if head.softcap is not None:

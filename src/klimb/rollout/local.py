@@ -32,6 +32,7 @@ class _Slots:
     versions: Tensor
     uniforms: Tensor
     drawn: Tensor
+    last: Tensor
     prompt_lengths: Tensor
     owners: list[tuple[Request, int]] = field(default_factory=list)
     prompts: list[int] = field(default_factory=list)
@@ -47,12 +48,14 @@ class _Slots:
         long, single, double = torch.long, torch.float32, torch.float64
         return _Slots(
             zeros(long, slots, length), zeros(single, slots, length), zeros(long, slots, length),
-            zeros(double, slots, length), zeros(long, slots), zeros(long, slots),
+            zeros(double, slots, length), zeros(long, slots), zeros(long, slots), zeros(long, slots),
         )  # fmt: skip
 
     def move(self, sources: Sequence[int], targets: Sequence[int]) -> None:
-        for store in (self.tokens, self.logps, self.versions, self.uniforms, self.drawn, self.prompt_lengths):
-            store[list(targets)] = store[list(sources)]
+        lines = torch.tensor([sources, targets], device=self.tokens.device)
+        stores = (self.tokens, self.logps, self.versions, self.uniforms, self.drawn, self.last, self.prompt_lengths)
+        for store in stores:
+            store[lines[1]] = store[lines[0]]
         for source, target in zip(sources, targets, strict=True):
             self.owners[target] = self.owners[source]
             self.prompts[target] = self.prompts[source]
@@ -164,10 +167,9 @@ class LocalEngine:
         assert cache is not None
         rows = slice(0, self._running)
         drawn = slots.drawn[rows]
-        last = slots.tokens[rows].gather(1, drawn[:, None] - 1).squeeze(1)
         slots.seats = slots.seats or Seats(slots.prompts, drawn.device)
         plan = Decode(cache, slots.seats, slots.prompt_lengths[rows], drawn)
-        logits = self._logits(last, plan.position, plan, plan.rows)
+        logits = self._logits(slots.last[rows], plan.position, plan, plan.rows)
         self._draw(logits, rows)
 
     def _logits(self, tokens: Tensor, positions: Tensor, plan: Prefill | Decode, keep: Tensor) -> Tensor:
@@ -183,6 +185,7 @@ class LocalEngine:
         u = slots.uniforms[rows].gather(1, place).squeeze(1)
         seen = self._seen(rows, logits.shape[-1]) if params.repetition_penalty != 1 else None
         tokens, logps = draw(logits, u, params, seen)
+        slots.last[rows] = tokens
         slots.tokens[rows].scatter_(1, place, tokens[:, None])
         slots.logps[rows].scatter_(1, place, logps.float()[:, None])
         slots.versions[rows].scatter_(1, place, self.version)
@@ -226,13 +229,12 @@ class LocalEngine:
             return
         rows = slice(0, len(slots.owners))
         params = self._params()
-        stop = torch.tensor(sorted(params.stop), device=slots.tokens.device)
-        last = slots.tokens[rows].gather(1, slots.drawn[rows, None] - 1).squeeze(1)
-        stopped = torch.isin(last, stop)
-        done = (stopped | (slots.drawn[rows] >= params.max_tokens)).tolist()
-        if any(done):
+        stop = torch.tensor(sorted(params.stop), device=slots.last.device)
+        stopped = (slots.last[rows, None] == stop).any(1)
+        ended = (stopped | (slots.drawn[rows] >= params.max_tokens)).nonzero().flatten().tolist()
+        if ended:
             reasons: list[Finish] = ["stop" if s else "length" for s in stopped.tolist()]
-            yield from self._release([i for i, d in enumerate(done) if d], reasons)
+            yield from self._release(ended, reasons)
 
     def _take_aborted(self) -> Iterator[tuple[Request, Sample]]:
         while self.queue and self.queue[0][1] < 0:
