@@ -1,85 +1,165 @@
-"""klimb's side: the RL stage as it is, with a run directory that waits for the driver between two steps."""
+"""klimb's side: its stages as they are, with a run directory that waits for the driver between two steps."""
 
 from __future__ import annotations
 
 import tempfile
-import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from work import LEARNING_RATE, MAX_TOKENS, PROMPTS, SAMPLES, fixed_batch, reward
-from worker import Channel, serve
+from jobs import JOBS, MAX_TOKENS, SAMPLES, as_text, drift, given_completion, reward
+from torch import Tensor
+from work import LEARNING_RATE
+from worker import Channel, Finished, Options, serve
 
-from klimb.batch import Row, TokenBatch, pad_tokens
+from klimb.batch import BatchTotals, TokenBatch, pad_tokens
+from klimb.metrics import Metrics
+from klimb.models.faces import Policy, PolicyOutputs, RewardModel, policy_logps
+from klimb.rollout.engine import Request
+from klimb.rollout.local import LocalEngine
+from klimb.runtime.learner import Learner, Loss
 from klimb.runtime.run import Run
 from klimb.runtime.signals import Interrupt
-from klimb.stages.common import Session
-from klimb.stages.rl import RlConfig, prepare, rl_loss, train
+from klimb.stages import preference, rl, sft
+from klimb.stages import reward as reward_stage
+from klimb.stages.common import TrainConfig
+from klimb.stages.evaluate import batch_of
+from klimb.types import Group, Sample, Segment
+
+Train = Callable[[Any, Run, Interrupt, Any], dict[str, Any]]
+
+
+def stage_of(options: Options) -> tuple[Train, TrainConfig]:
+    job, beta = JOBS[options["job"]], options["beta"]
+    rows = job.gate_rows if options.get("gate") else job.rows
+    shared: dict[str, Any] = {
+        "model": f"{options['folder']}/model", "data": f"{options['folder']}/rows.jsonl", "steps": 1_000_000,
+        "optimizer": {"lr": LEARNING_RATE}, "dtype": {"fp32": "float32", "bf16": "bfloat16"}[options["dtype"]],
+        "threads": options["threads"], "checkpoint_every": 0, "device": "cpu", "token_budget": options["token_budget"],
+    }  # fmt: skip
+    if options.get("gate") and beta:
+        shared["reference"] = f"{options['folder']}/reference"
+    if job.has_rollout:
+        return rl.train, rl.RlConfig(
+            **shared, algorithm=algorithm(options["job"], beta), reward=reward, prompts_per_step=rows,
+            samples_per_prompt=SAMPLES, max_tokens=MAX_TOKENS,
+        )  # fmt: skip
+    shared["batch_size"] = rows
+    if job.scores:
+        return reward_stage.train, reward_stage.RewardConfig(**shared)
+    if job.kind == "pairs":
+        return preference.train, preference.PreferenceConfig(**shared, loss={"dpo": beta})
+    return sft.train, sft.SftConfig(**shared)
+
+
+def algorithm(name: str, beta: float) -> dict[str, Any]:
+    """TRL's: its RLOO clips the ratio of whole completions, and its estimators of the KL are k3 and k1."""
+    if name == "grpo":
+        return {"name": name, "kl": {"where": "loss", "estimator": "k3", "beta": beta} if beta else "none"}
+    kl = {"where": "reward", "estimator": "k1", "beta": beta} if beta else "none"
+    return {"name": name, "surrogate": {"product_clip": [0.2, 0.2]}, "kl": kl}
+
+
+def take_steps(kind: type[Run], options: Options, **attributes: Any) -> None:
+    """The stage in a run directory of its own."""
+    train, config = stage_of(options)
+    folder = Path(tempfile.mkdtemp(dir=options["folder"]))
+    with kind.open(folder / "run", config, {}, name=options["job"], say=lambda line: None) as run:
+        for name, value in attributes.items():
+            setattr(run, name, value)
+        train(config, run, Interrupt(), lambda line: None)
 
 
 class PacedRun(Run):
-    """`truncate` is what the stage calls when all is loaded, `log` what it calls when a step is done."""
+    """`truncate` is what a stage calls when all is loaded, `log` what it calls when a step is done."""
 
     channel: Channel
-    started = 0.0
+    counts: dict[str, int]
 
     def truncate(self, step: int) -> None:
         super().truncate(step)
         self.channel.loaded()
-        self.started = time.perf_counter()
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         super().log(step, metrics)
-        seconds = time.perf_counter() - self.started
-        self.channel.step(
-            seconds=seconds, rollout=metrics["time/rollout"], tokens=metrics["tokens"], length=metrics["length/mean"]
-        )
-        self.started = time.perf_counter()
+        self.channel.step(rollout=metrics.get("time/rollout", 0.0), **self.counts)
 
 
-def config_of(options: dict[str, Any]) -> RlConfig:
-    beta = options["beta"]
-    return RlConfig(
-        model=f"{options['folder']}/model", data=f"{options['folder']}/prompts.jsonl", reward=reward,
-        algorithm={"name": "grpo", "kl": {"where": "loss", "estimator": "k3", "beta": beta} if beta else "none"},
-        steps=1_000_000, prompts_per_step=PROMPTS, samples_per_prompt=SAMPLES, max_tokens=MAX_TOKENS,
-        optimizer={"lr": LEARNING_RATE}, dtype={"fp32": "float32", "bf16": "bfloat16"}[options["dtype"]],
-        threads=options["threads"], checkpoint_every=0, device="cpu",
-        token_budget=options["token_budget"],
-    )  # fmt: skip
+def time_steps(options: Options, channel: Channel) -> None:
+    counts: dict[str, int] = {}
+    update, scores = Learner.step, JOBS[options["job"]].scores
+
+    def counted(learner: Learner, batch: TokenBatch, loss: Loss, totals: BatchTotals | None = None) -> Metrics:
+        counts["flat"] = sum(len(row) for rows in batch.rows for row in rows)
+        counts["tokens"] = counts["flat"] if scores else batch.totals.tokens
+        return update(learner, batch, loss, totals)
+
+    Learner.step = counted
+    take_steps(PacedRun, options, channel=channel, counts=counts)
 
 
-def open_run(config: RlConfig) -> PacedRun:
-    return PacedRun.open(Path(tempfile.mkdtemp(prefix="klimb-")) / "run", config, {}, name="rl", say=lambda line: None)
+# The numbers of the fixed batch -------------------------------------------------------------------------------------
 
 
-def time_steps(options: dict[str, Any], channel: Channel) -> None:
-    config = config_of(options)
-    with open_run(config) as run:
-        run.channel = channel
-        train(config, run, Interrupt(), lambda line: None)
+class GivenSamples(LocalEngine):
+    """An engine that is told what the policy sampled, and asks it how likely that was."""
+
+    vocabulary: int
+
+    def stream(self) -> Iterator[tuple[Request, Sample]]:
+        while self.queue:
+            request, index = self.queue.popleft()
+            tokens = given_completion(str(request.prompt.text), index, self.vocabulary)
+            sample = Sample(request.prompt.id, index, [Segment(tokens)], "length", as_text(tokens))
+            logps = policy_logps(self.policy, batch_of([Group(request.prompt, [sample])]), budget=1).logps
+            sample.segments = [Segment(tokens, True, logps[0].tolist(), [self.version] * len(tokens))]
+            yield request, sample
 
 
-def gate(options: dict[str, Any]) -> dict[str, Any]:
-    """Log-probs, loss and gradient norm of the fixed batch."""
-    config = config_of(options)
-    fixed = fixed_batch(options["size"])
-    with open_run(config) as run:
-        actors = prepare(config, Session.begin(config, run, Interrupt(), lambda line: None))
-    rows = [[Row(p, c, [True] * len(c))] for p, c in zip(fixed.prompts, fixed.completions, strict=True)]
-    batch = TokenBatch.from_rows(rows, [i // SAMPLES for i in range(len(rows))], [str(i) for i in range(len(rows))])
-    batch = batch.with_columns(
-        advantages=torch.tensor(fixed.advantages)[:, None].expand(batch.mask.shape),
-        ref_logps=pad_tokens(fixed.ref_logps, batch.mask),
-        behavior_logps=pad_tokens(fixed.ref_logps, batch.mask),
-    )
-    loss, _ = rl_loss(actors, batch, batch.totals, {}, None)
-    loss.backward()
-    norm = torch.nn.utils.get_total_norm([p.grad for p in actors.policy.trainable().values() if p.grad is not None])
-    logps = actors.policy(batch).logps
-    return {"loss": float(loss), "grad_norm": float(norm), "logps": logps[batch.mask].tolist()}
+def gate(options: Options) -> dict[str, Any]:
+    """Loss, gradient norm and what the model says of each row, at the first update of the stage itself."""
+    found: dict[str, Any] = {}
+    outputs: list[Tensor | PolicyOutputs] = []
+
+    def observe(module: torch.nn.Module, _: Any, output: Any) -> None:
+        if isinstance(module, Policy | RewardModel):
+            outputs.append(output)
+
+    def measure(learner: Learner, batch: TokenBatch, loss: Loss, totals: BatchTotals | None = None) -> Metrics:
+        if "behavior_logps" in batch.columns:
+            drifts = pad_tokens([drift(row.completion) for (row,) in batch.rows], batch.mask)
+            batch = batch.with_columns(old_logps=batch["behavior_logps"] + drifts)
+        value, _ = loss(batch, batch.totals)
+        value.backward()
+        gradients = [p.grad for p in learner.working.values() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        found.update(loss=float(value), grad_norm=float(norm), rows=numbers_by_row(batch, outputs[-1]))
+        raise Finished
+
+    def engine(policy: Policy, loaded: Any, prompts: Sequence[Any], *_: Any) -> GivenSamples:
+        made = GivenSamples(policy, as_text)
+        made.vocabulary = len(loaded.renderer.tokenizer)
+        return made
+
+    Learner.step = measure
+    rl.local_engine = engine
+    torch.nn.modules.module.register_module_forward_hook(observe)
+    try:
+        take_steps(Run, options)
+    except Finished:
+        return found
+    raise AssertionError("the stage ended without an update")
+
+
+def numbers_by_row(batch: TokenBatch, output: Tensor | PolicyOutputs) -> list[Any]:
+    """[tokens, log-probs of its marked tokens or its score] of each row."""
+    tokens = [[*row.prompt, *row.completion] for (row,) in batch.rows]
+    if isinstance(output, PolicyOutputs):
+        numbers = [line[mask].tolist() for line, mask in zip(output.logps, batch.mask, strict=True)]
+    else:
+        numbers = [[score] for score in output.tolist()]
+    return list(zip(tokens, numbers, strict=True))
 
 
 if __name__ == "__main__":

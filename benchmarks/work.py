@@ -1,21 +1,22 @@
-"""The work that both sides of a benchmark do: one model, one set of prompts, one reward, one fixed batch."""
+"""The models that a benchmark trains: random weights that stop as often as trained ones do."""
 
 from __future__ import annotations
 
-import json
 import random
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from transformers import AutoModelForCausalLM
+from jobs import PROMPT_TOKENS, STOP_PROBABILITY, Job, write_rows
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers.utils import logging
 
 from klimb.lab.scratch import make_model, word_tokenizer
 
-PROMPTS, SAMPLES = 8, 8
-PROMPT_TOKENS, MAX_TOKENS = (75, 95), 128
+logging.set_verbosity_error()
+logging.disable_progress_bar()
+
 LEARNING_RATE = 1e-10  # at 1e-6 AdamW moves all weights at once and completions grow by half in eight steps
-_STOP_PROBABILITY = 0.0105  # a completion ends after 72 tokens on average, cut at 128: lengths 1–128, mean about 70
 _SPREAD = 0.02
 _DIRECTION_SHARE = 2.0  # length of the fixed direction in every embedding that the stop token hangs on, over the rest
 
@@ -28,31 +29,52 @@ class Size(NamedTuple):
     vocabulary: int
 
 
-SIZES = {"S": Size(128, 4, 4, 344, 512), "M": Size(320, 6, 5, 1040, 4096)}
-"""Llama with random weights: 0.92 M and 11.1 M parameters."""
+SIZES = {
+    "S": Size(128, 4, 4, 344, 512),
+    "M": Size(320, 6, 5, 1040, 4096),
+    "L": Size(640, 10, 10, 2080, 8192),
+}
+"""Llama with random weights: 0.92 M, 11.1 M and 66.8 M parameters (56 M of L in its layers)."""
 
 
-class FixedBatch(NamedTuple):
-    """What the correctness gate feeds to both sides: prompts, completions and numbers that no model made."""
+def prepare(folder: Path, size: str, job: Job, steps: int) -> int:
+    """Writes rows.jsonl, model/ and, where the job has one, another reference/; returns the number of parameters.
 
-    prompts: list[list[int]]
-    completions: list[list[int]]
-    advantages: list[float]
-    ref_logps: list[list[float]]
-
-
-def prepare(folder: Path, size: str) -> int:
-    """Writes model/ and prompts.jsonl; returns the number of parameters."""
+    reference/ is near to model/ and not the same: the batch that both sides have to agree on needs log-ratios that
+    are not zero.
+    """
     shape = SIZES[size]
     words = [f"w{i}" for i in range(shape.vocabulary - 3)]  # three special tokens come on top
-    make_model(
-        folder / "model", tokenizer=word_tokenizer(words), architecture="llama", hidden=shape.hidden,
-        layers=shape.layers, heads=shape.heads, mlp=shape.mlp, context=256, seed=0,
-    )  # fmt: skip
-    draw = random.Random(0)
-    prompts = [" ".join(draw.choices(words, k=draw.randint(*PROMPT_TOKENS))) for _ in range(64)]
-    (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
-    return _teach_to_stop(folder / "model", draw)
+    for name in ("model", "reference") if job.beta is not None else ("model",):
+        make_model(
+            folder / name, tokenizer=word_tokenizer(words), architecture="llama", hidden=shape.hidden,
+            layers=shape.layers, heads=shape.heads, mlp=shape.mlp, context=256, seed=0,
+        )  # fmt: skip
+    write_rows(folder / "rows.jsonl", job, words, steps)
+    parameters = _teach_to_stop(folder / "model", random.Random(0))
+    if job.beta is not None:
+        _moved(folder / "model").save_pretrained(folder / "reference")
+    if job.scores:
+        _as_classifier(folder / "model")
+    return parameters
+
+
+def _moved(path: Path) -> torch.nn.Module:
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    draw = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter += 0.03 * parameter.std() * torch.randn(parameter.shape, generator=draw)
+    return model
+
+
+def _as_classifier(path: Path) -> None:
+    """One score from a random head, in the place of the causal model: heads made by the sides would differ."""
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, dtype=torch.float32)
+    torch.nn.init.normal_(model.score.weight, std=model.config.hidden_size**-0.5)
+    model.save_pretrained(path)
 
 
 def _teach_to_stop(path: Path, draw: random.Random) -> int:
@@ -78,31 +100,8 @@ def _teach_to_stop(path: Path, draw: random.Random) -> int:
             scale = (low + high) / 2
             logits = others.clone()
             logits[:, eos] = scale * (states @ direction)
-            likely = float(logits.softmax(-1)[:, eos].mean()) > _STOP_PROBABILITY
+            likely = float(logits.softmax(-1)[:, eos].mean()) > STOP_PROBABILITY
             low, high = (low, scale) if likely else (scale, high)
         row[eos] = scale * direction
     model.save_pretrained(path)
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-def reward(completions: list[str], **_: object) -> list[float]:
-    """The share of even-numbered words: next to no work."""
-    scores = []
-    for completion in completions:
-        words = [word for word in completion.split() if word.startswith("w")]
-        scores.append(sum(int(word[1:]) % 2 == 0 for word in words) / max(len(words), 1))
-    return scores
-
-
-def fixed_batch(size: str) -> FixedBatch:
-    draw = random.Random(1)
-
-    def tokens(low: int, high: int) -> list[int]:
-        return [draw.randrange(SIZES[size].vocabulary - 3) for _ in range(draw.randint(low, high))]
-
-    prompts = [prompt for _ in range(PROMPTS) for prompt in [tokens(*PROMPT_TOKENS)] * SAMPLES]
-    completions = [tokens(3, MAX_TOKENS) for _ in prompts]
-    return FixedBatch(
-        prompts, completions, [draw.gauss(0, 1) for _ in prompts],
-        [[draw.gauss(-6, 0.5) for _ in completion] for completion in completions],
-    )  # fmt: skip

@@ -1,18 +1,26 @@
-"""A side of the benchmark in its own process: it does one step whenever it is told to, and says what it cost."""
+"""A side of the benchmark in its own process: it does one step whenever it is told to, and says what it cost.
+
+`Channel` and `serve` are the worker's end of the line, `Side` is the driver's.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
+
+Options = dict[str, Any]
 
 
 class Finished(Exception):
-    """The driver wants no further step."""
+    """No further step is wanted."""
 
 
 class Channel:
@@ -31,19 +39,18 @@ class Channel:
         with open("/proc/self/clear_refs", "w") as file:
             file.write("5")
         self.say({"loaded_mb": self._loaded})
-        self.wait()
-        self._cpu = time.process_time()
+        self._wait()
 
     def step(self, **measured: float) -> None:
-        """A step is over; returns when the next one may begin."""
-        cpu = time.process_time() - self._cpu
-        self.say({**measured, "cpu": cpu, "mb": resident_mb("VmHWM") - self._loaded})
-        self.wait()
-        self._cpu = time.process_time()
+        """A step is over; returns when the next one may begin. Its time is that since the last return."""
+        seconds, cpu = time.perf_counter() - self._started, time.process_time() - self._cpu
+        self.say({**measured, "seconds": seconds, "cpu": cpu, "mb": resident_mb("VmHWM") - self._loaded})
+        self._wait()
 
-    def wait(self) -> None:
+    def _wait(self) -> None:
         if sys.stdin.readline().strip() != "go":
             raise Finished
+        self._started, self._cpu = time.perf_counter(), time.process_time()
 
 
 def resident_mb(field: str) -> float:
@@ -51,9 +58,6 @@ def resident_mb(field: str) -> float:
     with open("/proc/self/status") as file:
         line = next(line for line in file if line.startswith(field))
     return int(line.split()[1]) / 1024
-
-
-Options = dict[str, Any]
 
 
 def serve(time_steps: Callable[[Options, Channel], None], gate: Callable[[Options], dict[str, Any]]) -> None:
@@ -65,3 +69,41 @@ def serve(time_steps: Callable[[Options, Channel], None], gate: Callable[[Option
         return
     with contextlib.suppress(Finished):
         time_steps(options, channel)
+
+
+class Side:
+    """A worker process that takes a step when it is asked."""
+
+    def __init__(self, name: str, options: Options, environment: Mapping[str, str]) -> None:
+        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed with the side)
+        self.name = name
+        self.process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name(f"side_{name}.py")), json.dumps(options)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True, bufsize=1, env=environment,
+        )  # fmt: skip
+
+    def read(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            self.log.seek(0)
+            raise SystemExit(f"{self.name} ended early:\n{self.log.read()[-4000:]}")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def step(self) -> dict[str, Any]:
+        assert self.process.stdin is not None
+        self.process.stdin.write("go\n")
+        return self.read()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        try:
+            self.process.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+        self.log.close()

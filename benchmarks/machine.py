@@ -1,0 +1,32 @@
+"""What the figures were measured on."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+LOAD_AT_START = os.getloadavg()[0]
+
+
+def facts(threads: int, malloc: str) -> dict[str, Any]:
+    return {
+        "processor": processor(), "threads": threads, "malloc": malloc,
+        "load_before_and_now": [LOAD_AT_START, os.getloadavg()[0]], "system": platform.platform(),
+        "python": platform.python_version(), "torch": torch.__version__, "transformers": version("transformers"),
+        "trl": version("trl"), "klimb": version("klimb"), "when": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+    }  # fmt: skip
+
+
+def processor() -> str:
+    """Name, and what it can multiply."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    flags = next((line for line in lines if line.startswith("flags")), "").split()
+    wide = [flag for flag in ("avx512f", "avx512_bf16", "amx_bf16") if flag in flags]
+    return ", ".join([name, f"{os.cpu_count()} cores", *wide])
