@@ -59,18 +59,18 @@ class KVCache:
 
     def move(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         """Copy whole slots: the last running ones into those that became free."""
-        for layer in self.layers.values():
-            for store in (layer.keys, layer.values):
-                _move(store.unflatten(0, (self.slots, -1)), sources, targets)
+        self._move([store for layer in self.layers.values() for store in layer[2:]], self.slots, sources, targets)
 
     def move_prompts(self, sources: Sequence[int], targets: Sequence[int]) -> None:
-        for layer in self.layers.values():
-            for store in (layer.prompt_keys, layer.prompt_values):
-                _move(store.unflatten(0, (self.prompts, -1)), sources, targets)
+        self._move([store for layer in self.layers.values() for store in layer[:2]], self.prompts, sources, targets)
 
-
-def _move(store: Tensor, sources: Sequence[int], targets: Sequence[int]) -> None:
-    store[list(targets)] = store[list(sources)]
+    @staticmethod
+    def _move(stores: Sequence[Tensor], places: int, sources: Sequence[int], targets: Sequence[int]) -> None:
+        if stores:
+            lines = torch.tensor([sources, targets], device=stores[0].device)
+        for store in stores:
+            by_place = store.view(places, -1)
+            by_place.index_copy_(0, lines[1], by_place.index_select(0, lines[0]))
 
 
 @dataclass

@@ -116,7 +116,7 @@ class LocalEngine:
         if self.slots is not None:
             self.slots.owners = [(request, ~index) for request, index in self.slots.owners]
 
-    @torch.no_grad()
+    @torch.inference_mode()  # fewer checks a call than no_grad; what leaves is plain numbers
     def stream(self) -> Iterator[tuple[Request, Sample]]:
         while not self.paused and (self.queue or self._running):
             yield from self._take_aborted()
