@@ -54,13 +54,12 @@ def pack(batch: TokenBatch, device: torch.device) -> Packed:
                 spans.append((range(start, start + len(row.completion)), trunk))
             tokens.extend(row.completion)
             positions.extend(range(len(trunk), len(trunk) + len(row.completion)))
-            for place, (token, marked) in enumerate(zip(row.completion, row.mask, strict=True)):
-                if marked:
-                    if place == 0 and not trunk:
-                        raise ValueError(f"sample {batch.ids[sample]}: its first token has nothing that predicts it; "
-                                         "leave it unmarked or give the row a prompt (a BOS is enough)")  # fmt: skip
-                    predictors.append(start + place - 1 if place else trunk[-1])
-                    targets.append(token)
+            if row.completion and row.mask[0] and not trunk:
+                raise ValueError(f"sample {batch.ids[sample]}: its first token has nothing that predicts it; "
+                                 "leave it unmarked or give the row a prompt (a BOS is enough)")  # fmt: skip
+            before = itertools.chain(trunk[-1:], range(start, len(tokens)))
+            predictors.extend(itertools.compress(before if trunk else itertools.chain([-1], before), row.mask))
+            targets.extend(itertools.compress(row.completion, row.mask))
             last.append(len(tokens) - 1 if row.completion else trunk[-1])
             last_sample.append(sample)
     as_tensor = lambda values: torch.tensor(values, dtype=torch.long, device=device)  # noqa: E731

@@ -258,7 +258,6 @@ def rollout(actors: Actors, step: int) -> tuple[list[Group], list[Group], dict[s
         counts |= {key: value for key, value in report.metrics.items() if key not in ("reward/mean", "reward/std")}
         if wanted is None or len(kept) >= config.prompts_per_step:
             break
-    give_back()
     if not kept:
         raise RewardError(
             f"step {step}: no group to learn from out of {len(drawn)}", where="reward",
