@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
-import json
 import os
 import statistics
 import sys
@@ -165,9 +164,7 @@ def main() -> None:
         "machine": machine.facts(arguments.threads, os.environ.get("MALLOC_MMAP_MAX_", "default")),
     }  # fmt: skip
     show(result)
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+    machine.keep(result, arguments.json)
 
 
 def parse() -> argparse.Namespace:

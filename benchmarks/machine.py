@@ -1,7 +1,8 @@
-"""What the figures were measured on."""
+"""What the figures were measured on, and where they are kept."""
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import time
@@ -30,3 +31,10 @@ def processor() -> str:
     flags = next((line for line in lines if line.startswith("flags")), "").split()
     wide = [flag for flag in ("avx512f", "avx512_bf16", "amx_bf16") if flag in flags]
     return ", ".join([name, f"{os.cpu_count()} cores", *wide])
+
+
+def keep(result: dict[str, Any], file: Path | None) -> None:
+    """Write a result, where a file was asked for."""
+    if file:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(result, indent=2) + "\n")

@@ -26,7 +26,6 @@ rows, without padding and before any sharing of prompts.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import sys
@@ -73,9 +72,7 @@ def main() -> None:
         tried = fastest(options, environment, arguments.micro_batches)
         trl, klimb = in_turn({**options, "tried": tried}, options, environment, arguments.steps)
     print_result(result := summary(arguments, parameters, agreement, tried, trl, klimb))
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+    machine.keep(result, arguments.json)
 
 
 def parse() -> argparse.Namespace:
