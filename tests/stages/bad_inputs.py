@@ -203,7 +203,8 @@ CASES: dict[str, list[Bad]] = {
         Bad("a column that rewards know otherwise", "GRPO data=bad.jsonl", ("'finish'",), rows({"prompt": "a ?", "finish": "line"})),
     ],
     "Models": [
-        Bad("no such directory", "SFT model=./missing", ("model=./missing",)),
+        Bad("no such directory", "SFT model=./missing", ("model=./missing", "no such directory")),
+        Bad("no such directory, by its slash", "SFT model=missing/", ("model=missing/", "no such directory")),
         Bad("a directory that is no model", "SFT model=empty", ("model=empty", "config.json"), empty),
         Bad("a file", "SFT model=rewards.py", ("model=rewards.py",)),
         Bad("a broken config.json", "SFT model=broken", ("model=broken",), broken_config, foreign=True),

@@ -156,8 +156,8 @@ def _check_place(model: str) -> None:
     if path.exists() and not any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
         raise KlimbError(f"model={model}: not a model directory (no config.json in it); give a Hugging Face model "
                          "directory, the `model/` folder of a klimb run, or a hub name")  # fmt: skip
-    if not path.exists() and (model.startswith((".", "/", "~")) or model.count("/") > 1):
-        raise KlimbError(f"model={model}: no such directory")
+    if not path.exists() and (model.startswith((".", "/", "~")) or model.endswith("/") or model.count("/") > 1):
+        raise KlimbError(f"model={model}: no such directory here ({Path.cwd()}); give an existing one or a hub name")
 
 
 def _first_line(error: Exception) -> str:
