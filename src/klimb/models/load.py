@@ -157,7 +157,7 @@ def _check_place(model: str) -> None:
         raise KlimbError(f"model={model}: not a model directory (no config.json in it); give a Hugging Face model "
                          "directory, the `model/` folder of a klimb run, or a hub name")  # fmt: skip
     if not path.exists() and (model.startswith((".", "/", "~")) or model.endswith("/") or model.count("/") > 1):
-        raise KlimbError(f"model={model}: no such directory here ({Path.cwd()}); give an existing one or a hub name")
+        raise KlimbError(f"model={model}: no such directory; give one that exists, or a hub name")
 
 
 def _first_line(error: Exception) -> str:
