@@ -94,11 +94,12 @@ def wrap_all(clock: Clock, drawn: list[Work]) -> None:
     rl, local = klimb.stages.rl, klimb.rollout.local
     clock.wrap(rl, "generate", "rollout: bookkeeping")
     clock.wrap(
-        LocalEngine, "_logits",
+        LocalEngine, "_states",
         lambda engine, tokens, positions, plan, keep: (
             "rollout: decode, model" if isinstance(plan, Decode) else "rollout: prefill"
         ),
     )  # fmt: skip
+    clock.wrap(LocalEngine, "_logits", "rollout: decode, model")
     clock.wrap(Decode, "attend", "rollout: decode, attention")
     clock.wrap(local, "draw", "rollout: sampling")
     clock.wrap(local, "uniforms", "rollout: sampling")

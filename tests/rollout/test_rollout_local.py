@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from families import VOCABULARY, ragged, tiny
 from klimb.batch import TokenBatch, pad_tokens, sample_rows
 from klimb.errors import KlimbError
 from klimb.models.backbone import Backbone
+from klimb.models.cache import Prefill
 from klimb.models.faces import Policy, policy_logps
 from klimb.rollout.engine import Request, finished_groups, generate
 from klimb.rollout.fake import FakeEngine
@@ -230,6 +233,60 @@ def test_a_prompt_is_stored_once_for_all_its_samples() -> None:
     next(generator.stream())
     assert generator.cache is not None
     assert generator.cache.prompts == 3
+
+
+def prefilled(generator: LocalEngine) -> list[int]:
+    """Grows by the number of flat tokens of every prefill call."""
+    counts: list[int] = []
+
+    def count(module: torch.nn.Module, given: object, named: dict[str, Any]) -> None:
+        if isinstance(named["attention_plan"], Prefill):
+            counts.append(named["input_ids"].shape[1])
+
+    generator.policy.backbone.model.base_model.register_forward_pre_hook(count, with_kwargs=True)
+    return counts
+
+
+@pytest.mark.parametrize("rows", [3, 64])
+def test_a_prompt_is_computed_once_whoever_asks_for_it_and_whenever(rows: int) -> None:
+    """Groups larger than the free slots are started in parts, and the same prompts are asked for a second time."""
+    generator = engine(max_rows=rows)
+    counts = prefilled(generator)
+    once = requests(SamplingParams(24, STOP), samples=5)
+    again = [replace(request, first=5) for request in once]
+    groups = generate(generator, [*once, *again])
+    assert sum(counts) == sum(len(request.prompt.tokens) for request in once)
+    assert [s.index for s in groups[-1].samples] == list(range(5, 10))
+    whole = generate(engine(), [replace(request, samples=10) for request in once])
+    assert [s.tokens for g in whole for s in g.samples[:5]] == [s.tokens for g in groups[:6] for s in g.samples]
+    assert [s.tokens for g in whole for s in g.samples[5:]] == [s.tokens for g in groups[6:] for s in g.samples]
+
+
+def test_no_place_is_kept_for_prompts_that_come_again_much_later() -> None:
+    generator = engine(max_rows=2)
+    once = requests(SamplingParams(24, STOP), samples=2)
+    generator.submit([*once, *once])
+    places = [generator.cache.prompts for _ in generator.stream() if generator.cache is not None]
+    assert max(places) <= 3
+
+
+def test_new_weights_compute_their_prompts_anew() -> None:
+    """A group is started in two parts, and the weights change between them."""
+    generator = engine(max_rows=2)
+    generator.submit([Request(prompts(1)[0], 6, SamplingParams(24, STOP), seed=7)])
+    stream = generator.stream()
+    first = [next(stream)[1]]
+    with torch.no_grad():
+        for parameter in generator.policy.parameters():
+            parameter.mul_(1.5)
+    generator.update_weights(1)
+    samples = [sample for _, sample in stream]
+    new = [sample for sample in samples if set(sample.segments[0].versions) == {1}]
+    assert len(new) >= 3
+    assert first[0].segments[0].versions[0] == 0
+    batch = as_batch([Group(prompts(1)[0], new)])
+    logps = policy_logps(generator.policy, batch, budget=10_000).logps
+    assert torch.allclose(logps[batch.mask], batch["behavior"][batch.mask], atol=2e-5)
 
 
 def test_sampling_equals_transformers_greedy() -> None:

@@ -1,7 +1,8 @@
 """Generation in the trainer's process, on the trainer's weights: nothing to copy, nothing to fall out of step.
 
-Continuous batching: a prompt is computed and stored once for all its samples, every running sample owns a slot of a KV
-cache, finished samples leave, the last running ones move into their slots, new ones take the places.
+Continuous batching: a prompt is computed and stored once for all its samples, whichever request asks for them and
+whenever they start; every running sample owns a slot of a KV cache, finished samples leave, the last running ones move
+into their slots, new ones take the places.
 Tokens, log-probs and random numbers live in tensors by slot; Python touches a sample when it starts and when it ends.
 """
 
@@ -87,6 +88,8 @@ class LocalEngine:
         self.queue: deque[tuple[Request, int]] = deque()
         self.cache: KVCache | None = None
         self.slots: _Slots | None = None
+        self.stored: dict[tuple[int, ...], tuple[int, Tensor]] = {}
+        """Prompts that today's weights computed: place in the cache, and the state [d] that predicts what follows."""
 
     # The protocol ---------------------------------------------------------------------------------------------------
 
@@ -100,9 +103,15 @@ class LocalEngine:
                     "lower max_tokens or max_prompt_tokens"
                 )
             self.queue.extend((request, request.first + i) for i in range(request.samples))
+        # Equal prompts stand together, so that the place of one is kept until its last sample has started, no longer.
+        turns: dict[tuple[int, ...], int] = {}
+        prompts = {id(request): tuple(request.prompt.tokens) for request, _ in self.queue}
+        turn = {request: turns.setdefault(prompt, len(turns)) for request, prompt in prompts.items()}
+        self.queue = deque(sorted(self.queue, key=lambda item: (item[1] >= 0, turn[id(item[0])])))
 
     def update_weights(self, version: int) -> None:
         self.version = version
+        self.stored.clear()
 
     def pause(self) -> None:
         self.paused = True
@@ -128,6 +137,7 @@ class LocalEngine:
             yield from self._take_finished()
         if not self._running:
             self.slots = self.cache = None  # until the next rollout the memory is the trainer's
+            self.stored.clear()
 
     # One step -------------------------------------------------------------------------------------------------------
 
@@ -136,29 +146,46 @@ class LocalEngine:
         return len(self.slots.owners) if self.slots is not None else 0
 
     def _prefill(self, free: int) -> None:
-        """Start as many waiting samples as there are free slots: each prompt once, then a first token for each."""
+        """Start as many waiting samples as there are free slots: a first token for each, each new prompt once."""
         new = [self.queue.popleft() for _ in range(min(free, len(self.queue)))]
-        runs = [(request, len(list(run))) for request, run in itertools.groupby(new, key=lambda item: item[0])]
-        slots, cache = self._allocate([request for request, _ in runs])
+        runs = [
+            (tuple(prompt), len(list(run)))
+            for prompt, run in itertools.groupby(new, key=lambda item: item[0].prompt.tokens)
+        ]
+        slots = self._slots_for([request for request, _ in new])
+        self._store([prompt for prompt, _ in runs if prompt not in self.stored])
         device = self.policy.backbone.device
-        flat: list[int] = []
-        prompts: list[range] = []
-        first, first_prompt = len(slots.owners), max(slots.prompts, default=-1) + 1
-        for place, (request, samples) in enumerate(runs):
-            prompts.append(range(len(flat), len(flat) + len(request.prompt.tokens)))
-            flat.extend(request.prompt.tokens)
-            slots.prompts += [first_prompt + place] * samples
-        plan = Prefill.of(cache, prompts, first_prompt, device)
-        ends = torch.tensor([prompt[-1] for prompt in prompts], device=device)
-        logits = self._logits(torch.tensor(flat, device=device), plan.positions, plan, ends)
-        rows = slice(first, first + len(new))
+        rows = slice(len(slots.owners), len(slots.owners) + len(new))
         keys = [stream_key(request.seed, request.prompt.id, index) for request, index in new]
         slots.uniforms[rows] = uniforms(keys, slots.uniforms.shape[1]).to(device)
         slots.drawn[rows] = 0
         slots.prompt_lengths[rows] = torch.tensor([len(r.prompt.tokens) for r, _ in new], device=device)
         slots.owners.extend(new)
+        for prompt, samples in runs:
+            slots.prompts += [self.stored[prompt][0]] * samples
         slots.seats = None
+        logits = self._logits(torch.stack([self.stored[prompt][1] for prompt, _ in runs]))
         self._draw(logits.repeat_interleave(torch.tensor([samples for _, samples in runs], device=device), dim=0), rows)
+
+    def _store(self, prompts: Sequence[tuple[int, ...]]) -> None:
+        """Compute prompts and put each into a place of its own behind those in use."""
+        if not prompts:
+            return
+        assert self.slots is not None
+        device = self.policy.backbone.device
+        first = max([*self.slots.prompts, *(place for place, _ in self.stored.values())], default=-1) + 1
+        places, length = first + len(prompts), max(map(len, prompts))
+        self.cache = self.cache or KVCache(places, length, self.max_rows, self.slots.tokens.shape[1])
+        self.cache.grow(places, length)
+        flat = [token for prompt in prompts for token in prompt]
+        stops = list(itertools.accumulate(map(len, prompts)))
+        spans = [range(stop - len(prompt), stop) for stop, prompt in zip(stops, prompts, strict=True)]
+        plan = Prefill.of(self.cache, spans, first, device)
+        ends = torch.tensor(stops, device=device) - 1
+        states = self._states(torch.tensor(flat, device=device), plan.positions, plan, ends)
+        self.stored |= {
+            prompt: (first + i, state) for i, (prompt, state) in enumerate(zip(prompts, states, strict=True))
+        }
 
     def _decode(self) -> None:
         """One further token for every running sample."""
@@ -169,12 +196,13 @@ class LocalEngine:
         drawn = slots.drawn[rows]
         slots.seats = slots.seats or Seats(slots.prompts, drawn.device)
         plan = Decode(cache, slots.seats, slots.prompt_lengths[rows], drawn)
-        logits = self._logits(slots.last[rows], plan.position, plan, plan.rows)
-        self._draw(logits, rows)
+        self._draw(self._logits(self._states(slots.last[rows], plan.position, plan, plan.rows)), rows)
 
-    def _logits(self, tokens: Tensor, positions: Tensor, plan: Prefill | Decode, keep: Tensor) -> Tensor:
+    def _states(self, tokens: Tensor, positions: Tensor, plan: Prefill | Decode, keep: Tensor) -> Tensor:
         self.policy.backbone.use(self.policy.adapter)
-        states = self.policy.backbone.states(tokens, positions, plan, keep, logits=self.policy.own_head)
+        return self.policy.backbone.states(tokens, positions, plan, keep, logits=self.policy.own_head)
+
+    def _logits(self, states: Tensor) -> Tensor:
         return self.policy.head().logits(states)
 
     def _draw(self, logits: Tensor, rows: slice) -> None:
@@ -208,20 +236,12 @@ class LocalEngine:
 
     # Who comes and who goes -----------------------------------------------------------------------------------------
 
-    def _allocate(self, new: Sequence[Request]) -> tuple[_Slots, KVCache]:
-        """Slots and cache with room for these prompts and their samples beside what runs."""
+    def _slots_for(self, new: Sequence[Request]) -> _Slots:
         running = self.slots.owners if self.slots else []
         if len({request.params for request in [*new, *(request for request, _ in running)]}) > 1:
             raise KlimbError("requests that run side by side must share their sampling parameters")
-        length = new[0].params.max_tokens
-        prompt_length = max(len(request.prompt.tokens) for request in new)
-        if self.slots is None:
-            self.slots = _Slots.empty(self.max_rows, length, self.policy.backbone.device)
-        prompts = max(self.slots.prompts, default=-1) + 1 + len(new)
-        if self.cache is None:
-            self.cache = KVCache(prompts, prompt_length, self.max_rows, length)
-        self.cache.grow(prompts, prompt_length)
-        return self.slots, self.cache
+        self.slots = self.slots or _Slots.empty(self.max_rows, new[0].params.max_tokens, self.policy.backbone.device)
+        return self.slots
 
     def _take_finished(self) -> Iterator[tuple[Request, Sample]]:
         slots = self.slots
@@ -264,17 +284,22 @@ class LocalEngine:
         yield from finished
 
     def _close_prompts(self) -> None:
-        """Prompts whose samples are all gone make place for the last ones in use."""
+        """Prompts that no sample runs on make place for the last ones in use; that of the next in the queue stays."""
         slots, cache = self.slots, self.cache
         assert slots is not None
         assert cache is not None
-        used = sorted(set(slots.prompts))
-        holes = sorted(set(range(len(used))) - set(used))
+        used = set(slots.prompts)
+        if self.queue and (following := self.stored.get(tuple(self.queue[0][0].prompt.tokens))):
+            used.add(following[0])
+        holes = sorted(set(range(len(used))) - used)
+        movers = sorted(used)[len(used) - len(holes) :]
         if holes:
-            movers = used[-len(holes) :]
             cache.move_prompts(movers, holes)
-            place = dict(zip(movers, holes, strict=True))
-            slots.prompts = [place.get(prompt, prompt) for prompt in slots.prompts]
+        now_at = {place: place for place in used} | dict(zip(movers, holes, strict=True))
+        slots.prompts = [now_at[place] for place in slots.prompts]
+        self.stored = {
+            prompt: (now_at[place], state) for prompt, (place, state) in self.stored.items() if place in used
+        }
 
     def _sample(self, slot: int, finish: Finish) -> tuple[Request, Sample]:
         slots = self.slots
