@@ -17,9 +17,10 @@ from klimb.errors import KlimbError
 from klimb.models.backbone import Backbone
 from klimb.models.cache import Prefill
 from klimb.models.faces import Policy, policy_logps
+from klimb.rollout import local
 from klimb.rollout.engine import Request, finished_groups, generate
 from klimb.rollout.fake import FakeEngine
-from klimb.rollout.local import LocalEngine
+from klimb.rollout.local import LocalEngine, split_prompts
 from klimb.rollout.sampling import SamplingParams, draw, stream_key, uniforms
 from klimb.types import Group, Prompt
 
@@ -260,6 +261,64 @@ def test_a_prompt_is_computed_once_whoever_asks_for_it_and_whenever(rows: int) -
     whole = generate(engine(), [replace(request, samples=10) for request in once])
     assert [s.tokens for g in whole for s in g.samples[:5]] == [s.tokens for g in groups[:6] for s in g.samples]
     assert [s.tokens for g in whole for s in g.samples[5:]] == [s.tokens for g in groups[6:] for s in g.samples]
+
+
+def assert_equal_beyond_rounding(one: Sequence[Group], other: Sequence[Group]) -> None:
+    for x, y in zip((s for g in one for s in g.samples), (s for g in other for s in g.samples), strict=True):
+        assert x.tokens == y.tokens
+        assert torch.allclose(torch.tensor(x.logps), torch.tensor(y.logps), atol=2e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral-window", "gemma2", "gpt2"])
+@pytest.mark.parametrize("tokens", [1, 4, 7, 16])
+def test_prompts_in_pieces_are_the_same_prompts(family: str, tokens: int) -> None:
+    """Prompts of 1 to 9 tokens share calls, or not. Draws are greedy, so that rounding cannot tell samples apart."""
+    params = SamplingParams(24, STOP, temperature=0)
+    whole, pieces = engine(family), engine(family)
+    pieces.prefill_tokens = tokens
+    counts = prefilled(pieces)
+    one, other = generate(whole, requests(params)), generate(pieces, requests(params))
+    assert max(counts) <= tokens
+    assert sum(counts) == sum(len(prompt.tokens) for prompt in prompts())
+    assert_equal_beyond_rounding(one, other)
+    batch = as_batch(other)
+    logps = policy_logps(pieces.policy, batch, budget=10_000).logps
+    assert torch.allclose(logps[batch.mask], batch["behavior"][batch.mask], atol=2e-5)
+
+
+def test_a_call_takes_prompts_up_to_the_budget_and_pieces_of_longer_ones() -> None:
+    calls = list(split_prompts([3, 4, 2, 10, 1, 5], 5))
+    assert calls == [
+        [(0, range(3))], [(1, range(4))], [(2, range(2))], [(3, range(5))], [(3, range(5, 10))], [(4, range(1))],
+        [(5, range(5))],
+    ]  # fmt: skip
+    assert list(split_prompts([3, 4, 2], 9)) == [[(0, range(3)), (1, range(4)), (2, range(2))]]
+    assert list(split_prompts([7, 3], 4)) == [[(0, range(4))], [(0, range(4, 7))], [(1, range(3))]]
+    assert list(split_prompts([6, 2], 4)) == [[(0, range(4))], [(0, range(4, 6)), (1, range(2))]]
+
+
+def test_the_cache_grows_with_the_samples_and_not_with_what_they_might_become() -> None:
+    """200 tokens are allowed; room for 4 samples and 128 tokens is made, then for all 200 when one gets so far."""
+    short = engine()
+    short.submit([Request(prompts(1)[0], 4, SamplingParams(200, STOP), seed=7)])
+    long = engine()
+    long.submit([Request(prompts(1)[0], 4, SamplingParams(200, frozenset()), seed=7)])
+    sizes = {}
+    for name, generator in (("short", short), ("long", long)):
+        for _, sample in generator.stream():
+            assert (len(sample.tokens) <= 128) == (name == "short")
+            if generator.cache is not None:
+                sizes[name] = generator.cache.slots, generator.cache.length
+    assert sizes == {"short": (4, 128), "long": (4, 200)}
+
+
+@pytest.mark.parametrize("rows", [3, 64])
+def test_a_growing_cache_changes_nothing(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Room for 2 tokens at first, against room for all at once."""
+    params = SamplingParams(24, STOP, temperature=0)
+    whole = generate(engine(max_rows=rows), requests(params))
+    monkeypatch.setattr(local, "_LENGTH", 2)
+    assert_equal_beyond_rounding(generate(engine(max_rows=rows), requests(params)), whole)
 
 
 def test_no_place_is_kept_for_prompts_that_come_again_much_later() -> None:

@@ -29,10 +29,13 @@ class _Layer(NamedTuple):
 
 
 class KVCache:
-    """`prompts` places of `prompt_length` tokens and `slots` of `length`, made when a model's shapes are first seen."""
+    """`prompts` places of `prompt_length` tokens and `slots` of `length`: as much as was needed until now.
 
-    def __init__(self, prompts: int, prompt_length: int, slots: int, length: int) -> None:
-        self.prompts, self.prompt_length, self.slots, self.length = prompts, prompt_length, slots, length
+    The stores are made when a model's shapes are first seen; what they hold stays where it is when they grow.
+    """
+
+    def __init__(self) -> None:
+        self.prompts = self.prompt_length = self.slots = self.length = 0
         self.layers: dict[int, _Layer] = {}
 
     def layer(self, index: int, k: Tensor, v: Tensor) -> _Layer:
@@ -46,16 +49,27 @@ class KVCache:
             )  # fmt: skip
         return self.layers[index]
 
-    def grow(self, prompts: int, prompt_length: int) -> None:
-        """Make room for more or longer prompts; what is stored stays where it is."""
-        if prompts <= self.prompts and prompt_length <= self.prompt_length:
-            return
-        more, longer = max(prompts - self.prompts, 0), max(prompt_length - self.prompt_length, 0)
+    def grow_prompts(self, places: int, length: int) -> None:
+        """Make room for more or longer prompts."""
+        more, longer = max(places - self.prompts, 0), max(length - self.prompt_length, 0)
         for index, layer in self.layers.items():
-            heads = len(layer.prompt_keys) // self.prompts
-            keys, values = (pad(store, (0, 0, 0, longer, 0, more * heads)) for store in layer[:2])
+            keys, values = self._grown(layer[:2], self.prompts, more, longer)
             self.layers[index] = layer._replace(prompt_keys=keys, prompt_values=values)
         self.prompts, self.prompt_length = self.prompts + more, self.prompt_length + longer
+
+    def grow_slots(self, places: int, length: int) -> None:
+        """Make room for more samples or longer ones."""
+        more, longer = max(places - self.slots, 0), max(length - self.length, 0)
+        for index, layer in self.layers.items():
+            keys, values = self._grown(layer[2:], self.slots, more, longer)
+            self.layers[index] = layer._replace(keys=keys, values=values)
+        self.slots, self.length = self.slots + more, self.length + longer
+
+    @staticmethod
+    def _grown(stores: Sequence[Tensor], places: int, more: int, longer: int) -> Sequence[Tensor]:
+        if not (more or longer):
+            return stores
+        return [pad(store, (0, 0, 0, longer, 0, more * (len(store) // places))) for store in stores]
 
     def move(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         """Copy whole slots: the last running ones into those that became free."""
@@ -75,29 +89,42 @@ class KVCache:
 
 @dataclass
 class Prefill:
-    """Plan of computing prompts, packed side by side, and storing each in its place."""
+    """Plan of computing pieces of prompts, packed side by side, and storing each in the place of its prompt."""
 
     cache: KVCache
     packed: PackedAttention
     places: Tensor
     positions: Tensor
+    stored: list[tuple[int, int]]
+    """Place of each prompt that is continued, and how much of it is there: what the pieces see besides themselves."""
 
     @staticmethod
-    def of(cache: KVCache, prompts: Sequence[range], first: int, device: torch.device) -> Prefill:
-        """prompts: flat range of each; they take the places `first`, `first` + 1, …"""
-        lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-        places = torch.arange(first, first + len(prompts), device=device).repeat_interleave(lengths)
-        positions = torch.cat([torch.arange(len(prompt), device=device) for prompt in prompts])
-        return Prefill(cache, PackedAttention([(prompt, range(0)) for prompt in prompts], device), places, positions)
+    def of(cache: KVCache, pieces: Sequence[tuple[int, range]], device: torch.device) -> Prefill:
+        """pieces: place and positions of each, in their order in the flat run."""
+        run = sum(len(piece) for _, piece in pieces)
+        spans, start, context = [], 0, run  # what is stored comes behind the run
+        for _, piece in pieces:
+            spans.append((range(start, start + len(piece)), range(context, context + piece.start)))
+            start, context = start + len(piece), context + piece.start
+        lengths = torch.tensor([len(piece) for _, piece in pieces], device=device)
+        places = torch.tensor([place for place, _ in pieces], device=device).repeat_interleave(lengths)
+        positions = torch.cat([torch.arange(piece.start, piece.stop, device=device) for _, piece in pieces])
+        stored = [(place, piece.start) for place, piece in pieces if piece.start]
+        return Prefill(cache, PackedAttention(spans, device), places, positions, stored)
 
     def attend(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, softcap: float | None
     ) -> Tensor:
         stored = self.cache.layer(layer, k, v)
-        for store, new in ((stored.prompt_keys, k), (stored.prompt_values, v)):
-            by_place = store.unflatten(0, (self.cache.prompts, -1))
-            by_place[self.places, :, self.positions] = new[0].transpose(0, 1)
-        return self.packed.attend(layer, q, k, v, scale, window, softcap)
+        keys, values = self._put(stored.prompt_keys, k), self._put(stored.prompt_values, v)
+        return self.packed.attend(layer, q, keys, values, scale, window, softcap)
+
+    def _put(self, store: Tensor, new: Tensor) -> Tensor:
+        """Store the run [1, H_kv, N, D]; returns it with what was there before behind it."""
+        by_place = store.unflatten(0, (self.cache.prompts, -1))
+        by_place[self.places, :, self.positions] = new[0].transpose(0, 1)
+        before = [by_place[place, :, :length][None] for place, length in self.stored]
+        return torch.cat([new, *before], dim=2) if before else new
 
 
 class Seats:

@@ -23,6 +23,9 @@ from klimb.rollout.engine import Request
 from klimb.rollout.sampling import SamplingParams, draw, stream_key, uniforms
 from klimb.types import Finish, Sample, Segment, Text
 
+_LENGTH = 128
+"""Tokens of a sample that the cache has room for at first; it doubles where some grow longer."""
+
 
 @dataclass
 class _Slots:
@@ -35,6 +38,8 @@ class _Slots:
     drawn: Tensor
     last: Tensor
     prompt_lengths: Tensor
+    longest: int = 0
+    """Tokens of the longest sample."""
     owners: list[tuple[Request, int]] = field(default_factory=list)
     prompts: list[int] = field(default_factory=list)
     """Place of each one's prompt in the cache."""
@@ -65,8 +70,9 @@ class _Slots:
 class LocalEngine:
     """A `RolloutEngine` over a policy in this process.
 
-    max_rows: samples that run side by side. on_tokens: told how many tokens each step produced (for a progress bar).
-    view: tokens → the text that reward functions see.
+    max_rows: samples that run side by side. prefill_tokens: prompt tokens computed at once; longer prompts are computed
+    in pieces. on_tokens: told how many tokens each step produced (for a progress bar). view: tokens → the text that
+    reward functions see.
     """
 
     def __init__(
@@ -76,12 +82,14 @@ class LocalEngine:
         *,
         max_rows: int = 128,
         refill_share: float = 0.25,
+        prefill_tokens: int = 4096,
         on_tokens: Callable[[int], None] | None = None,
     ) -> None:
         self.policy = policy
         self.view = view
         self.max_rows = max_rows
         self.refill_at = max(1, int(max_rows * refill_share))
+        self.prefill_tokens = prefill_tokens
         self.on_tokens = on_tokens
         self.version = 0
         self.paused = False
@@ -153,6 +161,8 @@ class LocalEngine:
             for prompt, run in itertools.groupby(new, key=lambda item: item[0].prompt.tokens)
         ]
         slots = self._slots_for([request for request, _ in new])
+        self.cache = self.cache or KVCache()
+        self.cache.grow_slots(len(slots.owners) + len(new), min(_LENGTH, slots.tokens.shape[1]))
         self._store([prompt for prompt, _ in runs if prompt not in self.stored])
         device = self.policy.backbone.device
         rows = slice(len(slots.owners), len(slots.owners) + len(new))
@@ -163,6 +173,7 @@ class LocalEngine:
         slots.owners.extend(new)
         for prompt, samples in runs:
             slots.prompts += [self.stored[prompt][0]] * samples
+        slots.longest = max(slots.longest, 1)
         slots.seats = None
         logits = self._logits(torch.stack([self.stored[prompt][1] for prompt, _ in runs]))
         self._draw(logits.repeat_interleave(torch.tensor([samples for _, samples in runs], device=device), dim=0), rows)
@@ -172,20 +183,18 @@ class LocalEngine:
         if not prompts:
             return
         assert self.slots is not None
+        assert self.cache is not None
         device = self.policy.backbone.device
         first = max([*self.slots.prompts, *(place for place, _ in self.stored.values())], default=-1) + 1
-        places, length = first + len(prompts), max(map(len, prompts))
-        self.cache = self.cache or KVCache(places, length, self.max_rows, self.slots.tokens.shape[1])
-        self.cache.grow(places, length)
-        flat = [token for prompt in prompts for token in prompt]
-        stops = list(itertools.accumulate(map(len, prompts)))
-        spans = [range(stop - len(prompt), stop) for stop, prompt in zip(stops, prompts, strict=True)]
-        plan = Prefill.of(self.cache, spans, first, device)
-        ends = torch.tensor(stops, device=device) - 1
-        states = self._states(torch.tensor(flat, device=device), plan.positions, plan, ends)
-        self.stored |= {
-            prompt: (first + i, state) for i, (prompt, state) in enumerate(zip(prompts, states, strict=True))
-        }
+        self.cache.grow_prompts(first + len(prompts), max(map(len, prompts)))
+        for pieces in split_prompts([len(prompt) for prompt in prompts], self.prefill_tokens):
+            flat = [token for i, piece in pieces for token in prompts[i][piece.start : piece.stop]]
+            stops = itertools.accumulate(len(piece) for _, piece in pieces)
+            ends = {i: stop - 1 for (i, piece), stop in zip(pieces, stops) if piece.stop == len(prompts[i])}
+            plan = Prefill.of(self.cache, [(first + i, piece) for i, piece in pieces], device)
+            keep = torch.tensor(list(ends.values()), dtype=torch.long, device=device)
+            states = self._states(torch.tensor(flat, device=device), plan.positions, plan, keep)
+            self.stored |= {prompts[i]: (first + i, state) for i, state in zip(ends, states, strict=True)}
 
     def _decode(self) -> None:
         """One further token for every running sample."""
@@ -194,9 +203,12 @@ class LocalEngine:
         assert cache is not None
         rows = slice(0, self._running)
         drawn = slots.drawn[rows]
+        if slots.longest > cache.length:
+            cache.grow_slots(0, min(2 * cache.length, slots.tokens.shape[1]))
         slots.seats = slots.seats or Seats(slots.prompts, drawn.device)
         plan = Decode(cache, slots.seats, slots.prompt_lengths[rows], drawn)
         self._draw(self._logits(self._states(slots.last[rows], plan.position, plan, plan.rows)), rows)
+        slots.longest += 1
 
     def _states(self, tokens: Tensor, positions: Tensor, plan: Prefill | Decode, keep: Tensor) -> Tensor:
         self.policy.backbone.use(self.policy.adapter)
@@ -280,6 +292,7 @@ class LocalEngine:
             slots.move(movers, holes)
         del slots.owners[running:], slots.prompts[running:]
         slots.seats = None
+        slots.longest = int(slots.drawn[:running].max()) if running else 0
         self._close_prompts()
         yield from finished
 
@@ -310,3 +323,22 @@ class LocalEngine:
         segment = Segment(tokens, True, slots.logps[slot, :n].tolist(), slots.versions[slot, :n].tolist())
         sample = Sample(request.prompt.id, ~index if index < 0 else index, [segment], finish, self.view(tokens))
         return request, sample
+
+
+def split_prompts(lengths: Sequence[int], budget: int) -> Iterator[list[tuple[int, range]]]:
+    """Prompts → calls of at most `budget` tokens, each of whole prompts or one piece of a longer one.
+
+    Yields index and positions of what a call computes.
+    """
+    call: list[tuple[int, range]] = []
+    free = budget
+    for i, length in enumerate(lengths):
+        for start in range(0, length, budget):
+            piece = range(start, min(start + budget, length))
+            if len(piece) > free:
+                yield call
+                call, free = [], budget
+            call.append((i, piece))
+            free -= len(piece)
+    if call:
+        yield call
