@@ -11,8 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_BLOCK = 64
 
 
 @dataclass(frozen=True)
@@ -58,21 +60,33 @@ def draw(logits: Tensor, u: Tensor, params: SamplingParams, seen: Tensor | None 
     seen [N, V] bool: tokens already in the text, for the repetition penalty. Log-probs are those of the plain policy
     also where top-k or top-p restricted the draw (and at temperature 1 for a greedy one).
     """
-    z = logits / params.temperature if params.temperature > 0 else logits
-    normaliser = z.logsumexp(-1, keepdim=True)
-    tokens = _invert((z - normaliser).exp_(), u) if params.plain else _restricted(logits, u, params, seen)
+    z = logits if params.temperature in (0, 1) else logits / params.temperature
+    largest = z.amax(-1, keepdim=True)
+    weights = (z - largest).exp_()
+    normaliser = weights.sum(-1, keepdim=True).log_().add_(largest)
+    tokens = _invert(weights, u) if params.plain else _restricted(logits, u, params, seen)
     return tokens, (z.gather(1, tokens[:, None]) - normaliser).squeeze(1)
 
 
-def _invert(probabilities: Tensor, u: Tensor) -> Tensor:
-    """Smallest token whose cumulative probability exceeds u. [N, V], [N] → [N]."""
-    # fp32 sums over a large vocabulary lose the small probabilities that come late.
-    wide = torch.float64 if probabilities.shape[-1] > 1 << 15 and probabilities.device.type != "mps" else None
-    cdf = probabilities.cumsum(-1, dtype=wide)
-    total = cdf[:, -1:]
-    # u next to 1 rounds up to 1 in fp32 and would fall behind the last token that has any probability.
-    target = torch.minimum(u.to(cdf.dtype)[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cdf, target, right=True).clamp_(max=cdf.shape[-1] - 1).squeeze(1)
+def _invert(weights: Tensor, u: Tensor) -> Tensor:
+    """Smallest token whose cumulative weight exceeds u · total. [N, V], [N] → [N].
+
+    First its block of the vocabulary, then the token in the block: a running sum over all of them would take more time
+    than everything else here, and in fp32 lose the small weights that come late.
+    """
+    rest = -weights.shape[-1] % _BLOCK
+    blocks = (pad(weights, (0, rest)) if rest else weights).unflatten(1, (-1, _BLOCK))
+    ends = blocks.sum(-1).double().cumsum(-1)
+    target = _below(ends[:, -1:], u[:, None] * ends[:, -1:])
+    block = torch.searchsorted(ends, target, right=True)
+    within = blocks.gather(1, block[:, :, None].expand(-1, -1, _BLOCK)).squeeze(1).double().cumsum(-1)
+    target = _below(within[:, -1:], target - pad(ends, (1, 0)).gather(1, block))
+    return (block * _BLOCK + torch.searchsorted(within, target, right=True)).squeeze(1)
+
+
+def _below(total: Tensor, target: Tensor) -> Tensor:
+    """What rounding took to the total, or above, would fall behind the last token that has any weight."""
+    return torch.minimum(target, torch.nextafter(total, torch.zeros_like(total)))
 
 
 def _restricted(logits: Tensor, u: Tensor, params: SamplingParams, seen: Tensor | None) -> Tensor:
