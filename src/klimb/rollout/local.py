@@ -38,6 +38,7 @@ class _Slots:
     drawn: Tensor
     last: Tensor
     prompt_lengths: Tensor
+    stop: Tensor
     longest: int = 0
     """Tokens of the longest sample."""
     owners: list[tuple[Request, int]] = field(default_factory=list)
@@ -47,7 +48,9 @@ class _Slots:
     """Known again when somebody came or went."""
 
     @staticmethod
-    def empty(slots: int, length: int, device: torch.device) -> _Slots:
+    def empty(slots: int, params: SamplingParams, device: torch.device) -> _Slots:
+        length = params.max_tokens
+
         def zeros(dtype: torch.dtype, *shape: int) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
@@ -55,6 +58,7 @@ class _Slots:
         return _Slots(
             zeros(long, slots, length), zeros(single, slots, length), zeros(long, slots, length),
             zeros(double, slots, length), zeros(long, slots), zeros(long, slots), zeros(long, slots),
+            torch.tensor(sorted(params.stop), dtype=torch.long, device=device),
         )  # fmt: skip
 
     def move(self, sources: Sequence[int], targets: Sequence[int]) -> None:
@@ -252,7 +256,7 @@ class LocalEngine:
         running = self.slots.owners if self.slots else []
         if len({request.params for request in [*new, *(request for request, _ in running)]}) > 1:
             raise KlimbError("requests that run side by side must share their sampling parameters")
-        self.slots = self.slots or _Slots.empty(self.max_rows, new[0].params.max_tokens, self.policy.backbone.device)
+        self.slots = self.slots or _Slots.empty(self.max_rows, new[0].params, self.policy.backbone.device)
         return self.slots
 
     def _take_finished(self) -> Iterator[tuple[Request, Sample]]:
@@ -260,13 +264,12 @@ class LocalEngine:
         if slots is None or not slots.owners:
             return
         rows = slice(0, len(slots.owners))
-        params = self._params()
-        stop = torch.tensor(sorted(params.stop), device=slots.last.device)
-        stopped = (slots.last[rows, None] == stop).any(1)
-        ended = (stopped | (slots.drawn[rows] >= params.max_tokens)).nonzero().flatten().tolist()
-        if ended:
+        stopped = (slots.last[rows, None] == slots.stop).any(1)
+        full = slots.longest >= slots.tokens.shape[1]
+        ended = stopped | (slots.drawn[rows] >= slots.tokens.shape[1]) if full else stopped
+        if any(flags := ended.tolist()):  # what a step waits for on a GPU
             reasons: list[Finish] = ["stop" if s else "length" for s in stopped.tolist()]
-            yield from self._release(ended, reasons)
+            yield from self._release([i for i, flag in enumerate(flags) if flag], reasons)
 
     def _take_aborted(self) -> Iterator[tuple[Request, Sample]]:
         while self.queue and self.queue[0][1] < 0:
@@ -282,7 +285,7 @@ class LocalEngine:
         slots, cache = self.slots, self.cache
         assert slots is not None
         assert cache is not None
-        finished = [self._sample(i, reasons[i]) for i in leaving]
+        finished = self._samples(leaving, reasons)
         running = len(slots.owners) - len(leaving)
         gone = set(leaving)
         holes = [i for i in leaving if i < running]
@@ -314,15 +317,19 @@ class LocalEngine:
             prompt: (now_at[place], state) for prompt, (place, state) in self.stored.items() if place in used
         }
 
-    def _sample(self, slot: int, finish: Finish) -> tuple[Request, Sample]:
+    def _samples(self, leaving: Sequence[int], reasons: Sequence[Finish]) -> list[tuple[Request, Sample]]:
         slots = self.slots
         assert slots is not None
-        request, index = slots.owners[slot]
-        n = int(slots.drawn[slot])
-        tokens = slots.tokens[slot, :n].tolist()
-        segment = Segment(tokens, True, slots.logps[slot, :n].tolist(), slots.versions[slot, :n].tolist())
-        sample = Sample(request.prompt.id, ~index if index < 0 else index, [segment], finish, self.view(tokens))
-        return request, sample
+        lines = torch.tensor(leaving, device=slots.tokens.device)
+        stores = [store[lines, : slots.longest].tolist() for store in (slots.tokens, slots.logps, slots.versions)]
+        finished = []
+        for slot, n, *line in zip(leaving, slots.drawn[lines].tolist(), *stores, strict=True):
+            request, index = slots.owners[slot]
+            tokens, logps, versions = (values[:n] for values in line)
+            segment = Segment(tokens, True, logps, versions)
+            index = ~index if index < 0 else index
+            finished.append((request, Sample(request.prompt.id, index, [segment], reasons[slot], self.view(tokens))))
+        return finished
 
 
 def split_prompts(lengths: Sequence[int], budget: int) -> Iterator[list[tuple[int, range]]]:
