@@ -119,14 +119,15 @@ def test_groups_come_in_the_order_of_the_requests_with_all_samples() -> None:
     assert all([s.index for s in g.samples] == list(range(5)) for g in groups)
 
 
-def test_sampling_follows_the_distribution() -> None:
-    """χ² of 100,000 draws against softmax(logits / T), cells of at least 20 expected."""
+@pytest.mark.parametrize("vocabulary", [50, 128, 200])
+def test_sampling_follows_the_distribution(vocabulary: int) -> None:
+    """χ² of 100,000 draws against softmax(logits / T), cells of at least 20 expected; one block and several."""
     torch.manual_seed(0)
-    logits, temperature, n = torch.randn(1, 50) * 2, 0.8, 100_000
+    logits, temperature, n = torch.randn(1, vocabulary) * 2, 0.8, 100_000
     u = uniforms([stream_key(3, "p", i) for i in range(n // 100)], 100).reshape(-1)
     tokens, logps = draw(logits.expand(n, -1), u, SamplingParams(1, frozenset(), temperature))
     expected = (logits[0].double() / temperature).softmax(-1) * n
-    counts = torch.bincount(tokens, minlength=50).double()
+    counts = torch.bincount(tokens, minlength=vocabulary).double()
     big = expected >= 20
     chi2 = float(((counts - expected)[big] ** 2 / expected[big]).sum())
     freedom = int(big.sum()) - 1
@@ -153,6 +154,22 @@ def test_no_draw_takes_a_token_of_probability_zero() -> None:
     u = torch.tensor([0.0, 0.2689, 0.2690, 1 - 2**-53], dtype=torch.float64)
     tokens, _ = draw(logits, u, SamplingParams(1, frozenset()))
     assert tokens.tolist() == [2, 2, 4, 4]  # σ(−1) = 0.26894
+
+
+def test_a_draw_is_that_of_the_running_sum_of_the_whole_vocabulary() -> None:
+    """Also where whole blocks have no weight, and for u next to 0 and 1."""
+    torch.manual_seed(0)
+    logits = torch.randn(2000, 300) * 2
+    logits[:, 60:200] = logits[:, 290:] = -torch.inf
+    u = torch.rand(2000, dtype=torch.float64)
+    u[:2] = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
+    cdf = logits.double().softmax(-1).cumsum(-1)
+    tokens, _ = draw(logits, u, SamplingParams(1, frozenset()))
+    expected = torch.searchsorted(cdf, u[:, None], right=True).squeeze(1).clamp(max=289)
+    at_an_edge = (cdf - u[:, None]).abs().amin(-1) < 1e-6  # the exponentials and a block's sum are in fp32
+    assert torch.equal(tokens[~at_an_edge], expected[~at_an_edge])
+    assert logits.gather(1, tokens[:, None]).isfinite().all()
+    assert at_an_edge.sum() < 20
 
 
 def test_restricted_sampling() -> None:
