@@ -106,6 +106,9 @@ class TrainConfig(RunConfig):
     data: Given
     lora: LoRA | None = None
     optimizer: Optimizer = Optimizer()
+    checkpointing: Literal["on", "off"] = Field(
+        "off", description="on: activations are computed again in the backward pass: less memory, a third more time"
+    )
     checkpoint_every: int = Field(50, ge=0, description="steps between checkpoints; 0: none but at Ctrl-C")
 
 
@@ -146,6 +149,7 @@ class Session:
     dtype: torch.dtype
     say: Callable[[str], None]
     token_budget: int
+    checkpointing: bool
     learners: dict[str, Learner] = field(default_factory=dict)
     started: float = field(default_factory=time.monotonic)
     timings: dict[str, float] = field(default_factory=dict)
@@ -161,11 +165,12 @@ class Session:
         torch.set_num_threads(int(threads))
         dtype = share(run.decide("dtype", lambda: str(resolve_dtype(config.dtype, device)).removeprefix("torch.")))
         budget = share(run.decide("token_budget", lambda: token_budget(config, device)))
+        checkpointing = isinstance(config, TrainConfig) and config.checkpointing == "on"
         torch.manual_seed(config.seed)
         live = live_line(run.manifest["name"]) if say is say_aside else None
         if live is not None:
             run.closing.callback(live.close)
-        return Session(run, interrupt, device, getattr(torch, dtype), say, int(budget), live=live)
+        return Session(run, interrupt, device, getattr(torch, dtype), say, int(budget), checkpointing, live=live)
 
     def learner(
         self, name: str, stage: Stage, parameters: Mapping[str, torch.nn.Parameter], config: TrainConfig,
