@@ -236,9 +236,10 @@ def test_gradients_of_micro_batches_are_summed_in_fp32() -> None:
 # Resume -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("state", ["fp32", "8bit"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-def test_a_resumed_learner_goes_on_bit_by_bit(dtype: torch.dtype, tmp_path: Path) -> None:
-    changes = {"warmup_steps": 2, "decay": "cosine", "weight_decay": 0.01}
+def test_a_resumed_learner_goes_on_bit_by_bit(dtype: torch.dtype, state: str, tmp_path: Path) -> None:
+    changes = {"warmup_steps": 2, "decay": "cosine", "weight_decay": 0.01, "state": state}
     weights, batch = problem(dtype)
     weights["unused"] = nn.Parameter(torch.ones(2, dtype=dtype))
     learner = learner_of(weights, 30, **changes)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Literal
 
 import torch
@@ -22,6 +23,7 @@ from klimb.config import StageConfig
 from klimb.errors import KlimbError
 from klimb.metrics import Metric, Metrics
 from klimb.models.packing import flat_length, split_by_budget
+from klimb.runtime.adam8bit import AdamW8bit
 from klimb.runtime.ranks import gather, rank, world
 
 Loss = Callable[[TokenBatch, BatchTotals], tuple[Tensor, Metrics]]
@@ -38,7 +40,7 @@ LEARNING_RATES: dict[Stage, tuple[float, float]] = {
 rate of full training (Schulman et al. 2025, "LoRA without regret"). A model from scratch wants 10–100 times more."""
 
 
-_MOMENTS = ("exp_avg", "exp_avg_sq")
+_STATE = ("step", "exp_avg", "exp_avg_sq", "exp_avg_scale", "exp_avg_sq_scale")
 
 
 class Optimizer(StageConfig):
@@ -52,6 +54,7 @@ class Optimizer(StageConfig):
     decay: Literal["constant", "linear", "cosine"] = "constant"
     final_lr: float = Field(0.0, ge=0, le=1, description="share of lr left at the end of the decay")
     max_grad_norm: float | None = Field(1.0, gt=0)
+    state: Literal["fp32", "8bit"] = Field("fp32", description="AdamW's moments: 8 or 2 bytes a trained parameter")
 
 
 class NotFinite(KlimbError):
@@ -87,9 +90,10 @@ class Learner:
         self.say = say
         self._named_longest = False
         self.steps = 0
-        self.adam = torch.optim.AdamW(
+        adamw = AdamW8bit if optimizer.state == "8bit" else partial(torch.optim.AdamW, fused=True)
+        self.adam: AdamW8bit | torch.optim.AdamW = adamw(
             list(self.masters.values()), lr=lr, betas=optimizer.betas, eps=optimizer.eps,
-            weight_decay=optimizer.weight_decay, fused=True,
+            weight_decay=optimizer.weight_decay,
         )  # fmt: skip
 
     def step(self, batch: TokenBatch, loss: Loss, totals: BatchTotals | None = None) -> Metrics:
@@ -237,11 +241,17 @@ class Learner:
             for name, master in self.masters.items():
                 master.copy_(tensors[f"weights.{name}"])
                 if f"adam.step.{name}" in tensors:
-                    # The fused AdamW reads "step" where the weights are, and the moments in the weights' own strides.
-                    step = tensors[f"adam.step.{name}"].to(master.device, copy=True)
-                    moments = {k: torch.empty_like(master).copy_(tensors[f"adam.{k}.{name}"]) for k in _MOMENTS}
-                    self.adam.state[master] = {"step": step, **moments}
+                    found = {key: tensors.get(f"adam.{key}.{name}") for key in _STATE}
+                    self.adam.state[master] = {k: _beside(master, saved) for k, saved in found.items()
+                                               if saved is not None}  # fmt: skip
         self._write_working_copies()
+
+
+def _beside(master: Tensor, saved: Tensor) -> Tensor:
+    """A copy where the master is: the fused AdamW reads "step" there, and the moments in the weights' own strides."""
+    if saved.shape == master.shape:
+        return torch.empty_like(master, dtype=saved.dtype).copy_(saved)
+    return saved.to(master.device, copy=True)
 
 
 def _length(batch: TokenBatch, index: Sequence[int]) -> int:
