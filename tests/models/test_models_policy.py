@@ -11,6 +11,7 @@ from klimb.errors import KlimbError
 from klimb.models import logprobs
 from klimb.models.backbone import Backbone
 from klimb.models.faces import Policy, policy_logps, sequence_kl
+from klimb.models.load import LoRA
 from klimb.models.logprobs import Head, token_logps
 from klimb.models.packing import pack, split_by_budget
 from klimb.models.probe import probed_policy
@@ -176,3 +177,52 @@ def test_attention_features_that_klimb_lacks_are_named() -> None:
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="klimb").eval()
     with pytest.raises(KlimbError, match="s_aux"):
         probed_policy(Backbone(model), None)
+
+
+# Activation checkpointing -------------------------------------------------------------------------------------------
+
+
+def kept_for_backward(policy: Policy, batch: TokenBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor], int]:
+    """Log-probs, gradients by name, and the bytes of activations that wait for the backward pass."""
+    own = {p.untyped_storage().data_ptr() for p in policy.backbone.parameters()}
+    kept: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        logps = policy(batch, temperature=0.7).logps
+    logps.square().sum().backward()
+    return logps, {n: p.grad for n, p in policy.trainable().items() if p.grad is not None}, sum(kept.values())
+
+
+@pytest.mark.parametrize("lora", [None, LoRA(rank=2)], ids=["full", "lora"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2", "gemma2", "gemma3"])
+def test_activations_computed_again_change_no_bit(family: str, dtype: torch.dtype, lora: LoRA | None) -> None:
+    batch, found = ragged(), []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        backbone = Backbone(tiny(family, dtype=dtype), None, lora)
+        with torch.no_grad():  # a new adapter's second matrix is zero, and so would be the gradient of its first
+            for name, parameter in backbone.named_parameters():
+                if "lora_B" in name:
+                    parameter.normal_()
+        if checkpointing:
+            backbone.checkpoint_activations()
+        found.append(kept_for_backward(Policy(backbone, "policy" if lora else None), batch))
+    (logps, gradients, kept), (again, gradients_again, kept_again) = found
+    assert torch.equal(again, logps)
+    assert gradients.keys() == gradients_again.keys()
+    assert all(torch.equal(gradients_again[name], gradients[name]) for name in gradients)
+    assert kept_again < 0.5 * kept  # two layers, of which each keeps its input alone; head and embedding stay
+
+
+def test_a_model_without_layers_to_compute_again_is_refused() -> None:
+    backbone = Backbone(tiny())
+    backbone.model.model.layers = torch.nn.ModuleList()
+    with pytest.raises(KlimbError, match="checkpointing: LlamaForCausalLM has no layers"):
+        backbone.checkpoint_activations()

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from klimb import metrics
 from klimb.batch import BatchTotals, TokenBatch
+from klimb.errors import KlimbError
 from klimb.metrics import Metrics
+from klimb.models.packing import flat_length
 from klimb.runtime import checkpoint
-from klimb.runtime.learner import Learner, NotFinite, Optimizer
+from klimb.runtime.learner import Learner, Loss, NotFinite, Optimizer
 
 WIDTH = 5
 
@@ -234,9 +236,10 @@ def test_gradients_of_micro_batches_are_summed_in_fp32() -> None:
 # Resume -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("state", ["fp32", "8bit"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-def test_a_resumed_learner_goes_on_bit_by_bit(dtype: torch.dtype, tmp_path: Path) -> None:
-    changes = {"warmup_steps": 2, "decay": "cosine", "weight_decay": 0.01}
+def test_a_resumed_learner_goes_on_bit_by_bit(dtype: torch.dtype, state: str, tmp_path: Path) -> None:
+    changes = {"warmup_steps": 2, "decay": "cosine", "weight_decay": 0.01, "state": state}
     weights, batch = problem(dtype)
     weights["unused"] = nn.Parameter(torch.ones(2, dtype=dtype))
     learner = learner_of(weights, 30, **changes)
@@ -257,3 +260,86 @@ def test_a_resumed_learner_goes_on_bit_by_bit(dtype: torch.dtype, tmp_path: Path
     for name, tensor in learner.tensors().items():
         assert torch.equal(resumed.tensors()[name], tensor), name
     assert all(torch.equal(fresh[name], weight) for name, weight in weights.items())
+
+
+# Memory -------------------------------------------------------------------------------------------------------------
+
+
+def never_more_than(most: int, weights: dict[str, nn.Parameter], tried: list[int]) -> Loss:
+    """A device that holds the gradients of `most` samples: the error comes in the backward pass, when a part of the
+    gradients is there already."""
+
+    def loss(micro: TokenBatch, totals: BatchTotals) -> tuple[Tensor, Metrics]:
+        tried.append(len(micro))
+        value, measured = squares(weights, micro, totals)
+        if len(micro) > most:
+            value = value + Overflowing.apply(weights["b"]).sum()
+        return value, measured
+
+    return loss
+
+
+class Overflowing(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: object, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: object, *grads: Tensor) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("most", [1, 3])
+def test_a_batch_that_does_not_fit_is_computed_in_smaller_parts_to_the_same_result(
+    most: int, dtype: torch.dtype
+) -> None:
+    weights, batch = problem(dtype)
+    own, _ = problem(dtype)
+    learner, tried, said = learner_of(weights), list[int](), list[str]()
+    learner.say = said.append
+    found = metrics.results(learner.step(batch, never_more_than(most, weights, tried)))
+    small = learner_of(own, learner.budget)
+    assert found == step(small, batch)  # bit by bit what the budget that fits gives
+    assert all(torch.equal(weights[name], own[name]) for name in own)
+    assert tried[0] == len(batch)
+    assert max(tried[-len(batch) // most :]) <= most
+    assert said[0].startswith("update 1: ")
+    assert "do not fit into the memory of cpu" in said[0]
+    tried.clear()
+    learner.step(batch, never_more_than(most, weights, tried))
+    assert max(tried) <= most  # it does not run into the wall again
+    assert int(learner.tensors()["budget"]) == learner.budget < 10_000  # and a resumed run neither
+
+
+def test_one_sample_that_does_not_fit_is_an_error_that_names_it() -> None:
+    weights, batch = problem()
+    learner = learner_of(weights)
+    before = {name: weight.clone() for name, weight in weights.items()}
+    with pytest.raises(KlimbError, match=r"^update 1: row \d does not fit into the memory of cpu: \d+ tokens at once"):
+        learner.step(batch, never_more_than(0, weights, []))
+    assert all(torch.equal(weights[name], before[name]) for name in weights)
+
+
+def test_of_a_pair_that_does_not_fit_both_are_named() -> None:
+    weights, batch = problem(paired=True)
+    with pytest.raises(KlimbError, match=r"row \d and row \d does not fit"):
+        learner_of(weights).step(batch, never_more_than(1, weights, []))
+
+
+def test_a_sample_longer_than_the_budget_is_named_once_and_trained_on() -> None:
+    weights, batch = problem()
+    lengths = [flat_length(rows) for rows in batch.rows]
+    longest = max(range(len(lengths)), key=lengths.__getitem__)
+    learner, said = learner_of(weights, budget=lengths[longest] - 1), list[str]()
+    learner.say = said.append
+    step(learner, batch)
+    step(learner, batch)
+    assert len(said) == 1
+    assert said[0].startswith(
+        f"token_budget={lengths[longest] - 1}: row {longest} has {lengths[longest]} tokens and runs alone"
+    )
+    quiet = learner_of(weights, budget=lengths[longest])
+    quiet.say = said.append
+    step(quiet, batch)
+    assert len(said) == 1

@@ -126,6 +126,7 @@ CASES: dict[str, list[Bad]] = {
         Bad("a key at the wrong depth", "SFT lr=1e-3", ("'lr'", "optimizer.lr")),
         Bad("no number", "SFT batch_size=many", ("batch_size", "'many'")),
         Bad("out of range", "SFT batch_size=0", ("batch_size", "0")),
+        Bad("a token budget that is no number", "SFT token_budget=all", ("token_budget", "'all'", "auto")),
         Bad("a required key is missing", "sft data=demonstrations.jsonl", ("model",)),
         Bad("no such choice", "SFT optimizer.decay=linaer", ("optimizer.decay", "'linear'")),
         Bad("no such device", "SFT device=gpu", ("device=gpu",)),

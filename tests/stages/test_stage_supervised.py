@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -162,3 +163,16 @@ def test_evaluate_gives_intervals_kl_and_best_of_n(world: World, tmp_path: Path)
     assert plain.result["evaluation"]["kl"] > 0
     own = play("evaluate", tmp_path / "own", model=world.model, measure=measure)
     assert own.result["evaluation"]["kl"] == 0
+
+
+def test_the_token_budget_is_decided_once_and_stays(world: World, tmp_path: Path) -> None:
+    options = {"model": world.model, "data": world.demonstrations, "steps": 2, "batch_size": 8}
+    run = tmp_path / "run"
+    play("sft", run, **options)
+    manifest = json.loads((run / "manifest.json").read_text())
+    assert manifest["decisions"]["token_budget"] == 1024
+    manifest["decisions"]["token_budget"] = 3  # as if the machine had chosen otherwise when the run began
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    (run / "result.json").unlink()
+    shutil.rmtree(run / "checkpoints")
+    assert [line for line in play("sft", run, **options).said if line.startswith("token_budget=3: ")]

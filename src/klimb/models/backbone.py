@@ -6,12 +6,16 @@ frozen copy of the adapter that training started from. With full weights each fa
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from klimb.errors import KlimbError
 from klimb.models.attention import AttentionPlan
@@ -50,6 +54,18 @@ class Backbone(nn.Module):
     @property
     def hidden_size(self) -> int:
         return int(self.model.config.get_text_config().hidden_size)
+
+    def checkpoint_activations(self) -> None:
+        """From here on a decoder layer keeps its input alone for the backward pass, and computes the rest again there.
+
+        What transformers offers for it works in training mode only; klimb's models stay in evaluation mode.
+        """
+        layers = [layer for layer in self.model.modules() if isinstance(layer, GradientCheckpointingLayer)]
+        if not layers:
+            raise KlimbError(f"checkpointing: {type(self.model).__name__} has no layers that transformers knows how to "
+                             "compute again", fix="set checkpointing=off")  # fmt: skip
+        for layer in layers:
+            layer.forward = partial(_computed_again, layer.forward)
 
     def use(self, adapter: str | None) -> None:
         """Make one adapter active (None: the base alone). Frozen ones are recognised by their name."""
@@ -100,6 +116,12 @@ class Backbone(nn.Module):
         if self.peft is None:
             return dict(self.model.named_parameters())
         return {n: p for n, p in self.model.named_parameters() if "lora_" in n and f".{adapter}." in n}
+
+
+def _computed_again(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)  # there is no dropout
 
 
 def _new_adapter(model: PreTrainedModel, lora: LoRA) -> Any:

@@ -8,7 +8,8 @@ split, and the number of ranks that share it, change nothing but rounding.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Literal
 
 import torch
@@ -21,7 +22,8 @@ from klimb.batch import BatchTotals, TokenBatch
 from klimb.config import StageConfig
 from klimb.errors import KlimbError
 from klimb.metrics import Metric, Metrics
-from klimb.models.packing import split_by_budget
+from klimb.models.packing import flat_length, split_by_budget
+from klimb.runtime.adam8bit import AdamW8bit
 from klimb.runtime.ranks import gather, rank, world
 
 Loss = Callable[[TokenBatch, BatchTotals], tuple[Tensor, Metrics]]
@@ -38,7 +40,7 @@ LEARNING_RATES: dict[Stage, tuple[float, float]] = {
 rate of full training (Schulman et al. 2025, "LoRA without regret"). A model from scratch wants 10–100 times more."""
 
 
-_MOMENTS = ("exp_avg", "exp_avg_sq")
+_STATE = ("step", "exp_avg", "exp_avg_sq", "exp_avg_scale", "exp_avg_sq_scale")
 
 
 class Optimizer(StageConfig):
@@ -52,6 +54,7 @@ class Optimizer(StageConfig):
     decay: Literal["constant", "linear", "cosine"] = "constant"
     final_lr: float = Field(0.0, ge=0, le=1, description="share of lr left at the end of the decay")
     max_grad_norm: float | None = Field(1.0, gt=0)
+    state: Literal["fp32", "8bit"] = Field("fp32", description="AdamW's moments: 8 or 2 bytes a trained parameter")
 
 
 class NotFinite(KlimbError):
@@ -72,8 +75,9 @@ class Learner:
         lr: float,
         total_steps: int,
         budget: int,
+        say: Callable[[str], None] = lambda line: None,
     ) -> None:
-        """budget: flat tokens in one micro-batch. lr: peak, after the table was asked."""
+        """budget: flat tokens of a micro-batch. lr: peak, after the table was asked. say: gets lines for a person."""
         self.working = dict(parameters)
         self.masters = {
             name: p if p.dtype in (torch.float32, torch.float64) else nn.Parameter(p.detach().float())
@@ -83,10 +87,13 @@ class Learner:
         self.lr = lr
         self.total_steps = max(total_steps, 1)
         self.budget = budget
+        self.say = say
+        self._named_longest = False
         self.steps = 0
-        self.adam = torch.optim.AdamW(
+        adamw = AdamW8bit if optimizer.state == "8bit" else partial(torch.optim.AdamW, fused=True)
+        self.adam: AdamW8bit | torch.optim.AdamW = adamw(
             list(self.masters.values()), lr=lr, betas=optimizer.betas, eps=optimizer.eps,
-            weight_decay=optimizer.weight_decay, fused=True,
+            weight_decay=optimizer.weight_decay,
         )  # fmt: skip
 
     def step(self, batch: TokenBatch, loss: Loss, totals: BatchTotals | None = None) -> Metrics:
@@ -109,18 +116,60 @@ class Learner:
         return merged
 
     def _accumulate(self, batch: TokenBatch, loss: Loss, totals: BatchTotals) -> list[Metrics]:
-        micro_batches = split_by_budget(batch, self.budget, shares=world())
+        """Where a micro-batch does not fit into the memory, all of them once more, from smaller parts."""
+        while True:
+            micro_batches = split_by_budget(batch, self.budget, shares=world())
+            self._name_the_longest(batch, micro_batches)
+            parts, too_large = self._backward(batch, micro_batches[rank() :: world()], loss, totals)
+            refused = [index for index in gather(too_large) if index]
+            if not refused:
+                return parts
+            self._forget_gradients()
+            self._shrink(batch, max(refused, key=lambda index: _length(batch, index)))
+
+    def _backward(
+        self, batch: TokenBatch, micro_batches: Sequence[list[int]], loss: Loss, totals: BatchTotals
+    ) -> tuple[list[Metrics], list[int]]:
+        """Gradients of these micro-batches, and the samples of the one that did not fit, if one did not."""
         parts: list[Metrics] = []
-        for index in micro_batches[rank() :: world()]:
-            value, measured = loss(batch.select(index).to(self.device), totals)
-            value.backward()
+        for index in micro_batches:
+            try:
+                value, measured = loss(batch.select(index).to(self.device), totals)
+                value.backward()
+            except torch.OutOfMemoryError:
+                return parts, index
             parts.append({**measured, "objective": metrics.total(value)})
             for name, parameter in self.working.items():
                 master = self.masters[name]
                 if master is not parameter and parameter.grad is not None:
                     master.grad = parameter.grad.float() if master.grad is None else master.grad + parameter.grad
                     parameter.grad = None
-        return parts
+        return parts, []
+
+    def _shrink(self, batch: TokenBatch, index: list[int]) -> None:
+        """Halve the budget below the samples `index`. Raises KlimbError when there is nothing to take apart."""
+        length, place = _length(batch, index), f"update {self.steps + 1}"
+        if len(split_by_budget(batch.select(index), budget=1)) == 1:
+            raise KlimbError(
+                f"{_names(batch, index)} does not fit into the memory of {self.device}", where=place,
+                why=f"{length} tokens at once are the least that it takes",
+                fix="use shorter sequences, lora, or a device with more memory",
+            )  # fmt: skip
+        self.budget = length // 2
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # blocks of the size that failed are of no use to smaller ones
+        self.say(f"{place}: {length} tokens do not fit into the memory of {self.device}; from here on token_budget is "
+                 f"{self.budget}, the result is the same")  # fmt: skip
+
+    def _name_the_longest(self, batch: TokenBatch, micro_batches: Sequence[list[int]]) -> None:
+        """Once, when a sample (or pair) is longer than the budget."""
+        if self._named_longest:
+            return
+        longest = max(micro_batches, key=lambda index: _length(batch, index))
+        if (length := _length(batch, longest)) > self.budget:
+            self._named_longest = True
+            self.say(f"token_budget={self.budget}: {_names(batch, longest)} has {length} tokens and runs alone; it "
+                     "decides how much memory is needed")  # fmt: skip
 
     def _share_gradients(self) -> None:
         """Sum over the ranks. A parameter that no rank used keeps no gradient, so that AdamW does not decay it."""
@@ -176,8 +225,9 @@ class Learner:
         return self.lr * (c.final_lr + (1 - c.final_lr) * shape if c.decay != "constant" else 1.0)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything a resume needs, by logical name: the masters and AdamW's moments."""
+        """Everything a resume needs, by logical name: the masters, AdamW's moments, and the budget that fits."""
         named = {f"weights.{name}": master.detach() for name, master in self.masters.items()}
+        named["budget"] = torch.tensor(self.budget)
         for name, master in self.masters.items():
             for key, value in self.adam.state.get(master, {}).items():
                 named[f"adam.{key}.{name}"] = value
@@ -186,15 +236,31 @@ class Learner:
     def load(self, tensors: Mapping[str, Tensor], steps: int) -> None:
         """The inverse of `tensors`."""
         self.steps = steps
+        self.budget = int(tensors["budget"])
         with torch.no_grad():
             for name, master in self.masters.items():
                 master.copy_(tensors[f"weights.{name}"])
                 if f"adam.step.{name}" in tensors:
-                    # The fused AdamW reads "step" where the weights are, and the moments in the weights' own strides.
-                    step = tensors[f"adam.step.{name}"].to(master.device, copy=True)
-                    moments = {k: torch.empty_like(master).copy_(tensors[f"adam.{k}.{name}"]) for k in _MOMENTS}
-                    self.adam.state[master] = {"step": step, **moments}
+                    found = {key: tensors.get(f"adam.{key}.{name}") for key in _STATE}
+                    self.adam.state[master] = {k: _beside(master, saved) for k, saved in found.items()
+                                               if saved is not None}  # fmt: skip
         self._write_working_copies()
+
+
+def _beside(master: Tensor, saved: Tensor) -> Tensor:
+    """A copy where the master is: the fused AdamW reads "step" there, and the moments in the weights' own strides."""
+    if saved.shape == master.shape:
+        return torch.empty_like(master, dtype=saved.dtype).copy_(saved)
+    return saved.to(master.device, copy=True)
+
+
+def _length(batch: TokenBatch, index: Sequence[int]) -> int:
+    """Flat tokens of these samples."""
+    return flat_length([row for i in index for row in batch.rows[i]])
+
+
+def _names(batch: TokenBatch, index: Sequence[int]) -> str:
+    return " and ".join(batch.ids[i] for i in index)
 
 
 def _over_ranks(measured: Metrics) -> Metrics:

@@ -260,7 +260,7 @@ def train(config: EvaluateConfig, run: Run, interrupt: Interrupt, say: Any) -> d
     session = Session.begin(config, run, interrupt, say)
     loaded = load_policy(session, config.model, None, config.seed)
     reference = load_reference(session, loaded, config.reference) if config.reference else loaded.policy
-    judges = Judges.for_measurement(config.measure, session, loaded, config.seed, config.token_budget)
+    judges = Judges.for_measurement(config.measure, session, loaded, config.seed, session.token_budget)
     assert judges is not None
     groups = judges.sample(loaded.policy, "evaluate")
     result: dict[str, Any] = {"model": config.model, "evaluation": judges.summarise(groups, loaded.policy, reference)}

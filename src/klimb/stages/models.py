@@ -107,7 +107,7 @@ def load_policy(session: Session, model: str, lora: LoRA | None, seed: int, rend
     renderer = renderer or Renderer(load_tokenizer(model))
     network, adapter = load_causal(model, session.device, session.dtype)
     torch.manual_seed(seed)  # a new adapter draws its first matrices
-    backbone = Backbone(network, adapter, lora)
+    backbone = _trained(session, Backbone(network, adapter, lora))
     policy, path = probed_policy(backbone, "policy" if backbone.peft is not None else None)
     session.say(f"{model}: {path}")
     return Loaded(policy, renderer, model)
@@ -135,18 +135,24 @@ def load_critic(session: Session, policy: Loaded, model: str | None) -> Critic:
     """The critic starts from a reward model's weights and head, or as a copy of the policy with a head of zeros."""
     if model is not None and is_reward_model(model):
         classifier = load_classifier(model, session.device, session.dtype)
-        return Critic(Backbone(classifier), None, score_head(classifier))
+        return Critic(_trained(session, Backbone(classifier)), None, score_head(classifier))
     backbone = policy.backbone
     if model is None and backbone.peft is not None:
         backbone.add_adapter("critic", "policy")
         return Critic(backbone, "critic")
     network, adapter = load_causal(model or policy.source, session.device, session.dtype)
-    return Critic(Backbone(network, adapter), None)
+    return Critic(_trained(session, Backbone(network, adapter)), None)
 
 
 def load_reward_model(session: Session, model: str, lora: LoRA | None = None, seed: int = 0) -> RewardModel:
     classifier = load_classifier(model, session.device, session.dtype, seed)
-    return RewardModel(Backbone(classifier, None, lora))
+    return RewardModel(_trained(session, Backbone(classifier, None, lora)))
+
+
+def _trained(session: Session, backbone: Backbone) -> Backbone:
+    if session.checkpointing:
+        backbone.checkpoint_activations()
+    return backbone
 
 
 def is_reward_model(model: str) -> bool:

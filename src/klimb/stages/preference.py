@@ -82,7 +82,7 @@ def train(config: PreferenceConfig, run: Run, interrupt: Interrupt, say: Any) ->
     steps = config.steps or max(1, round(config.epochs * len(training) / config.batch_size))
     learner = session.learner("policy", "preference", loaded.policy.trainable(), config, config.optimizer, steps)
     sampler = Sampler(len(training), config.batch_size, config.seed)
-    judges = Judges.for_measurement(config.measure, session, loaded, config.seed, config.token_budget)
+    judges = Judges.for_measurement(config.measure, session, loaded, config.seed, session.token_budget)
     start = 0
     if found := session.resume():
         start = found.step
@@ -91,14 +91,14 @@ def train(config: PreferenceConfig, run: Run, interrupt: Interrupt, say: Any) ->
     for step in session.steps(start, steps):
         batch = batch_of([training[i] for i in sampler.next_batch()])
         with session.timed("reference"):
-            batch = with_reference(reference, batch, config.token_budget)
+            batch = with_reference(reference, batch, session.token_budget)
         with session.timed("train"):
             measured = learner.step(batch, lambda micro, totals: pair_loss(loaded.policy, loss, micro, totals))
         measured["tokens"] = metrics.total(batch.totals.tokens)
         if step == 1 and config.reference is None:
             _check_start(loss, measured["loss"].result(), session.dtype)
         if held_out and (step % config.eval_every == 0 or step == steps):
-            measured |= _held_out(loaded.policy, reference, loss, held_out, config.token_budget)
+            measured |= _held_out(loaded.policy, reference, loss, held_out, session.token_budget)
         session.end_step(
             step, steps, metrics.results(measured), every=config.checkpoint_every, state={"sampler": sampler.state()}
         )

@@ -88,12 +88,12 @@ def train(config: RewardConfig, run: Run, interrupt: Interrupt, say: Any) -> dic
             measured = learner.step(batch, lambda micro, totals: pair_loss(model, micro, totals, config.centering))
         measured["tokens"] = metrics.total(batch.totals.tokens)
         if held_out and (step % config.eval_every == 0 or step == steps):
-            measured["eval/accuracy"] = _accuracy(model, held_out, config.token_budget)
+            measured["eval/accuracy"] = _accuracy(model, held_out, session.token_budget)
         session.end_step(
             step, steps, metrics.results(measured), every=config.checkpoint_every, state={"sampler": sampler.state()}
         )
 
-    accuracy = _accuracy(model, held_out, config.token_budget).result() if held_out else None
+    accuracy = _accuracy(model, held_out, session.token_budget).result() if held_out else None
     if accuracy is not None and accuracy < config.min_accuracy:
         raise RewardError(
             f"held-out accuracy is {accuracy:.3f}, below min_accuracy={config.min_accuracy}", where=run.path,
@@ -132,7 +132,7 @@ def _normalisation(
 
         examples = session.read(load_examples, config.reference, config, renderer, max_length)
         batch = examples_batch(examples.items)
-    scores = reward_scores(model, batch, budget=config.token_budget).double()
+    scores = reward_scores(model, batch, budget=session.token_budget).double()
     std = float(scores.std())
     if not std > 0:
         raise RewardError("all reference samples get the same score", where=config.model,

@@ -134,7 +134,7 @@ class Actors:
 def train(config: RlConfig, run: Run, interrupt: Interrupt, say: Any) -> dict[str, Any]:
     session = Session.begin(config, run, interrupt, say)
     actors = prepare(config, session)
-    judges = Judges.for_measurement(config.measure, session, actors.loaded, config.seed, config.token_budget)
+    judges = Judges.for_measurement(config.measure, session, actors.loaded, config.seed, session.token_budget)
     state: dict[str, Tensor] = {}
     start = 0
     if found := session.resume():
@@ -328,7 +328,7 @@ def look_up(actors: Actors, batch: TokenBatch, stale: bool) -> TokenBatch:
     to the bit. Further updates compare with the behaviour log-probs, which in fp32 are the trainer's own to 1e-6; in
     bfloat16 they are off by more than a clip range would forgive, so there a pass before the update takes their place.
     """
-    config, budget = actors.config, actors.config.token_budget
+    config, budget = actors.config, actors.session.token_budget
     with actors.session.timed("look up"):
         if actors.reference is not None:
             outputs = policy_logps(actors.reference, batch, budget=budget, temperature=config.temperature)

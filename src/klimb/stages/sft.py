@@ -67,7 +67,7 @@ def train(config: SftConfig, run: Run, interrupt: Interrupt, say: Any) -> dict[s
 
     learner = session.learner("policy", "sft", loaded.policy.trainable(), config, config.optimizer, steps)
     sampler = Sampler(len(training), config.batch_size, config.seed)
-    judges = Judges.for_measurement(config.measure, session, loaded, config.seed, config.token_budget)
+    judges = Judges.for_measurement(config.measure, session, loaded, config.seed, session.token_budget)
     until = _early_stop(config, loaded)
     start, reached = 0, None
     if found := session.resume():
@@ -82,7 +82,7 @@ def train(config: SftConfig, run: Run, interrupt: Interrupt, say: Any) -> dict[s
             measured = learner.step(batch, lambda micro, totals: sft_loss(loaded.policy, micro, totals))
         measured["tokens"] = metrics.total(batch.totals.tokens)
         if held_out and (step % config.eval_every == 0 or step == steps):
-            measured["eval/loss"] = _held_out_loss(loaded.policy, held_out, config.token_budget)
+            measured["eval/loss"] = _held_out_loss(loaded.policy, held_out, session.token_budget)
         if until is not None and config.until and step % config.until.every == 0:
             score = until(step)
             measured["eval/score"] = metrics.ratio(score, 1.0)
