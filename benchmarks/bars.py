@@ -153,7 +153,7 @@ HEAD = (
     "aim",
     "met",
     "memory",
-    "TRL's settings",
+    "TRL's best",
 )
 
 

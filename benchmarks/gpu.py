@@ -268,7 +268,7 @@ def against_trl(folder: str, name: str, parameters: int, plan: Plan, until: floa
             raise EndedEarly("TRL is not installed here")
         agreement = check(options, environment)
         candidates = settings(("grpo",), "bf16", sizes=plan.micro_batches)
-        tried = try_trl(options, environment, candidates, box=60)
+        tried = try_trl(options, environment, candidates, box=min(60, (until - time.monotonic()) / 2))
         steps = in_turn(options, tried[0]["settings"], environment, plan.pairs, until)
         return summary(options, tried, *steps) | {"agreement": agreement}
     except (Disagreement, EndedEarly) as error:
