@@ -149,8 +149,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="breakdown-") as folder:
         parameters = prepare(Path(folder), arguments.size, JOBS["grpo"], steps=arguments.steps + WARM_UP)
         options = {
-            "folder": folder, "job": "grpo", "beta": 0.0, "dtype": arguments.dtype, "threads": arguments.threads,
-            "token_budget": arguments.token_budget,
+            "folder": folder, "task": "steps", "job": "grpo", "beta": 0.0, "dtype": arguments.dtype, "device": "cpu",
+            "threads": arguments.threads, "token_budget": arguments.token_budget,
         }  # fmt: skip
         with contextlib.suppress(Finished):
             take_steps(CountedRun, options, clock=clock, readings=readings, steps=arguments.steps)

@@ -72,17 +72,14 @@ class Floors:
     def of(self, work: Work) -> dict[str, float]:
         """By the names of the lines in breakdown.py; lines without a floor are left out."""
         s = self.size
-        layer = 2 * (4 * s.hidden**2 + 3 * s.hidden * s.mlp) * s.layers  # FLOPs of a token
-        head = 2 * s.hidden * s.vocabulary
-        attention = 4 * s.hidden * s.layers  # FLOPs of a token that sees another
         running = max(1, round(work.decoded / work.decode_steps))
         prompt_pairs = sum(n * (n + 1) // 2 for n in work.prompts)
-        prefill = layer * sum(work.prompts) + head * len(work.prompts) + attention * prompt_pairs
-        forward = (layer * work.flat + head * work.sampled + attention * work.seen) / self.flops(self.rows)
+        prefill = s.forward_flops(sum(work.prompts), len(work.prompts), prompt_pairs)
+        forward = s.forward_flops(work.flat, work.sampled, work.seen) / self.flops(self.rows)
         cached = work.read * 2 * s.hidden * s.layers * self.width
         return {
             "rollout: prefill": prefill / self.flops(sum(work.prompts)),
-            "rollout: decode, model": (layer + head) * work.decoded / self.flops(running),
+            "rollout: decode, model": s.forward_flops(work.decoded, work.decoded, 0) / self.flops(running),
             "rollout: decode, attention": cached / self.bytes_per_second(cached // work.decode_steps),
             # The logits are read once and a number of each row is written.
             "rollout: sampling": work.sampled * s.vocabulary * 4 / self.bytes_per_second(running * s.vocabulary * 4),

@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from klimb.data.sampler import Sampler
 
-SAMPLES = 8
-PROMPT_TOKENS, MAX_TOKENS = (75, 95), 128
 STOP_PROBABILITY = 0.0105  # a completion ends after 72 tokens on average, cut at 128: lengths 1–128, mean about 70
 PACKED_LENGTH = 1024
 """TRL's default length of a packed row; ten of them hold what 64 examples do."""
@@ -22,7 +20,7 @@ class Job(NamedTuple):
     """rows: of the file, in a step. beta: TRL's default, None where the job has no reference.
 
     micro_batches: tried for TRL, in what it counts (completions, examples, pairs, packed rows); `whole` of them
-    make a step.
+    make a step. prompt_tokens: fewest and most. token_budget: klimb's micro-batch, in flat tokens.
     """
 
     kind: Literal["prompts", "examples", "pairs"]
@@ -32,6 +30,13 @@ class Job(NamedTuple):
     beta: float | None = None
     scores: bool = False
     """The model is a classifier with one output."""
+    algorithm: str = ""
+    samples: int = 8
+    prompt_tokens: tuple[int, int] = (75, 95)
+    max_tokens: int = 128
+    stop: float = STOP_PROBABILITY
+    """0: completions of `max_tokens` each."""
+    token_budget: int = 640
 
     @property
     def has_rollout(self) -> bool:
@@ -40,17 +45,29 @@ class Job(NamedTuple):
     @property
     def gate_rows(self) -> int:
         """Of the file, in the batch that has to give the same numbers: 16 sequences, which fit for every size."""
-        return {"prompts": 2, "examples": 16, "pairs": 8}[self.kind]
+        return {"prompts": 16 // self.samples, "examples": 16, "pairs": 8}[self.kind]
+
+    @property
+    def context(self) -> int:
+        """Longest sequence, with the token that begins a text."""
+        return max(256, self.prompt_tokens[1] + 1 + self.max_tokens)
 
 
 JOBS = {
-    "grpo": Job("prompts", 8, 64, (8, 16, 32, 64), beta=0.0),
-    "rloo": Job("prompts", 8, 64, (8, 16, 32, 64), beta=0.05),
+    "grpo": Job("prompts", 8, 64, (8, 16, 32, 64), beta=0.0, algorithm="grpo"),
+    "grpo-long": Job("prompts", 2, 32, (8, 16, 32), beta=0.0, algorithm="grpo", samples=16,
+                     prompt_tokens=(1023, 1023), max_tokens=64, stop=0.0, token_budget=2048),
+    "rloo": Job("prompts", 8, 64, (8, 16, 32, 64), beta=0.05, algorithm="rloo"),
     "sft": Job("examples", 64, 64, (8, 16, 32, 64)),
     "sft-packed": Job("examples", 64, 10, (1, 2, 5)),
     "reward": Job("pairs", 32, 32, (4, 8, 16, 32), scores=True),
     "dpo": Job("pairs", 32, 32, (4, 8, 16, 32), beta=0.1),
-}
+}  # fmt: skip
+
+
+def job_of(options: Mapping[str, Any]) -> Job:
+    """The job that a side was asked for, with what `change` says in the place of its own figures."""
+    return JOBS[options["job"]]._replace(**options.get("change", {}))
 
 
 def write_rows(file: Path, job: Job, words: Sequence[str], steps: int) -> None:
@@ -62,12 +79,12 @@ def write_rows(file: Path, job: Job, words: Sequence[str], steps: int) -> None:
 
     def completion() -> str:
         """Its end token comes on top. The space sets it off from the prompt, which TRL puts before it as it is."""
-        length = 1 + int(math.log(1 - draw.random()) / math.log(1 - STOP_PROBABILITY))
-        return " " + text(max(1, min(length, MAX_TOKENS) - 1))
+        length = 1 + int(math.log(1 - draw.random()) / math.log(1 - job.stop))
+        return " " + text(max(1, min(length, job.max_tokens) - 1))
 
     columns = {"prompts": (), "examples": ("completion",), "pairs": ("chosen", "rejected")}[job.kind]
     rows = [
-        {"prompt": text(draw.randint(*PROMPT_TOKENS)), **{column: completion() for column in columns}}
+        {"prompt": text(draw.randint(*job.prompt_tokens)), **{column: completion() for column in columns}}
         for _ in range(job.rows * steps)
     ]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -79,10 +96,10 @@ def read_rows(file: Path) -> list[dict[str, str]]:
     return [rows[i] for i in Sampler(len(rows), len(rows), seed=0).next_batch()]
 
 
-def given_completion(prompt: str, index: int, vocabulary: int) -> list[int]:
+def given_completion(prompt: str, index: int, vocabulary: int, longest: int) -> list[int]:
     """Sample `index` of a prompt, where both sides are to learn from the same samples: words, without an end."""
     draw = random.Random(f"{prompt}/{index}")
-    return [draw.randrange(vocabulary - 3) for _ in range(draw.randint(3, MAX_TOKENS))]
+    return [draw.randrange(vocabulary - 3) for _ in range(draw.randint(3, longest))]
 
 
 def drift(completion: Sequence[int]) -> list[float]:

@@ -6,7 +6,7 @@ import json
 import os
 import platform
 import time
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,20 @@ def facts(threads: int, malloc: str) -> dict[str, Any]:
         "processor": processor(), "threads": threads, "malloc": malloc,
         "load_before_and_now": [LOAD_AT_START, os.getloadavg()[0]], "system": platform.platform(),
         "python": platform.python_version(), "torch": torch.__version__, "transformers": version("transformers"),
-        "trl": version("trl"), "klimb": version("klimb"), "when": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        "trl": version_of("trl"), "klimb": version("klimb"), "when": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
     }  # fmt: skip
+
+
+def version_of(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def multiplies_bf16() -> bool:
+    """Are there units for it? Without them bfloat16 is slower than float32 and a comparison in it says nothing."""
+    return "_bf16" in processor()
 
 
 def processor() -> str:

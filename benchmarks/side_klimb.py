@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jobs import JOBS, MAX_TOKENS, SAMPLES, as_text, drift, given_completion, reward
+from jobs import as_text, drift, given_completion, job_of, reward
 from torch import Tensor
 from work import LEARNING_RATE
 from worker import Channel, Finished, Options, serve
@@ -31,19 +31,20 @@ Train = Callable[[Any, Run, Interrupt, Any], dict[str, Any]]
 
 
 def stage_of(options: Options) -> tuple[Train, TrainConfig]:
-    job, beta = JOBS[options["job"]], options["beta"]
-    rows = job.gate_rows if options.get("gate") else job.rows
+    job, beta, gate = job_of(options), options["beta"], options["task"] == "gate"
+    rows = job.gate_rows if gate else job.rows
     shared: dict[str, Any] = {
         "model": f"{options['folder']}/model", "data": f"{options['folder']}/rows.jsonl", "steps": 1_000_000,
         "optimizer": {"lr": LEARNING_RATE}, "dtype": {"fp32": "float32", "bf16": "bfloat16"}[options["dtype"]],
-        "threads": options["threads"], "checkpoint_every": 0, "device": "cpu", "token_budget": options["token_budget"],
+        "threads": options["threads"], "checkpoint_every": 0, "device": options["device"],
+        "token_budget": options["token_budget"],
     }  # fmt: skip
-    if options.get("gate") and beta:
+    if gate and beta:
         shared["reference"] = f"{options['folder']}/reference"
     if job.has_rollout:
         return rl.train, rl.RlConfig(
-            **shared, algorithm=algorithm(options["job"], beta), reward=reward, prompts_per_step=rows,
-            samples_per_prompt=SAMPLES, max_tokens=MAX_TOKENS,
+            **shared, algorithm=algorithm(job.algorithm, beta), reward=reward, prompts_per_step=rows,
+            samples_per_prompt=job.samples, max_tokens=job.max_tokens,
         )  # fmt: skip
     shared["batch_size"] = rows
     if job.scores:
@@ -88,7 +89,7 @@ class PacedRun(Run):
 
 def time_steps(options: Options, channel: Channel) -> None:
     counts: dict[str, int] = {}
-    update, scores = Learner.step, JOBS[options["job"]].scores
+    update, scores = Learner.step, job_of(options).scores
 
     def counted(learner: Learner, batch: TokenBatch, loss: Loss, totals: BatchTotals | None = None) -> Metrics:
         counts["flat"] = sum(len(row) for rows in batch.rows for row in rows)
@@ -106,18 +107,19 @@ class GivenSamples(LocalEngine):
     """An engine that is told what the policy sampled, and asks it how likely that was."""
 
     vocabulary: int
+    longest: int
 
     def stream(self) -> Iterator[tuple[Request, Sample]]:
         while self.queue:
             request, index = self.queue.popleft()
-            tokens = given_completion(str(request.prompt.text), index, self.vocabulary)
+            tokens = given_completion(str(request.prompt.text), index, self.vocabulary, self.longest)
             sample = Sample(request.prompt.id, index, [Segment(tokens)], "length", as_text(tokens))
             logps = policy_logps(self.policy, batch_of([Group(request.prompt, [sample])]), budget=1).logps
             sample.segments = [Segment(tokens, True, logps[0].tolist(), [self.version] * len(tokens))]
             yield request, sample
 
 
-def gate(options: Options) -> dict[str, Any]:
+def gate(options: Options, channel: Channel) -> None:
     """Loss, gradient norm and what the model says of each row, at the first update of the stage itself."""
     found: dict[str, Any] = {}
     outputs: list[Tensor | PolicyOutputs] = []
@@ -130,7 +132,7 @@ def gate(options: Options) -> dict[str, Any]:
         if "behavior_logps" in batch.columns:
             drifts = pad_tokens([drift(row.completion) for (row,) in batch.rows], batch.mask)
             batch = batch.with_columns(old_logps=batch["behavior_logps"] + drifts)
-        value, _ = loss(batch, batch.totals)
+        value, _ = loss(batch.to(learner.device), batch.totals)
         value.backward()
         gradients = [p.grad for p in learner.working.values() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
@@ -139,7 +141,7 @@ def gate(options: Options) -> dict[str, Any]:
 
     def engine(policy: Policy, loaded: Any, prompts: Sequence[Any], *_: Any) -> GivenSamples:
         made = GivenSamples(policy, as_text)
-        made.vocabulary = len(loaded.renderer.tokenizer)
+        made.vocabulary, made.longest = len(loaded.renderer.tokenizer), job_of(options).max_tokens
         return made
 
     Learner.step = measure
@@ -148,19 +150,18 @@ def gate(options: Options) -> dict[str, Any]:
     try:
         take_steps(Run, options)
     except Finished:
-        return found
-    raise AssertionError("the stage ended without an update")
+        channel.say(found)
 
 
 def numbers_by_row(batch: TokenBatch, output: Tensor | PolicyOutputs) -> list[Any]:
     """[tokens, log-probs of its marked tokens or its score] of each row."""
     tokens = [[*row.prompt, *row.completion] for (row,) in batch.rows]
     if isinstance(output, PolicyOutputs):
-        numbers = [line[mask].tolist() for line, mask in zip(output.logps, batch.mask, strict=True)]
+        numbers = [line[mask].tolist() for line, mask in zip(output.logps.cpu(), batch.mask, strict=True)]
     else:
         numbers = [[score] for score in output.tolist()]
     return list(zip(tokens, numbers, strict=True))
 
 
 if __name__ == "__main__":
-    serve(time_steps, gate)
+    serve(steps=time_steps, gate=gate)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import statistics
 import tempfile
 import time
 import warnings
@@ -11,7 +13,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset, disable_progress_bars
-from jobs import JOBS, MAX_TOKENS, PACKED_LENGTH, SAMPLES, as_text, drift, given_completion, read_rows, reward
+from jobs import PACKED_LENGTH, Job, as_text, drift, given_completion, job_of, read_rows, reward
 from torch import Tensor
 from transformers import AutoModelForCausalLM, TrainerCallback
 from trl import (
@@ -27,20 +29,17 @@ from trl import (
     SFTTrainer,
 )
 from work import LEARNING_RATE
-from worker import Channel, Options, serve
+from worker import Channel, Finished, Options, serve
 
 warnings.filterwarnings("ignore")
 logging.disable(logging.WARNING)
 disable_progress_bars()
 
-_SAMPLING = {
-    "num_generations": SAMPLES, "max_completion_length": MAX_TOKENS, "temperature": 1.0, "shuffle_dataset": False,
-}  # fmt: skip
 TRAINERS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     # TRL multiplies the KL by the ratio unless told otherwise: another gradient than that of the paper's loss.
     "grpo": (GRPOTrainer, GRPOConfig,
-             {**_SAMPLING, "loss_type": "grpo", "scale_rewards": "group", "use_bias_correction_kl": False}),
-    "rloo": (RLOOTrainer, RLOOConfig, _SAMPLING),
+             {"loss_type": "grpo", "scale_rewards": "group", "use_bias_correction_kl": False}),
+    "rloo": (RLOOTrainer, RLOOConfig, {}),
     "sft": (SFTTrainer, SFTConfig, {}),
     "sft-packed": (SFTTrainer, SFTConfig, {"packing": True, "max_length": PACKED_LENGTH}),
     "reward": (RewardTrainer, RewardConfig, {"center_rewards_coefficient": 0.01}),  # klimb's default
@@ -51,19 +50,21 @@ TRAINERS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
 
 def trainer_of(options: Options, callbacks: list[TrainerCallback]) -> Any:
     torch.set_num_threads(options["threads"])
-    gate, tried, job = options.get("gate", False), options["tried"], JOBS[options["job"]]
-    trainer, config, settings = TRAINERS[options["job"]]
+    gate, tried, job = options["task"] == "gate", options["tried"], job_of(options)
+    trainer, config, settings = TRAINERS[job.algorithm or options["job"]]
     rows = read_rows(Path(options["folder"]) / "rows.jsonl")
     micro, whole = tried["micro_batch"], job.whole
     if gate:
         rows = rows[: job.gate_rows]
-        micro = whole = job.gate_rows * SAMPLES if job.has_rollout else job.gate_rows
+        micro = whole = job.gate_rows * job.samples if job.has_rollout else job.gate_rows
+    if job.has_rollout:
+        settings = {**settings, **sampling(job)}
     if job.beta is not None:
         settings = {**settings, "beta": options["beta"]}
-    precision = "bfloat16" if tried.get("weights") == "bf16" else "float32"
     arguments = config(
-        output_dir=tempfile.mkdtemp(dir=options["folder"]), use_cpu=True, max_steps=1_000_000,
-        bf16=tried.get("autocast", False), model_init_kwargs={"dtype": precision},
+        output_dir=tempfile.mkdtemp(dir=options["folder"]), use_cpu=options["device"] == "cpu", max_steps=1_000_000,
+        bf16=tried["precision"] == "autocast",
+        model_init_kwargs={"dtype": "bfloat16" if tried["precision"] == "pure" else "float32"},
         per_device_train_batch_size=micro, gradient_accumulation_steps=whole // micro,
         train_sampling_strategy="sequential", learning_rate=LEARNING_RATE, lr_scheduler_type="constant",
         gradient_checkpointing=False, dataloader_pin_memory=False, report_to="none", save_strategy="no",
@@ -79,6 +80,13 @@ def trainer_of(options: Options, callbacks: list[TrainerCallback]) -> Any:
         policy = AutoModelForCausalLM.from_pretrained(f"{options['folder']}/model", dtype=torch.float32)
         made.model.load_state_dict(policy.state_dict())
     return made
+
+
+def sampling(job: Job) -> dict[str, Any]:
+    return {
+        "num_generations": job.samples, "max_completion_length": job.max_tokens, "temperature": 1.0,
+        "shuffle_dataset": False,
+    }  # fmt: skip
 
 
 class Pace(TrainerCallback):
@@ -140,29 +148,74 @@ def time_steps(options: Options, channel: Channel) -> None:
     trainer.train()
 
 
+# Which settings are the fastest -------------------------------------------------------------------------------------
+
+
+class Trial(Channel):
+    """Nobody waits between its steps: after the first, three, or as many as begin within eight seconds. One step is
+    enough where the best so far took two thirds of its time for a token."""
+
+    def __init__(self, best: float) -> None:
+        self.best = best
+        self.steps: list[tuple[float, int]] = []
+
+    def loaded(self) -> None:
+        self.started = time.perf_counter()
+
+    def step(self, **measured: float) -> None:
+        self.steps.append((time.perf_counter() - self.started, int(measured["flat"])))
+        timed = [seconds for seconds, _ in self.steps[1:]]
+        if len(timed) == 3 or sum(timed) > 8 or self.per_token > 1.5 * self.best:
+            raise Finished
+        self.started = time.perf_counter()
+
+    @property
+    def per_token(self) -> float:
+        """Seconds a flat token: samples are as long as they come out, and packed rows hold what fits."""
+        return statistics.median(seconds / flat for seconds, flat in self.steps[1:] or self.steps)
+
+
+def trials(options: Options, channel: Channel) -> None:
+    """One candidate after another until the time is up; says what each cost."""
+    until, best = time.monotonic() + options["seconds"], options["best"]
+    for tried in options["candidates"]:
+        if time.monotonic() > until:
+            break
+        trial = Trial(best)
+        with contextlib.suppress(Finished):
+            time_steps({**options, "tried": tried}, trial)
+        best = min(best, trial.per_token)
+        seconds = statistics.median(seconds for seconds, _ in trial.steps[1:] or trial.steps)
+        channel.say({"settings": tried, "per_token": trial.per_token, "seconds": seconds, "steps": len(trial.steps)})
+    channel.say({})
+
+
 # The numbers of the fixed batch -------------------------------------------------------------------------------------
 
 
-def gate(options: Options) -> dict[str, Any]:
+def gate(options: Options, channel: Channel) -> None:
     """Loss, gradient norm and what the model says of each row."""
     trainer = trainer_of(options, [])
     model = trainer.model.train()
     trainer.current_gradient_accumulation_steps = 1
-    rollout = JOBS[options["job"]].has_rollout
-    inputs = given_samples(trainer) if rollout else next(iter(trainer.get_train_dataloader()))
+    job = job_of(options)
+    rollout = job.has_rollout
+    inputs = given_samples(trainer, job) if rollout else next(iter(trainer.get_train_dataloader()))
     with torch.no_grad():
         rows = sampled_rows(trainer, inputs) if rollout else given_rows(model, inputs)
     loss = trainer.compute_loss(model, dict(inputs))
     loss.backward()
     norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-    return {"loss": float(loss), "grad_norm": float(norm), "rows": rows}
+    channel.say({"loss": float(loss), "grad_norm": float(norm), "rows": rows})
 
 
-def given_samples(trainer: Any) -> dict[str, Any]:
+def given_samples(trainer: Any, job: Job) -> dict[str, Any]:
     """From samples to what the loss needs, as TRL does it; only what it would generate is put in its mouth."""
-    rows = [row for row in trainer.train_dataset for _ in range(SAMPLES)]
+    rows = [row for row in trainer.train_dataset for _ in range(job.samples)]
     vocabulary = trainer.model.config.vocab_size
-    completions = [given_completion(row["prompt"], i % SAMPLES, vocabulary) for i, row in enumerate(rows)]
+    completions = [
+        given_completion(row["prompt"], i % job.samples, vocabulary, job.max_tokens) for i, row in enumerate(rows)
+    ]
     prompts = trainer.processing_class([row["prompt"] for row in rows])["input_ids"]
     texts = [as_text(completion) for completion in completions]
     further: tuple[Any, ...] = (None, texts, None, {}, None, None) if isinstance(trainer, GRPOTrainer) else (texts,)
@@ -178,7 +231,7 @@ def sampled_rows(trainer: Any, inputs: dict[str, Any]) -> list[Any]:
     marked = inputs["completion_mask"].bool()
     logps, *_ = trainer._get_per_token_logps_and_entropies(trainer.model, tokens, mask, marked.shape[1])
     drifts = [torch.tensor(drift(t[m].tolist())) for t, m in zip(inputs["completion_ids"], marked, strict=True)]
-    old = logps + torch.nn.utils.rnn.pad_sequence(drifts, batch_first=True)
+    old = logps + torch.nn.utils.rnn.pad_sequence(drifts, batch_first=True).to(logps.device)
     inputs.update(old_per_token_logps=old, old_logps=(old * marked).sum(1))
     return [[t[m.bool()].tolist(), p[c].tolist()] for t, m, p, c in zip(tokens, mask, logps, marked, strict=True)]
 
@@ -202,4 +255,4 @@ def given_rows(model: Any, inputs: dict[str, Any]) -> list[Any]:
 
 
 if __name__ == "__main__":
-    serve(time_steps, gate)
+    serve(steps=time_steps, trials=trials, gate=gate)

@@ -23,28 +23,32 @@ class Finished(Exception):
     """No further step is wanted."""
 
 
+class EndedEarly(Exception):
+    """A side's process ended without an answer; its last words are the message."""
+
+
 class Channel:
     """JSON lines to and from the driver, over what were standard input and output; prints go to standard error."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str) -> None:
         self._answers = os.fdopen(os.dup(1), "w", buffering=1)
         os.dup2(2, 1)
+        self._memory = GpuMemory() if device == "cuda" else ResidentMemory()
 
     def say(self, message: Mapping[str, Any]) -> None:
         print(json.dumps(message), file=self._answers)
 
     def loaded(self) -> None:
         """Everything is in memory, nothing was computed: from here on the peak counts."""
-        self._loaded = resident_mb("VmRSS")
-        with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")
-        self.say({"loaded_mb": self._loaded})
+        self._memory.mark()
+        self.say({"loaded_mb": self._memory.loaded_mb})
         self._wait()
 
     def step(self, **measured: float) -> None:
         """A step is over; returns when the next one may begin. Its time is that since the last return."""
+        peak = self._memory.peak_mb()  # on a GPU it waits for the step's end
         seconds, cpu = time.perf_counter() - self._started, time.process_time() - self._cpu
-        self.say({**measured, "seconds": seconds, "cpu": cpu, "mb": resident_mb("VmHWM") - self._loaded})
+        self.say({**measured, "seconds": seconds, "cpu": cpu, "mb": peak})
         self._wait()
 
     def _wait(self) -> None:
@@ -53,22 +57,52 @@ class Channel:
         self._started, self._cpu = time.perf_counter(), time.process_time()
 
 
-def resident_mb(field: str) -> float:
-    """VmRSS: resident now. VmHWM: the most since the mark of clear_refs. MB = 2^20 bytes."""
+class ResidentMemory:
+    """Of the process, less what was resident when all was loaded. MB = 2^20 bytes."""
+
+    loaded_mb = 0.0
+
+    def mark(self) -> None:
+        self.loaded_mb = _resident_mb("VmRSS")
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")
+
+    def peak_mb(self) -> float:
+        return _resident_mb("VmHWM") - self.loaded_mb
+
+
+def _resident_mb(field: str) -> float:
+    """VmRSS: resident now. VmHWM: the most since the mark of clear_refs."""
     with open("/proc/self/status") as file:
         line = next(line for line in file if line.startswith(field))
     return int(line.split()[1]) / 1024
 
 
-def serve(time_steps: Callable[[Options, Channel], None], gate: Callable[[Options], dict[str, Any]]) -> None:
-    """`python side_x.py OPTIONS` with options as JSON; {"gate": true} asks for the numbers of the fixed batch."""
+class GpuMemory:
+    """What torch has allocated on the device, weights included."""
+
+    loaded_mb = 0.0
+
+    def __init__(self) -> None:
+        import torch
+
+        self.cuda = torch.cuda
+
+    def mark(self) -> None:
+        self.loaded_mb = self.cuda.memory_allocated() / 2**20
+        self.cuda.reset_peak_memory_stats()
+
+    def peak_mb(self) -> float:
+        self.cuda.synchronize()
+        return self.cuda.max_memory_allocated() / 2**20
+
+
+def serve(**tasks: Callable[[Options, Channel], None]) -> None:
+    """`python side_x.py OPTIONS` with options as JSON, of which "task" names the task."""
     options = json.loads(sys.argv[1])
-    channel = Channel()
-    if options.get("gate"):
-        channel.say(gate(options))
-        return
+    channel = Channel(options["device"])
     with contextlib.suppress(Finished):
-        time_steps(options, channel)
+        tasks[options["task"]](options, channel)
 
 
 class Side:
@@ -87,7 +121,7 @@ class Side:
         line = self.process.stdout.readline()
         if not line:
             self.log.seek(0)
-            raise SystemExit(f"{self.name} ended early:\n{self.log.read()[-4000:]}")
+            raise EndedEarly(f"{self.name} ended early:\n{self.log.read()[-4000:]}")
         answer: dict[str, Any] = json.loads(line)
         return answer
 
