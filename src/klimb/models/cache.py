@@ -161,15 +161,16 @@ class Seats:
 class Decode:
     """Plan of one further token for each of the first n slots."""
 
-    def __init__(self, cache: KVCache, seats: Seats, prompt_lengths: Tensor, drawn: Tensor) -> None:
-        """prompt_lengths [n]; drawn [n]: tokens sampled so far, of which the last one is what comes in now."""
+    def __init__(self, cache: KVCache, seats: Seats, prompt_lengths: Tensor, drawn: Tensor, longest: int) -> None:
+        """prompt_lengths [n]; drawn [n]: tokens sampled so far, of which the last one is what comes in now; longest:
+        the most of them, known without waiting for the device."""
         self.cache = cache
         self.seats = seats
         self.rows = torch.arange(len(drawn), device=drawn.device)
         self.own_position = drawn - 1
         self.position = prompt_lengths + self.own_position
         self.prompt_lengths = prompt_lengths
-        self.longest = int(drawn.max())
+        self.longest = longest
         self.masks: dict[int | None, Tensor] = {}
         self.lines: dict[int, Tensor] = {}
 

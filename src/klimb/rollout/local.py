@@ -210,7 +210,7 @@ class LocalEngine:
         if slots.longest > cache.length:
             cache.grow_slots(0, min(2 * cache.length, slots.tokens.shape[1]))
         slots.seats = slots.seats or Seats(slots.prompts, drawn.device)
-        plan = Decode(cache, slots.seats, slots.prompt_lengths[rows], drawn)
+        plan = Decode(cache, slots.seats, slots.prompt_lengths[rows], drawn, slots.longest)
         self._draw(self._logits(self._states(slots.last[rows], plan.position, plan, plan.rows)), rows)
         slots.longest += 1
 
