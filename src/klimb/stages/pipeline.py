@@ -22,7 +22,7 @@ from klimb.stages.registry import run_stage, stage_config
 from klimb.stages.seeds import keep_config, open_root, over_seeds, rows_of
 
 WORLDS: Mapping[str, str] = {"clerk": "klimb.lab.clerk", "digits": "klimb.lab.digits"}
-_KEYS = ("name", "world", "data", "seed", "device", "out", "stages", "threads", "simulated_labels")
+_KEYS = ("name", "world", "data", "seed", "device", "out", "stages", "threads", "token_budget", "simulated_labels")
 
 
 def run(
@@ -106,7 +106,7 @@ def _check_references(where: str, settings: Mapping[str, Any], before: Sequence[
 
 
 def _stage_config(name: str, stage: str, settings: Mapping[str, Any], recipe: Mapping[str, Any], seed: int) -> Any:
-    shared = {key: recipe[key] for key in ("device", "threads") if key in recipe}
+    shared = {key: recipe[key] for key in ("device", "threads", "token_budget") if key in recipe}
     own = {key: value for key, value in settings.items() if key != "stage"}
     return stage_config(settings["stage"], {**shared, "seed": seed, **own}, where=f"{name}: stages.{stage}")
 
