@@ -13,12 +13,16 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface
+
+from klimb import native
 
 NAME = "klimb"
 # What klimb implements or may ignore; a model that passes anything else (attention sinks, biases) is refused.
@@ -124,8 +128,54 @@ def _padded(ranges: Sequence[range], length: int, device: torch.device) -> Tenso
 class PackedAttention:
     """Causal attention within each sequence of a flat run; a sequence may continue a context elsewhere in the run.
 
-    spans: (query range, context range) of every sequence; each flat position is in exactly one query range.
+    spans: (query range, context range) of every sequence; each flat position is in exactly one query range, and a
+    context lies between the last sequence without one and the sequence itself.
     """
+
+    def __init__(self, spans: Sequence[tuple[range, range]], device: torch.device) -> None:
+        self.spans, self.device = spans, device
+
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, softcap: float | None
+    ) -> Tensor:
+        if softcap is None and native.takes(q):
+            q, k, v = (native.dense_rows(x[0]) for x in (q, k, v))
+            if torch.is_grad_enabled():
+                return _NativeAttention.apply(q, k, v, self.trees, scale, window)[None]  # type: ignore[no-any-return]
+            return native.attention_forward(q, k, v, self.trees, scale, window)[0][None]
+        return self.buckets.attend(q, k, v, scale, window, softcap)
+
+    @cached_property
+    def buckets(self) -> _Buckets:
+        return _Buckets(self.spans, self.device)
+
+    @cached_property
+    def trees(self) -> native.Trees:
+        roots = [i for i, (_, context) in enumerate(self.spans) if not context]
+        lines = [(queries.start, len(queries), context.start, len(context)) for queries, context in self.spans]
+        return native.Trees(torch.tensor(lines), torch.tensor([*roots, len(lines)]))
+
+
+class _NativeAttention(torch.autograd.Function):
+    """q [H, N, D], k, v [H_kv, N, D] → [N, H, D]. Keeps them and a number for every query; weights are computed again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, trees: native.Trees, scale: float, window: int | None
+    ) -> Tensor:
+        out, lse = native.attention_forward(q, k, v, trees, scale, window)
+        ctx.save_for_backward(q, k, v, lse)
+        ctx.rest = trees, scale, window
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return (*native.attention_backward(*ctx.saved_tensors, grad, *ctx.rest), None, None, None)
+
+
+class _Buckets:
+    """Sequences of similar lengths side by side, for torch's attention."""
 
     def __init__(self, spans: Sequence[tuple[range, range]], device: torch.device) -> None:
         self.buckets = [
@@ -140,7 +190,7 @@ class PackedAttention:
         self.places[self.q_index[places]] = places
 
     def attend(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, softcap: float | None
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, softcap: float | None
     ) -> Tensor:
         queries = self._gather(q, self.q_index, [bucket.q_index for bucket in self.buckets])
         keys, values = (self._gather(x, self.k_index, [bucket.k_index for bucket in self.buckets]) for x in (k, v))

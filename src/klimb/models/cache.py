@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from klimb import native
 from klimb.models.attention import PackedAttention, additive
 from klimb.models.logprobs import precision
 
@@ -141,7 +142,7 @@ class Seats:
         self.prompts, self.seats = len(members), max(len(slots) for slots in members)
         # An empty seat repeats slot 0; nobody reads what comes out of it.
         self._slot = torch.tensor([m + [0] * (self.seats - len(m)) for m in members], device=device)
-        self._prompt = torch.tensor(prompt_of, device=device)
+        self.prompt_of = torch.tensor(prompt_of, device=device)
         self._seat = torch.tensor(seat_of, device=device)
         self._orders: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
@@ -152,7 +153,7 @@ class Seats:
             h = torch.arange(heads, device=device)[None, :, None, None]
             g = torch.arange(group, device=device)
             to_seats = (self._slot[:, None, :, None] * heads + h) * group + g
-            prompt_line = self._prompt[:, None, None] * heads + h[:, :, 0]
+            prompt_line = self.prompt_of[:, None, None] * heads + h[:, :, 0]
             to_slots = (prompt_line * self.seats + self._seat[:, None, None]) * group + g
             self._orders[heads, group] = to_seats.flatten(), to_slots.flatten()
         return self._orders[heads, group]
@@ -167,6 +168,7 @@ class Decode:
         self.cache = cache
         self.seats = seats
         self.rows = torch.arange(len(drawn), device=drawn.device)
+        self.drawn = drawn
         self.own_position = drawn - 1
         self.position = prompt_lengths + self.own_position
         self.prompt_lengths = prompt_lengths
@@ -178,6 +180,11 @@ class Decode:
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, softcap: float | None
     ) -> Tensor:
         stored = self.cache.layer(layer, k, v)
+        if softcap is None and native.takes(q):
+            q, k, v = (native.dense_rows(x[0]) for x in (q, k, v))
+            return native.attention_decode(
+                q, k, v, *stored, self.seats.prompt_of, self.prompt_lengths, self.drawn, scale, window
+            )[None]
         n, heads, group = len(self.rows), k.shape[1], q.shape[1] // k.shape[1]
         to_seats, to_slots = self.seats.orders(heads, group)
         for store, new in ((stored.keys, k), (stored.values, v)):

@@ -20,8 +20,9 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from klimb import native
 from klimb.errors import KlimbError
-from klimb.models import attention
+from klimb.models import attention, fused
 
 transformers_logging.disable_progress_bar()
 
@@ -139,6 +140,8 @@ def _from_pretrained(
     loaded = loaded.to(device).eval()
     if device.type == "cpu" and dtype != torch.bfloat16:
         _store_by_column(loaded)
+    if device.type == "cpu" and dtype == torch.float32 and native.why_not() is None:
+        fused.take_over(loaded)
     return loaded
 
 

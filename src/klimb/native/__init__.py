@@ -1,0 +1,212 @@
+"""klimb's own CPU kernels (kernels.c): compiled once on this machine, called through ctypes, never required.
+
+Each has a path in torch beside it that gives the same numbers up to rounding; `takes` says which of the two a call
+goes. Whether they are used is decided when a run begins, and recorded, like the number of threads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import c_float, c_int64, c_void_p
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from klimb.native.build import Unavailable, library
+
+_GRAIN = 16_384  # numbers that a thread should have, or it is not worth waking
+_on = True
+
+
+def use(on: bool) -> None:
+    """For the whole process, as torch.set_num_threads."""
+    global _on  # noqa: PLW0603
+    _on = on
+
+
+def why_not() -> str | None:
+    """What is in the way of the kernels here; None: nothing."""
+    try:
+        _kernels()
+    except Unavailable as reason:
+        return str(reason)
+    return None
+
+
+def takes(x: Tensor) -> bool:
+    """Do the kernels compute with this tensor?"""
+    return _on and x.dtype == torch.float32 and x.device.type == "cpu" and why_not() is None
+
+
+class _Shape(ctypes.Structure):
+    """The `Shape` of kernels.c."""
+
+    _fields_ = (
+        *((name, c_int64) for name in ("heads", "groups", "D", "window")),
+        ("scale", c_float),
+        *((name, c_int64) for name in ("qh", "qn", "kh", "kn", "vh", "vn")),
+    )
+
+
+_SIGNATURES = {
+    "attention_forward": [c_void_p] * 7 + [c_int64] * 2 + [c_void_p, c_int64],
+    "attention_backward": [c_void_p] * 10 + [c_int64] * 2 + [c_void_p, c_int64],
+    "attention_decode": [c_void_p] * 10 + [c_int64] * 2 + [c_void_p, c_int64, c_void_p, c_int64],
+    "rms_norm_forward": [c_void_p] * 2 + [c_float] * 2 + [c_void_p] * 2 + [c_int64] * 3,
+    "rms_norm_backward": [c_void_p] * 2 + [c_float] + [c_void_p] * 4 + [c_int64] * 3,
+    "rope": [c_void_p] + [c_int64] * 2 + [c_void_p] * 3 + [c_int64] * 5,
+    "swiglu_forward": [c_void_p] * 3 + [c_int64] * 2,
+    "swiglu_backward": [c_void_p] * 5 + [c_int64] * 2,
+}
+
+
+class _Kernels:
+    """The functions of the library, with their signatures."""
+
+    def __init__(self, loaded: ctypes.CDLL) -> None:
+        for name, signature in _SIGNATURES.items():
+            function = getattr(loaded, name)
+            function.argtypes, function.restype = signature, None
+            setattr(self, name, function)
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(name)
+
+
+_loaded: _Kernels | Unavailable | None = None
+
+
+def _kernels() -> _Kernels:
+    """Built and loaded on the first call. Raises Unavailable, then and ever after."""
+    global _loaded  # noqa: PLW0603
+    if _loaded is None:
+        try:
+            _loaded = _Kernels(library())
+        except Unavailable as reason:
+            _loaded = reason
+    if isinstance(_loaded, Unavailable):
+        raise _loaded
+    return _loaded
+
+
+def _threads(numbers: int) -> int:
+    return max(1, min(torch.get_num_threads(), numbers // _GRAIN))
+
+
+def _shape(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> _Shape:
+    """q [H, N, D], k and v [H_kv, N, D] in any order of heads and tokens."""
+    heads = k.shape[0]
+    return _Shape(
+        heads, q.shape[0] // heads, q.shape[2], window or 0, scale, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2]
+    )
+
+
+def dense_rows(x: Tensor) -> Tensor:
+    """x, or a copy of it whose last dimension lies dense."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+class Trees:
+    """Which tokens see which, as the kernels read it: spans with their contexts, in trees that share nothing."""
+
+    def __init__(self, spans: Tensor, trees: Tensor) -> None:
+        """spans [S, 4] (first query, queries, first token of the context, its length), trees [T + 1], both int64."""
+        self.spans, self.trees = spans.contiguous(), trees.contiguous()
+
+
+def attention_forward(
+    q: Tensor, k: Tensor, v: Tensor, trees: Trees, scale: float, window: int | None
+) -> tuple[Tensor, Tensor]:
+    """q [H, N, D], k, v [H_kv, N, D] → [N, H, D], and the log of each query's sum of exponentials [H, N]."""
+    heads, tokens, width = q.shape
+    out, lse = q.new_empty(tokens, heads, width), q.new_empty(heads, tokens)
+    shape = _shape(q, k, v, scale, window)
+    _kernels().attention_forward(
+        q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), lse.data_ptr(), trees.spans.data_ptr(),
+        trees.trees.data_ptr(), len(trees.trees) - 1, tokens, ctypes.byref(shape), torch.get_num_threads(),
+    )  # fmt: skip
+    return out, lse
+
+
+def attention_backward(
+    q: Tensor, k: Tensor, v: Tensor, lse: Tensor, grad: Tensor, trees: Trees, scale: float, window: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """grad [N, H, D] → the gradients of q, k and v in their shapes."""
+    heads, tokens, width = q.shape
+    grad = grad.contiguous()
+    dq, dk, dv = q.new_empty(tokens, heads, width), *(q.new_empty(tokens, x.shape[0], width) for x in (k, v))
+    shape = _shape(q, k, v, scale, window)
+    _kernels().attention_backward(
+        q.data_ptr(), k.data_ptr(), v.data_ptr(), lse.data_ptr(), grad.data_ptr(), dq.data_ptr(), dk.data_ptr(),
+        dv.data_ptr(), trees.spans.data_ptr(), trees.trees.data_ptr(), len(trees.trees) - 1, tokens,
+        ctypes.byref(shape), torch.get_num_threads(),
+    )  # fmt: skip
+    return dq.transpose(0, 1), dk.transpose(0, 1), dv.transpose(0, 1)
+
+
+def attention_decode(
+    q: Tensor, k: Tensor, v: Tensor, prompt_keys: Tensor, prompt_values: Tensor, keys: Tensor, values: Tensor,
+    prompt_of: Tensor, prompt_lengths: Tensor, drawn: Tensor, scale: float, window: int | None,
+) -> Tensor:  # fmt: skip
+    """One token for each of n slots: q [H, n, D], k, v [H_kv, n, D] → [n, H, D]; k and v are stored.
+
+    prompt_keys, prompt_values [P · H_kv, length, D], keys, values [slots · H_kv, length, D]; prompt_of, prompt_lengths,
+    drawn [n] int64: place and length of each slot's prompt, tokens that it drew so far, this one included.
+    """
+    heads, rows, width = q.shape
+    out = q.new_empty(rows, heads, width)
+    shape = _shape(q, k, v, scale, window)
+    _kernels().attention_decode(
+        q.data_ptr(), k.data_ptr(), v.data_ptr(), prompt_keys.data_ptr(), prompt_values.data_ptr(), keys.data_ptr(),
+        values.data_ptr(), prompt_of.data_ptr(), prompt_lengths.data_ptr(), drawn.data_ptr(), prompt_keys.shape[1],
+        keys.shape[1], out.data_ptr(), rows, ctypes.byref(shape), _threads(q.numel() * 64),
+    )  # fmt: skip
+    return out
+
+
+def rms_norm_forward(x: Tensor, weight: Tensor, offset: float, eps: float) -> tuple[Tensor, Tensor]:
+    """x [n, d] / rms · (offset + weight), and 1 / rms [n]."""
+    y, scale = torch.empty_like(x), x.new_empty(len(x))
+    _kernels().rms_norm_forward(
+        x.data_ptr(), weight.data_ptr(), offset, eps, y.data_ptr(), scale.data_ptr(), *x.shape, _threads(x.numel())
+    )
+    return y, scale
+
+
+def rms_norm_backward(x: Tensor, weight: Tensor, offset: float, scale: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of x and weight."""
+    threads = _threads(x.numel())
+    dx, partial = torch.empty_like(x), x.new_empty(threads, x.shape[1])
+    _kernels().rms_norm_backward(
+        x.data_ptr(), weight.data_ptr(), offset, scale.data_ptr(), grad.data_ptr(), dx.data_ptr(), partial.data_ptr(),
+        *x.shape, threads,
+    )  # fmt: skip
+    return dx, partial.sum(0) if threads > 1 else partial[0]
+
+
+def rope(x: Tensor, cosine: Tensor, sine: Tensor, inverse: bool = False) -> Tensor:
+    """Rotary positions of x [H, N, D] by cos and sin [N, D] (each half against the other), or the transposed map."""
+    heads, tokens, width = x.shape
+    y = x.new_empty(tokens, heads, width)
+    _kernels().rope(
+        x.data_ptr(), *x.stride()[:2], cosine.data_ptr(), sine.data_ptr(), y.data_ptr(), tokens, heads, width, inverse,
+        _threads(x.numel()),
+    )  # fmt: skip
+    return y.transpose(0, 1)
+
+
+def swiglu_forward(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) · up."""
+    y = torch.empty_like(gate)
+    _kernels().swiglu_forward(gate.data_ptr(), up.data_ptr(), y.data_ptr(), y.numel(), _threads(y.numel()))
+    return y
+
+
+def swiglu_backward(gate: Tensor, up: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    dgate, dup = torch.empty_like(gate), torch.empty_like(up)
+    _kernels().swiglu_backward(
+        gate.data_ptr(), up.data_ptr(), grad.data_ptr(), dgate.data_ptr(), dup.data_ptr(), gate.numel(),
+        _threads(gate.numel()),
+    )  # fmt: skip
+    return dgate, dup

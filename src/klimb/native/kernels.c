@@ -1,0 +1,422 @@
+/* The inner loops that torch's CPU operators are slow at: many small rows, ragged sequences, one query at a time.
+
+   float32, strides in elements, the last dimension always dense. Every function computes a row (or a head of a tree of
+   sequences) on one thread, so the number of threads changes no result except the sum over rows in rms_norm_backward,
+   whose order is fixed for a given number. */
+
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#if defined(__AVX512F__)
+#define W 16
+#elif defined(__AVX__)
+#define W 8
+#else
+#define W 4
+#endif
+#define COLS (2 * W)
+#define BLOCK 16 /* queries whose scores are held at once */
+#define UP(n) (((n) + COLS - 1) / COLS * COLS)
+
+typedef int64_t I;
+typedef float vec __attribute__((vector_size(4 * W)));
+typedef float anywhere __attribute__((vector_size(4 * W), aligned(4), may_alias));
+
+static inline vec load(const float *p) { return *(const anywhere *)p; }
+static inline void store(float *p, vec x) { *(anywhere *)p = x; }
+static inline vec all(float x) { return x - (vec){0}; }
+
+/* e^x within 2 units in the last place for -87 <= x <= 88, and that of the nearer end beyond. Range reduction by ln 2 in two parts, then a
+   polynomial of degree 6; written without branches so that compilers vectorise the loops around it. */
+static inline float exp_(float x) {
+    x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
+    float shifted = x * 1.44269504088896341f + 12582912.0f; /* 1.5 * 2^23: the integer lands in the low bits */
+    float n = shifted - 12582912.0f;
+    float r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    int32_t bits = ((int32_t)n + 127) << 23;
+    float power;
+    memcpy(&power, &bits, 4);
+    return p * power;
+}
+
+/* Memory that a thread keeps between calls: fresh pages cost more than the work. */
+static float *scratch(size_t floats) {
+    static _Thread_local float *held = NULL;
+    static _Thread_local size_t size = 0;
+    if (floats > size) {
+        free(held);
+        held = malloc(floats * sizeof(float));
+        size = held ? floats : 0;
+    }
+    return held;
+}
+
+/* Products of small matrices ------------------------------------------------------------------------------------- */
+
+/* c[r, 0:COLS] (+)= sum_k a[r*ar + k*ak] * b[k*ldb + 0:COLS] for r < rows <= 4. */
+static inline void tile(I rows, I depth, const float *a, I ar, I ak, const float *b, I ldb, float *c, I ldc, int add) {
+    const float *a1 = rows > 1 ? a + ar : a, *a2 = rows > 2 ? a + 2 * ar : a, *a3 = rows > 3 ? a + 3 * ar : a;
+    vec z = all(0.0f), s[4][2] = {{z, z}, {z, z}, {z, z}, {z, z}};
+    for (I k = 0; k < depth; k++) {
+        vec b0 = load(b + k * ldb), b1 = load(b + k * ldb + W), x;
+        x = all(a[k * ak]), s[0][0] += x * b0, s[0][1] += x * b1;
+        x = all(a1[k * ak]), s[1][0] += x * b0, s[1][1] += x * b1;
+        x = all(a2[k * ak]), s[2][0] += x * b0, s[2][1] += x * b1;
+        x = all(a3[k * ak]), s[3][0] += x * b0, s[3][1] += x * b1;
+    }
+    for (I r = 0; r < rows; r++) {
+        float *to = c + r * ldc;
+        store(to, add ? load(to) + s[r][0] : s[r][0]);
+        store(to + W, add ? load(to + W) + s[r][1] : s[r][1]);
+    }
+}
+
+/* c [rows, cols] (+)= a [rows, depth] b [depth, cols]; cols is a multiple of COLS, rows of a are ar apart. */
+static void product(
+    I rows, I cols, I depth, const float *a, I ar, I ak, const float *b, I ldb, float *c, I ldc, int add) {
+    for (I j = 0; j < cols; j += COLS)
+        for (I i = 0; i < rows; i += 4)
+            tile(rows - i < 4 ? rows - i : 4, depth, a + i * ar, ar, ak, b + j, ldb, c + i * ldc + j, ldc, add);
+}
+
+/* rows [n, D] -> [n, wide], zeros behind D. */
+static void widen(const float *from, I stride, I n, I D, float *to, I wide) {
+    for (I i = 0; i < n; i++) {
+        memcpy(to + i * wide, from + i * stride, D * sizeof(float));
+        memset(to + i * wide + D, 0, (wide - D) * sizeof(float));
+    }
+}
+
+/* rows [n, D] -> columns [D, wide], zeros behind n. */
+static void turn(const float *from, I stride, I n, I D, float *to, I wide) {
+    for (I i0 = 0; i0 < n; i0 += W)
+        for (I d = 0; d < D; d++)
+            for (I i = i0; i < (i0 + W < n ? i0 + W : n); i++) to[d * wide + i] = from[i * stride + d];
+    for (I d = 0; d < D; d++) memset(to + d * wide + n, 0, (wide - n) * sizeof(float));
+}
+
+/* Attention over trees of sequences ------------------------------------------------------------------------------ */
+
+/* spans [S, 4]: first query, queries, first token of the context, tokens of the context. trees [T + 1]: first span of
+   each; the tokens of a tree are a dense range, and a context lies in the tree. */
+typedef struct {
+    I heads, groups, D, window; /* key heads, queries' heads to each of them; window 0: none */
+    float scale;
+    I qh, qn, kh, kn, vh, vn; /* strides by head and by token */
+} Shape;
+
+typedef struct {
+    I first, queries, context, own; /* place of the block's first query in its span; places of keys in the tree */
+    I before, behind;               /* columns of the scores: context, own tokens (both rounded up) */
+    I length;                       /* tokens of the context */
+    I skip, skip_own;               /* what a window hides from all queries of the block */
+} Piece;
+
+static Piece piece_of(const I *span, I base, I first, I window) {
+    Piece p;
+    I queries = span[1] - first < BLOCK ? span[1] - first : BLOCK, start = span[3] + first - window + 1;
+    p.first = first, p.queries = queries, p.length = span[3];
+    p.skip = window && start > 0 ? (start < span[3] ? start : span[3]) : 0;
+    p.skip_own = window && start > span[3] ? start - span[3] : 0;
+    p.context = span[2] - base + p.skip, p.own = span[0] - base + p.skip_own;
+    p.before = UP(span[3] - p.skip), p.behind = UP(first + queries - p.skip_own);
+    return p;
+}
+
+/* Scores of a block against the tree's keys (given as columns): s [queries, before + behind]. */
+static void scores(Piece p, const float *q, I qn, I D, const float *columns, I wide, float *s, I lds) {
+    product(p.queries, p.before, D, q, qn, 1, columns + p.context, wide, s, lds, 0);
+    product(p.queries, p.behind, D, q, qn, 1, columns + p.own, wide, s + p.before, lds, 0);
+}
+
+/* Which columns query i of the block may see: [from, to) of the context and of its own sequence. */
+typedef struct { I from, to, own_from, own_to; } Seen;
+
+static Seen seen_by(Piece p, I i, I window) {
+    I place = p.length + p.first + i, oldest = window ? place - window + 1 : 0;
+    I from = oldest > p.skip ? oldest - p.skip : 0, room = p.length - p.skip;
+    I own = oldest - p.length - p.skip_own;
+    Seen seen = {from < room ? from : room, room, p.before + (own > 0 ? own : 0),
+                 p.before + p.first + i + 1 - p.skip_own};
+    return seen;
+}
+
+static void blank(float *s, Seen seen, I before, I total) {
+    memset(s, 0, seen.from * sizeof(float));
+    memset(s + seen.to, 0, (before - seen.to) * sizeof(float));
+    memset(s + before, 0, (seen.own_from - before) * sizeof(float));
+    memset(s + seen.own_to, 0, (total - seen.own_to) * sizeof(float));
+}
+
+static inline float largest(const float *s, I from, I to, float top) {
+#pragma omp simd reduction(max : top)
+    for (I j = from; j < to; j++) top = s[j] > top ? s[j] : top;
+    return top;
+}
+
+/* s <- e^(scale s - shift) on [from, to), and the sum. */
+static inline float exponentials(float *s, I from, I to, float scale, float shift) {
+    float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+    for (I j = from; j < to; j++) {
+        s[j] = exp_(s[j] * scale - shift);
+        sum += s[j];
+    }
+    return sum;
+}
+
+/* c [queries, wide] (+)= weights times the rows of context and own tokens. */
+static void weighted(Piece p, const float *s, I lds, const float *rows, I wide, float *c) {
+    product(p.queries, wide, p.length - p.skip, s, lds, 1, rows + p.context * wide, wide, c, wide, 0);
+    product(p.queries, wide, p.first + p.queries - p.skip_own, s + p.before, lds, 1, rows + p.own * wide, wide, c, wide, 1);
+}
+
+/* rows of context and own tokens += weights' transpose times b [queries, wide]. */
+static void spread(Piece p, const float *s, I lds, const float *b, I wide, float *rows) {
+    product(p.length - p.skip, wide, p.queries, s, 1, lds, b, wide, rows + p.context * wide, wide, 1);
+    product(p.first + p.queries - p.skip_own, wide, p.queries, s + p.before, 1, lds, b, wide, rows + p.own * wide, wide, 1);
+}
+
+static I tree_size(const I *spans, const I *trees, I tree, I *longest) {
+    I end = 0;
+    *longest = 0;
+    for (I i = trees[tree]; i < trees[tree + 1]; i++) {
+        const I *span = spans + 4 * i;
+        I width = UP(span[3]) + UP(span[1]);
+        if (span[0] + span[1] > end) end = span[0] + span[1];
+        if (width > *longest) *longest = width;
+    }
+    return end - spans[4 * trees[tree]];
+}
+
+/* out [N, H, D] = softmax(scale q k') v; lse [H, N]: log of the sum of exponentials of each query. */
+void attention_forward(
+    const float *q, const float *k, const float *v, float *out, float *lse, const I *spans, const I *trees, I T, I N,
+    const Shape *shape, I threads) {
+    const Shape z = *shape;
+    const I wide = UP(z.D);
+#pragma omp parallel for collapse(2) schedule(dynamic) num_threads(threads)
+    for (I tree = 0; tree < T; tree++)
+        for (I head = 0; head < z.heads; head++) {
+            I longest, n = tree_size(spans, trees, tree, &longest), base = spans[4 * trees[tree]], pad = n + 2 * COLS;
+            float *columns = scratch(z.D * pad + n * wide + BLOCK * longest + BLOCK * wide);
+            float *values = columns + z.D * pad, *s = values + n * wide, *o = s + BLOCK * longest;
+            turn(k + head * z.kh + base * z.kn, z.kn, n, z.D, columns, pad);
+            widen(v + head * z.vh + base * z.vn, z.vn, n, z.D, values, wide);
+            for (I i = trees[tree]; i < trees[tree + 1]; i++)
+                for (I h = head * z.groups; h < (head + 1) * z.groups; h++)
+                    for (I first = 0; first < spans[4 * i + 1]; first += BLOCK) {
+                        Piece p = piece_of(spans + 4 * i, base, first, z.window);
+                        I token = spans[4 * i] + first, total = p.before + p.behind;
+                        scores(p, q + h * z.qh + token * z.qn, z.qn, z.D, columns, pad, s, total);
+                        float inverse[BLOCK];
+                        for (I r = 0; r < p.queries; r++) {
+                            float *row = s + r * total;
+                            Seen seen = seen_by(p, r, z.window);
+                            float top = largest(row, seen.own_from, seen.own_to, largest(row, seen.from, seen.to, -INFINITY));
+                            float shift = top * z.scale;
+                            float sum = exponentials(row, seen.from, seen.to, z.scale, shift);
+                            sum += exponentials(row, seen.own_from, seen.own_to, z.scale, shift);
+                            blank(row, seen, p.before, total);
+                            inverse[r] = 1.0f / sum;
+                            lse[h * N + token + r] = shift + logf(sum);
+                        }
+                        weighted(p, s, total, values, wide, o);
+                        for (I r = 0; r < p.queries; r++)
+                            for (I d = 0; d < z.D; d++)
+                                out[((token + r) * z.heads * z.groups + h) * z.D + d] = o[r * wide + d] * inverse[r];
+                    }
+        }
+}
+
+/* Gradients by q [N, H, D], k and v [N, H_kv, D] of a loss whose gradient by `out` [N, H, D] is given. */
+void attention_backward(
+    const float *q, const float *k, const float *v, const float *lse, const float *grad, float *dq, float *dk,
+    float *dv, const I *spans, const I *trees, I T, I N, const Shape *shape, I threads) {
+    const Shape z = *shape;
+    const I wide = UP(z.D), H = z.heads * z.groups;
+#pragma omp parallel for collapse(2) schedule(dynamic) num_threads(threads)
+    for (I tree = 0; tree < T; tree++)
+        for (I head = 0; head < z.heads; head++) {
+            I longest, n = tree_size(spans, trees, tree, &longest), base = spans[4 * trees[tree]], pad = n + 2 * COLS;
+            float *keys_by_column = scratch(2 * z.D * pad + 3 * n * wide + 2 * BLOCK * longest + 3 * BLOCK * wide);
+            float *values_by_column = keys_by_column + z.D * pad, *keys = values_by_column + z.D * pad;
+            float *sum_k = keys + n * wide, *sum_v = sum_k + n * wide, *s = sum_v + n * wide;
+            float *ds = s + BLOCK * longest, *asked = ds + BLOCK * longest, *given = asked + BLOCK * wide;
+            float *answer = given + BLOCK * wide;
+            turn(k + head * z.kh + base * z.kn, z.kn, n, z.D, keys_by_column, pad);
+            turn(v + head * z.vh + base * z.vn, z.vn, n, z.D, values_by_column, pad);
+            widen(k + head * z.kh + base * z.kn, z.kn, n, z.D, keys, wide);
+            memset(sum_k, 0, 2 * n * wide * sizeof(float));
+            for (I i = trees[tree]; i < trees[tree + 1]; i++)
+                for (I h = head * z.groups; h < (head + 1) * z.groups; h++)
+                    for (I first = 0; first < spans[4 * i + 1]; first += BLOCK) {
+                        Piece p = piece_of(spans + 4 * i, base, first, z.window);
+                        I token = spans[4 * i] + first, total = p.before + p.behind;
+                        widen(q + h * z.qh + token * z.qn, z.qn, p.queries, z.D, asked, wide);
+                        widen(grad + (token * H + h) * z.D, H * z.D, p.queries, z.D, given, wide);
+                        scores(p, asked, wide, z.D, keys_by_column, pad, s, total);
+                        scores(p, given, wide, z.D, values_by_column, pad, ds, total);
+                        for (I r = 0; r < p.queries; r++) {
+                            float *row = s + r * total, *drow = ds + r * total, mean = 0.0f;
+                            Seen seen = seen_by(p, r, z.window);
+                            exponentials(row, seen.from, seen.to, z.scale, lse[h * N + token + r]);
+                            exponentials(row, seen.own_from, seen.own_to, z.scale, lse[h * N + token + r]);
+                            blank(row, seen, p.before, total);
+#pragma omp simd reduction(+ : mean)
+                            for (I j = 0; j < total; j++) mean += row[j] * drow[j];
+#pragma omp simd
+                            for (I j = 0; j < total; j++) drow[j] = row[j] * (drow[j] - mean) * z.scale;
+                        }
+                        weighted(p, ds, total, keys, wide, answer);
+                        for (I r = 0; r < p.queries; r++)
+                            memcpy(dq + ((token + r) * H + h) * z.D, answer + r * wide, z.D * sizeof(float));
+                        spread(p, ds, total, asked, wide, sum_k);
+                        spread(p, s, total, given, wide, sum_v);
+                    }
+            for (I t = 0; t < n; t++) {
+                memcpy(dk + ((base + t) * z.heads + head) * z.D, sum_k + t * wide, z.D * sizeof(float));
+                memcpy(dv + ((base + t) * z.heads + head) * z.D, sum_v + t * wide, z.D * sizeof(float));
+            }
+        }
+}
+
+/* One further token for each of n running samples ---------------------------------------------------------------- */
+
+static inline float dot(const float *a, const float *b, I D) {
+    float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+    for (I d = 0; d < D; d++) sum += a[d] * b[d];
+    return sum;
+}
+
+/* o [D] += sum over [from, to) of s[j] * rows[j]. */
+static inline void gather(const float *s, I from, I to, const float *rows, I D, float *o) {
+    for (I j = from; j < to; j++) {
+        const float x = s[j], *row = rows + j * D;
+#pragma omp simd
+        for (I d = 0; d < D; d++) o[d] += x * row[d];
+    }
+}
+
+/* Stores the new key and value of every slot and attends to its prompt and its own tokens. The stores hold a line for
+   every place and key head, [places * heads, length, D]; prompt_of, prompt_length, drawn [n] are by slot. out [n, H, D]. */
+void attention_decode(
+    const float *q, const float *k, const float *v, const float *prompt_keys, const float *prompt_values, float *keys,
+    float *values, const I *prompt_of, const I *prompt_length, const I *drawn, I longest_prompt, I length, float *out,
+    I n, const Shape *shape, I threads) {
+    const Shape z = *shape;
+#pragma omp parallel for collapse(2) schedule(static) num_threads(threads)
+    for (I i = 0; i < n; i++)
+        for (I head = 0; head < z.heads; head++) {
+            const I prompt = prompt_length[i], own = drawn[i], place = prompt + own - 1, D = z.D;
+            const float *pk = prompt_keys + (prompt_of[i] * z.heads + head) * longest_prompt * D;
+            const float *pv = prompt_values + (prompt_of[i] * z.heads + head) * longest_prompt * D;
+            float *ok = keys + (i * z.heads + head) * length * D, *ov = values + (i * z.heads + head) * length * D;
+            const I oldest = z.window && place - z.window + 1 > 0 ? place - z.window + 1 : 0;
+            const I from = oldest < prompt ? oldest : prompt, own_from = oldest > prompt ? oldest - prompt : 0;
+            float *s = scratch(prompt + own), *own_s = s + prompt;
+            memcpy(ok + (own - 1) * D, k + head * z.kh + i * z.kn, D * sizeof(float));
+            memcpy(ov + (own - 1) * D, v + head * z.vh + i * z.vn, D * sizeof(float));
+            for (I h = head * z.groups; h < (head + 1) * z.groups; h++) {
+                const float *asked = q + h * z.qh + i * z.qn;
+                float *o = out + (i * z.heads * z.groups + h) * D;
+                for (I j = from; j < prompt; j++) s[j] = dot(asked, pk + j * D, D);
+                for (I j = own_from; j < own; j++) own_s[j] = dot(asked, ok + j * D, D);
+                float shift = z.scale * largest(own_s, own_from, own, largest(s, from, prompt, -INFINITY));
+                float sum = exponentials(s, from, prompt, z.scale, shift);
+                sum += exponentials(own_s, own_from, own, z.scale, shift);
+                memset(o, 0, D * sizeof(float));
+                gather(s, from, prompt, pv, D, o);
+                gather(own_s, own_from, own, ov, D, o);
+                for (I d = 0; d < D; d++) o[d] /= sum;
+            }
+        }
+}
+
+/* Between the matrices ------------------------------------------------------------------------------------------- */
+
+/* y = x / rms(x) * (offset + weight), rows [n, d]; scale [n]: 1 / rms. */
+void rms_norm_forward(
+    const float *x, const float *weight, float offset, float eps, float *y, float *scale, I n, I d, I threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (I i = 0; i < n; i++) {
+        const float *row = x + i * d, r = 1.0f / sqrtf(dot(row, row, d) / d + eps);
+        float *to = y + i * d;
+        scale[i] = r;
+#pragma omp simd
+        for (I j = 0; j < d; j++) to[j] = row[j] * r * (offset + weight[j]);
+    }
+}
+
+/* dx [n, d]; partial [threads, d]: the weight's gradient from each thread's rows. */
+void rms_norm_backward(
+    const float *x, const float *weight, float offset, const float *scale, const float *grad, float *dx,
+    float *partial, I n, I d, I threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (I t = 0; t < threads; t++) {
+        float *dw = partial + t * d;
+        memset(dw, 0, d * sizeof(float));
+        for (I i = t * n / threads; i < (t + 1) * n / threads; i++) {
+            const float *row = x + i * d, *g = grad + i * d, r = scale[i];
+            float *to = dx + i * d, mean = 0.0f;
+#pragma omp simd reduction(+ : mean)
+            for (I j = 0; j < d; j++) mean += g[j] * (offset + weight[j]) * row[j];
+            mean *= r * r / d;
+#pragma omp simd
+            for (I j = 0; j < d; j++) {
+                to[j] = r * (g[j] * (offset + weight[j]) - mean * row[j]);
+                dw[j] += g[j] * row[j] * r;
+            }
+        }
+    }
+}
+
+/* x [N, H, D] (strides xh, xn) -> y [N, H, D] dense, each half of a head turned against the other by cos, sin [N, D].
+   inverse: the transposed map, which is what a gradient goes through. */
+void rope(
+    const float *x, I xh, I xn, const float *cosine, const float *sine, float *y, I N, I H, I D, I inverse, I threads) {
+    const I half = D / 2;
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (I i = 0; i < N; i++)
+        for (I h = 0; h < H; h++) {
+            const float *a = x + i * xn + h * xh, *b = a + half, *c = cosine + i * D, *s = sine + i * D;
+            float *to = y + (i * H + h) * D;
+            if (inverse)
+#pragma omp simd
+                for (I d = 0; d < half; d++) {
+                    to[d] = a[d] * c[d] + b[d] * s[d + half];
+                    to[d + half] = b[d] * c[d + half] - a[d] * s[d];
+                }
+            else
+#pragma omp simd
+                for (I d = 0; d < half; d++) {
+                    to[d] = a[d] * c[d] - b[d] * s[d];
+                    to[d + half] = b[d] * c[d + half] + a[d] * s[d + half];
+                }
+        }
+}
+
+/* y = gate * sigmoid(gate) * up, [n]. */
+void swiglu_forward(const float *gate, const float *up, float *y, I n, I threads) {
+#pragma omp parallel for simd schedule(static) num_threads(threads)
+    for (I i = 0; i < n; i++) y[i] = gate[i] / (1.0f + exp_(-gate[i])) * up[i];
+}
+
+void swiglu_backward(const float *gate, const float *up, const float *grad, float *dgate, float *dup, I n, I threads) {
+#pragma omp parallel for simd schedule(static) num_threads(threads)
+    for (I i = 0; i < n; i++) {
+        float sigmoid = 1.0f / (1.0f + exp_(-gate[i]));
+        dup[i] = grad[i] * gate[i] * sigmoid;
+        dgate[i] = grad[i] * up[i] * sigmoid * (1.0f + gate[i] * (1.0f - sigmoid));
+    }
+}
