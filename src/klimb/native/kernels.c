@@ -299,13 +299,53 @@ static inline float dot(const float *a, const float *b, I D) {
     return sum;
 }
 
+typedef float four __attribute__((vector_size(16)));
+
+static inline four quarters(vec x) {
+    four parts[W / 4], sum;
+    memcpy(parts, &x, sizeof x);
+    sum = parts[0];
+    for (int i = 1; i < W / 4; i++) sum += parts[i];
+    return sum;
+}
+
+/* s[j] = q . rows[j] on [from, to): four rows at a time share the sums across a vector. */
+static inline void dots(const float *q, const float *rows, I from, I to, I D, float *s) {
+    const I whole = D / W * W;
+    I j = from;
+    for (; j + 4 <= to; j += 4) {
+        const float *a = rows + j * D, *b = a + D, *c = b + D, *d = c + D;
+        vec x = all(0.0f), y = x, z = x, w = x;
+        for (I i = 0; i < whole; i += W) {
+            vec asked = load(q + i);
+            x += asked * load(a + i), y += asked * load(b + i), z += asked * load(c + i), w += asked * load(d + i);
+        }
+        four k = quarters(x), l = quarters(y), m = quarters(z), n = quarters(w);
+        four kl = __builtin_shufflevector(k, l, 0, 4, 1, 5) + __builtin_shufflevector(k, l, 2, 6, 3, 7);
+        four mn = __builtin_shufflevector(m, n, 0, 4, 1, 5) + __builtin_shufflevector(m, n, 2, 6, 3, 7);
+        four sums = __builtin_shufflevector(kl, mn, 0, 1, 4, 5) + __builtin_shufflevector(kl, mn, 2, 3, 6, 7);
+        for (I i = whole; i < D; i++) sums += q[i] * (four){a[i], b[i], c[i], d[i]};
+        memcpy(s + j, &sums, sizeof sums);
+    }
+    for (; j < to; j++) s[j] = dot(q, rows + j * D, D);
+}
+
 /* o [D] += sum over [from, to) of s[j] * rows[j]. */
 static inline void gather(const float *s, I from, I to, const float *rows, I D, float *o) {
-    for (I j = from; j < to; j++) {
-        const float x = s[j], *row = rows + j * D;
-#pragma omp simd
-        for (I d = 0; d < D; d++) o[d] += x * row[d];
+    const I whole = D / W * W;
+    for (I i = 0; i < whole; i += W) {
+        vec x = load(o + i), y = all(0.0f), z = y, w = y;
+        I j = from;
+        for (; j + 4 <= to; j += 4) {
+            const float *row = rows + j * D + i;
+            x += s[j] * load(row), y += s[j + 1] * load(row + D);
+            z += s[j + 2] * load(row + 2 * D), w += s[j + 3] * load(row + 3 * D);
+        }
+        for (; j < to; j++) x += s[j] * load(rows + j * D + i);
+        store(o + i, (x + y) + (z + w));
     }
+    for (I i = whole; i < D; i++)
+        for (I j = from; j < to; j++) o[i] += s[j] * rows[j * D + i];
 }
 
 /* Stores the new key and value of every slot and attends to its prompt and its own tokens. The stores hold a line for
@@ -330,8 +370,8 @@ void attention_decode(
             for (I h = head * z.groups; h < (head + 1) * z.groups; h++) {
                 const float *asked = q + h * z.qh + i * z.qn;
                 float *o = out + (i * z.heads * z.groups + h) * D;
-                for (I j = from; j < prompt; j++) s[j] = dot(asked, pk + j * D, D);
-                for (I j = own_from; j < own; j++) own_s[j] = dot(asked, ok + j * D, D);
+                dots(asked, pk, from, prompt, D, s);
+                dots(asked, ok, own_from, own, D, own_s);
                 float shift = z.scale * largest(own_s, own_from, own, largest(s, from, prompt, -INFINITY));
                 float sum = exponentials(s, from, prompt, z.scale, shift);
                 sum += exponentials(own_s, own_from, own, z.scale, shift);
