@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parents[1] / "src" / "klimb"
 LAYERS = (
     {"errors", "types", "plugin", "config_errors"},
     {"config", "metrics", "batch"},
-    {"data", "objective"},
+    {"data", "objective", "native"},
     {"models"},
     {"rewards", "runtime", "rollout", "watch", "report"},
     {"lab"},

@@ -128,8 +128,8 @@ def _padded(ranges: Sequence[range], length: int, device: torch.device) -> Tenso
 class PackedAttention:
     """Causal attention within each sequence of a flat run; a sequence may continue a context elsewhere in the run.
 
-    spans: (query range, context range) of every sequence; each flat position is in exactly one query range, and a
-    context lies between the last sequence without one and the sequence itself.
+    spans: (query range, context range) of every sequence; each flat position is in exactly one query range. A context
+    that is not in the run has its keys and values behind those of the run.
     """
 
     def __init__(self, spans: Sequence[tuple[range, range]], device: torch.device) -> None:
@@ -138,11 +138,11 @@ class PackedAttention:
     def attend(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, softcap: float | None
     ) -> Tensor:
-        if softcap is None and native.takes(q):
+        if softcap is None and native.attends(q, v) and (trees := self.trees) is not None:
             q, k, v = (native.dense_rows(x[0]) for x in (q, k, v))
             if torch.is_grad_enabled():
-                return _NativeAttention.apply(q, k, v, self.trees, scale, window)[None]  # type: ignore[no-any-return]
-            return native.attention_forward(q, k, v, self.trees, scale, window)[0][None]
+                return _NativeAttention.apply(q, k, v, trees, scale, window)[None]
+            return native.attention_forward(q, k, v, trees, scale, window)[0][None]
         return self.buckets.attend(q, k, v, scale, window, softcap)
 
     @cached_property
@@ -150,14 +150,23 @@ class PackedAttention:
         return _Buckets(self.spans, self.device)
 
     @cached_property
-    def trees(self) -> native.Trees:
-        roots = [i for i, (_, context) in enumerate(self.spans) if not context]
+    def trees(self) -> native.Trees | None:
+        """Each sequence without a context, with those behind it that continue some of it; None: other spans."""
+        roots: list[int] = []
+        end = 0
+        for i, (queries, context) in enumerate(self.spans):
+            if not context:
+                roots.append(i)
+            within = roots and self.spans[roots[-1]][0].start <= context.start and context.stop <= queries.start
+            if queries.start != end or not (within or not context):
+                return None
+            end = queries.stop
         lines = [(queries.start, len(queries), context.start, len(context)) for queries, context in self.spans]
         return native.Trees(torch.tensor(lines), torch.tensor([*roots, len(lines)]))
 
 
 class _NativeAttention(torch.autograd.Function):
-    """q [H, N, D], k, v [H_kv, N, D] → [N, H, D]. Keeps them and a number for every query; weights are computed again."""
+    """q [H, N, D], k, v [H_kv, N, D] → [N, H, D]. Keeps those and a number for each query, not the weights."""
 
     @staticmethod
     def forward(
@@ -171,7 +180,8 @@ class _NativeAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return (*native.attention_backward(*ctx.saved_tensors, grad, *ctx.rest), None, None, None)
+        q, k, v, lse = ctx.saved_tensors
+        return (*native.attention_backward(q, k, v, lse, grad, *ctx.rest), None, None, None)
 
 
 class _Buckets:

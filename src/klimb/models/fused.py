@@ -32,7 +32,7 @@ def take_over(model: nn.Module) -> None:
         for module in model.modules():
             forward = _rms_norm_of(module) or _gated_mlp_of(module) or _with_rotary(module)
             if forward is not None:
-                module.forward = MethodType(forward, module)  # type: ignore[method-assign]
+                module.forward = MethodType(forward, module)
 
 
 def _proven(module: nn.Module, forward: Forward, x: Tensor, parts: Mapping[str, nn.Parameter | nn.Module]) -> bool:
@@ -44,7 +44,7 @@ def _proven(module: nn.Module, forward: Forward, x: Tensor, parts: Mapping[str, 
     return torch.allclose(forward(shadow, x), type(module).forward(shadow, x), rtol=_TOLERANCE, atol=_TOLERANCE)
 
 
-# RMSNorm (Zhang & Sennrich 2019, eq. 4) --------------------------------------------------------------------------------
+# RMSNorm (Zhang & Sennrich 2019, eq. 4) -------------------------------------------------------------------------------
 
 
 def _rms_norm_of(module: nn.Module) -> Forward | None:
@@ -56,12 +56,12 @@ def _rms_norm_of(module: nn.Module) -> Forward | None:
     x, weight = torch.randn(2, 3, 24), nn.Parameter(torch.randn(24))
     for offset in (0.0, 1.0):  # Gemma keeps its weights around 0
 
-        def forward(self: nn.Module, x: Tensor, offset: float = offset) -> Tensor:
-            if not (native.takes(x) and x.is_contiguous() and native.takes(self.weight)):  # type: ignore[arg-type]
-                return type(self).forward(self, x)  # type: ignore[no-any-return]
+        def forward(self: Any, x: Tensor, offset: float = offset) -> Tensor:
+            if not (native.takes(x) and x.is_contiguous() and native.takes(self.weight)):
+                return type(self).forward(self, x)
             if not torch.is_grad_enabled():
                 return native.rms_norm_forward(x.view(-1, x.shape[-1]), self.weight, offset, eps)[0].view_as(x)
-            return _RMSNorm.apply(x, self.weight, offset, eps)  # type: ignore[no-any-return]
+            return _RMSNorm.apply(x, self.weight, offset, eps)
 
         if _proven(module, forward, x, {"weight": weight}):
             return forward
@@ -86,7 +86,7 @@ class _RMSNorm(torch.autograd.Function):
         return dx.view(ctx.shape), dw, None, None
 
 
-# Gated MLP (Shazeer 2020, eq. 6) ---------------------------------------------------------------------------------------
+# Gated MLP (Shazeer 2020, eq. 6) --------------------------------------------------------------------------------------
 
 
 def _gated_mlp_of(module: nn.Module) -> Forward | None:
@@ -102,10 +102,12 @@ def _gated_mlp_of(module: nn.Module) -> Forward | None:
 
 def _gated_mlp(self: Any, x: Tensor) -> Tensor:
     if not native.takes(x):
-        return type(self).forward(self, x)  # type: ignore[no-any-return]
+        return type(self).forward(self, x)
     gate, up = self.gate_proj(x).contiguous(), self.up_proj(x).contiguous()
+    if not native.takes(gate):
+        return self.down_proj(self.act_fn(gate) * up)
     hidden = _SwiGLU.apply(gate, up) if torch.is_grad_enabled() else native.swiglu_forward(gate, up)
-    return self.down_proj(hidden)  # type: ignore[no-any-return]
+    return self.down_proj(hidden)
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -123,7 +125,7 @@ class _SwiGLU(torch.autograd.Function):
         return native.swiglu_backward(gate, up, grad.contiguous())
 
 
-# Rotary positions (Su et al. 2021, eq. 34) -----------------------------------------------------------------------------
+# Rotary positions (Su et al. 2021, eq. 34) ----------------------------------------------------------------------------
 
 
 def _with_rotary(module: nn.Module) -> Forward | None:
@@ -147,7 +149,7 @@ def _with_rotary(module: nn.Module) -> Forward | None:
     def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *further: Any, **named: Any) -> tuple[Tensor, Tensor]:
         plain = not further and not named and len(q) == 1 and cos.shape == (1, q.shape[2], q.shape[3])
         if not (plain and native.takes(q) and native.takes(cos)):
-            return theirs(q, k, cos, sin, *further, **named)  # type: ignore[no-any-return]
+            return theirs(q, k, cos, sin, *further, **named)
         return _rotated(q, k, cos, sin)
 
     forward = FunctionType(own.__code__, {**own.__globals__, _ROTARY: rotary}, own.__name__, own.__defaults__,
@@ -159,7 +161,7 @@ def _with_rotary(module: nn.Module) -> Forward | None:
 def _rotated(q: Tensor, k: Tensor, cosine: Tensor, sine: Tensor) -> tuple[Tensor, Tensor]:
     """q [1, H, N, D], k [1, H_kv, N, D]; cosine, sine [1, N, D]."""
     if torch.is_grad_enabled():
-        return _Rotary.apply(q, k, cosine, sine)  # type: ignore[no-any-return]
+        return _Rotary.apply(q, k, cosine, sine)
     cosine, sine = cosine[0].contiguous(), sine[0].contiguous()
     q, k = (native.rope(native.dense_rows(x[0]), cosine, sine)[None] for x in (q, k))
     return q, k
@@ -176,5 +178,6 @@ class _Rotary(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        dq, dk = (native.rope(native.dense_rows(g[0]), *ctx.saved_tensors, inverse=True)[None] for g in grads)
+        cosine, sine = ctx.saved_tensors
+        dq, dk = (native.rope(native.dense_rows(g[0]), cosine, sine, inverse=True)[None] for g in grads)
         return dq, dk, None, None

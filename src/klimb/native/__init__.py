@@ -1,4 +1,4 @@
-"""klimb's own CPU kernels (kernels.c): compiled once on this machine, called through ctypes, never required.
+"""klimb's own CPU kernels: C, compiled once on this machine, called through ctypes, never required.
 
 Each has a path in torch beside it that gives the same numbers up to rounding; `takes` says which of the two a call
 goes. Whether they are used is decided when a run begins, and recorded, like the number of threads.
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from klimb.native.build import Unavailable, library
+from klimb.native.build import Unavailable, identity, library
 
 _GRAIN = 16_384  # numbers that a thread should have, or it is not worth waking
 _on = True
@@ -21,8 +21,13 @@ _on = True
 
 def use(on: bool) -> None:
     """For the whole process, as torch.set_num_threads."""
-    global _on  # noqa: PLW0603
+    global _on
     _on = on
+
+
+def made_of() -> str | None:
+    """Sources, compiler and processor in a word: kernels of others may round differently. None: there are none."""
+    return identity() if why_not() is None else None
 
 
 def why_not() -> str | None:
@@ -39,8 +44,13 @@ def takes(x: Tensor) -> bool:
     return _on and x.dtype == torch.float32 and x.device.type == "cpu" and why_not() is None
 
 
+def attends(q: Tensor, v: Tensor) -> bool:
+    """Do they compute attention of this kind? Values have to be as wide as keys."""
+    return q.shape[-1] == v.shape[-1] and takes(q)
+
+
 class _Shape(ctypes.Structure):
-    """The `Shape` of kernels.c."""
+    """The `Shape` of attention.c."""
 
     _fields_ = (
         *((name, c_int64) for name in ("heads", "groups", "D", "window")),
@@ -79,7 +89,7 @@ _loaded: _Kernels | Unavailable | None = None
 
 def _kernels() -> _Kernels:
     """Built and loaded on the first call. Raises Unavailable, then and ever after."""
-    global _loaded  # noqa: PLW0603
+    global _loaded
     if _loaded is None:
         try:
             _loaded = _Kernels(library())

@@ -1,4 +1,4 @@
-"""kernels.c → a library for this processor, made by the C compiler that is here and kept for the next time."""
+"""The C sources beside this file → a library for this processor, made by the compiler that is here and kept."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from functools import cache
 from pathlib import Path
 
 import torch  # noqa: F401  (its OpenMP runtime is the one that the library finds when it is loaded)
 
-_SOURCE = Path(__file__).with_name("kernels.c")
+_FOLDER = Path(__file__).parent
+_SOURCES = ("attention.c", "layers.c")
 # OpenMP when compiling, not when linking: a second runtime beside torch's would fight with it for the cores.
 _COMPILE = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-std=gnu11", "-fPIC", "-c")
 _PATIENCE = 120  # seconds for the compiler, which takes three
@@ -24,32 +26,39 @@ class Unavailable(Exception):
     """Why there are no kernels here; torch's operators do the work."""
 
 
+@cache
+def identity() -> str:
+    """Of sources, compiler and processor: others may round differently. Raises Unavailable."""
+    try:
+        version = subprocess.run([_compiler(), "--version"], capture_output=True, check=True, timeout=_PATIENCE).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        raise Unavailable(f"the C compiler does not run: {error}") from None
+    sources = [path.read_bytes() for path in sorted(_FOLDER.glob("*.[ch]"))]
+    return hashlib.sha256(b"\0".join([*sources, version, " ".join(_COMPILE).encode(), _processor()])).hexdigest()[:16]
+
+
 def library() -> ctypes.CDLL:
     """Raises Unavailable."""
-    if sys.platform != "linux":
-        raise Unavailable(f"they are built on Linux only, this is {sys.platform}")
-    compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc")
-    if compiler is None:
-        raise Unavailable("no C compiler was found; install gcc")
-    place = _cache() / f"kernels-{_identity(compiler)}.so"
+    place = _cache() / f"kernels-{identity()}.so"
     try:
-        if not place.exists():
-            _build(compiler, place)
+        if place.exists():
+            try:
+                return ctypes.CDLL(str(place))
+            except OSError:  # cut off or spoiled since: made again
+                place.unlink()
+        _build(place)
         return ctypes.CDLL(str(place))
     except (OSError, subprocess.SubprocessError) as error:
-        raise Unavailable(f"{compiler} built nothing that can be loaded: {error}") from None
+        raise Unavailable(f"{_compiler()} built nothing that can be loaded: {error}") from None
 
 
-def identity() -> str:
-    """Compiler and source that the kernels come from, for the manifest: other ones round differently."""
-    compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc")
-    return _identity(compiler) if compiler else ""
-
-
-def _identity(compiler: str) -> str:
-    version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=_PATIENCE).stdout
-    parts = (_SOURCE.read_bytes(), version, " ".join(_COMPILE).encode(), _processor())
-    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
+def _compiler() -> str:
+    if sys.platform != "linux":
+        raise Unavailable(f"they are built on Linux only, this is {sys.platform}")
+    compiler = shutil.which(os.environ.get("CC", "cc"))
+    if compiler is None:
+        raise Unavailable("no C compiler was found; install gcc")
+    return compiler
 
 
 def _processor() -> bytes:
@@ -58,7 +67,9 @@ def _processor() -> bytes:
         lines = Path("/proc/cpuinfo").read_bytes().splitlines()
     except OSError:
         return platform.processor().encode()
-    return b"\n".join(sorted({line for line in lines if line.startswith((b"model name", b"flags", b"Features", b"CPU"))}))
+    return b"\n".join(
+        sorted({line for line in lines if line.startswith((b"model name", b"flags", b"Features", b"CPU"))})
+    )
 
 
 def _cache() -> Path:
@@ -71,11 +82,17 @@ def _cache() -> Path:
     return base if os.access(base, os.W_OK) else Path(tempfile.mkdtemp(prefix="klimb-kernels-"))
 
 
-def _build(compiler: str, place: Path) -> None:
+def _build(place: Path) -> None:
     with tempfile.TemporaryDirectory(dir=place.parent) as folder:
-        compiled, linked = Path(folder, "kernels.o"), Path(folder, "kernels.so")
-        for command in ([*_COMPILE, _SOURCE, "-o", compiled], ["-shared", compiled, "-o", linked, "-lm"]):
-            done = subprocess.run([compiler, *map(str, command)], capture_output=True, text=True, timeout=_PATIENCE)
-            if done.returncode:
-                raise OSError((done.stderr.strip().splitlines() or ["no message"])[0])
+        objects = [Path(folder, source).with_suffix(".o") for source in _SOURCES]
+        linked = Path(folder, "kernels.so")
+        for source, compiled in zip(_SOURCES, objects, strict=True):
+            _run(_compiler(), *_COMPILE, _FOLDER / source, "-o", compiled)
+        _run(_compiler(), "-shared", *objects, "-o", linked, "-lm")
         linked.replace(place)  # whole or not at all: another process may build it too
+
+
+def _run(*command: object) -> None:
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=_PATIENCE)
+    if done.returncode:
+        raise OSError((done.stderr.strip().splitlines() or ["no message"])[0])

@@ -17,6 +17,7 @@ import torch
 from pydantic import Field, PlainSerializer, model_validator
 from torch import Tensor
 
+from klimb import native
 from klimb.config import StageConfig
 from klimb.data.load import Item, Loaded
 from klimb.data.render import Renderer
@@ -83,6 +84,9 @@ class RunConfig(StageConfig):
     token_budget: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         "auto", description="flat tokens in a micro-batch; changes memory, not results. auto: 1024 on a CPU, else 8192"
     )
+    kernels: Literal["auto", "native", "torch"] = Field(
+        "auto", description="who computes attention and small layers in float32 on a CPU; auto: klimb's C, else torch"
+    )
     method: str = Field("", description="how the result is called in tables and pictures")
 
     @model_validator(mode="after")
@@ -139,6 +143,24 @@ def token_budget(config: RunConfig, device: torch.device) -> int:
     return 1024 if device.type == "cpu" else 8192
 
 
+def kernels(config: RunConfig, device: torch.device) -> str:
+    """`torch`, or which build of klimb's own. Raises ConfigError when those are asked for and cannot be had."""
+    reason = f"device={device.type}: they compute on a CPU" if device.type != "cpu" else native.why_not()
+    if config.kernels == "native" and reason is not None:
+        raise ConfigError("kernels=native cannot be had", why=reason, fix="set kernels=auto")
+    return "torch" if config.kernels == "torch" or reason is not None else f"native {native.made_of()}"
+
+
+def use_kernels(run: Run, decided: str) -> None:
+    """As when the run began, or as near to that as this machine comes."""
+    native.use(decided != "torch")
+    if decided not in ("torch", f"native {native.made_of()}"):
+        reason = native.why_not() or "those of today come from another compiler, processor or version of klimb"
+        run.report(
+            f"the kernels that it began with are not here: the bits may differ from an uninterrupted run ({reason})"
+        )
+
+
 @dataclass
 class Session:
     """One run of one stage in this process: what it runs on, and the journal of its steps."""
@@ -165,6 +187,7 @@ class Session:
         torch.set_num_threads(int(threads))
         dtype = share(run.decide("dtype", lambda: str(resolve_dtype(config.dtype, device)).removeprefix("torch.")))
         budget = share(run.decide("token_budget", lambda: token_budget(config, device)))
+        use_kernels(run, str(share(run.decide("kernels", lambda: kernels(config, device)))))
         checkpointing = isinstance(config, TrainConfig) and config.checkpointing == "on"
         torch.manual_seed(config.seed)
         live = live_line(run.manifest["name"]) if say is say_aside else None

@@ -1,0 +1,115 @@
+#pragma once
+
+/* Vectors as wide as this processor's, e^x, memory of a thread, and products of small matrices.
+
+   Everywhere in the kernels: float32, strides in elements, the last dimension dense. A row (or a head of a tree of
+   sequences) is computed by one thread, so the number of threads changes no result except the sum over rows in
+   rms_norm_backward, whose order is fixed for a given number. */
+
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#if defined(__AVX512F__)
+#define W 16
+#elif defined(__AVX__)
+#define W 8
+#else
+#define W 4
+#endif
+#define COLS (2 * W)
+#define BLOCK 16 /* queries whose scores are held at once */
+#define UP(n) (((n) + COLS - 1) / COLS * COLS)
+
+typedef int64_t I;
+typedef float vec __attribute__((vector_size(4 * W)));
+typedef float anywhere __attribute__((vector_size(4 * W), aligned(4), may_alias));
+
+static inline vec load(const float *p) { return *(const anywhere *)p; }
+static inline void store(float *p, vec x) { *(anywhere *)p = x; }
+static inline vec all(float x) { return x - (vec){0}; }
+
+/* e^x within 2 units in the last place for -87 <= x <= 88, and that of the nearer end beyond. Range reduction by ln 2 in two parts, then a
+   polynomial of degree 6; written without branches so that compilers vectorise the loops around it. */
+static inline float exp_(float x) {
+    x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
+    float shifted = x * 1.44269504088896341f + 12582912.0f; /* 1.5 * 2^23: the integer lands in the low bits */
+    float n = shifted - 12582912.0f;
+    float r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    int32_t bits = ((int32_t)n + 127) << 23;
+    float power;
+    memcpy(&power, &bits, 4);
+    return p * power;
+}
+
+/* Memory that a thread keeps between calls: fresh pages cost more than the work. */
+static float *scratch(size_t floats) {
+    static _Thread_local float *held = NULL;
+    static _Thread_local size_t size = 0;
+    if (floats > size) {
+        free(held);
+        held = aligned_alloc(64, (floats * sizeof(float) + 63) / 64 * 64);
+        size = floats;
+        if (!held) abort();
+    }
+    return held;
+}
+
+static inline float dot(const float *a, const float *b, I D) {
+    float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+    for (I d = 0; d < D; d++) sum += a[d] * b[d];
+    return sum;
+}
+
+/* Products of small matrices ------------------------------------------------------------------------------------- */
+
+/* c[r, 0:COLS] (+)= sum_k a[r*ar + k*ak] * b[k*ldb + 0:COLS] for r < rows <= 4. */
+static inline void tile(I rows, I depth, const float *a, I ar, I ak, const float *b, I ldb, float *c, I ldc, int add) {
+    const float *a1 = rows > 1 ? a + ar : a, *a2 = rows > 2 ? a + 2 * ar : a, *a3 = rows > 3 ? a + 3 * ar : a;
+    vec z = all(0.0f), s[4][2] = {{z, z}, {z, z}, {z, z}, {z, z}};
+    for (I k = 0; k < depth; k++) {
+        vec b0 = load(b + k * ldb), b1 = load(b + k * ldb + W), x;
+        x = all(a[k * ak]), s[0][0] += x * b0, s[0][1] += x * b1;
+        x = all(a1[k * ak]), s[1][0] += x * b0, s[1][1] += x * b1;
+        x = all(a2[k * ak]), s[2][0] += x * b0, s[2][1] += x * b1;
+        x = all(a3[k * ak]), s[3][0] += x * b0, s[3][1] += x * b1;
+    }
+    for (I r = 0; r < rows; r++) {
+        float *to = c + r * ldc;
+        store(to, add ? load(to) + s[r][0] : s[r][0]);
+        store(to + W, add ? load(to + W) + s[r][1] : s[r][1]);
+    }
+}
+
+/* c [rows, cols] (+)= a [rows, depth] b [depth, cols]; cols is a multiple of COLS, rows of a are ar apart. */
+static void product(
+    I rows, I cols, I depth, const float *a, I ar, I ak, const float *b, I ldb, float *c, I ldc, int add) {
+    for (I j = 0; j < cols; j += COLS)
+        for (I i = 0; i < rows; i += 4)
+            tile(rows - i < 4 ? rows - i : 4, depth, a + i * ar, ar, ak, b + j, ldb, c + i * ldc + j, ldc, add);
+}
+
+/* rows [n, D] -> [n, wide], zeros behind D. */
+static void widen(const float *from, I stride, I n, I D, float *to, I wide) {
+    for (I i = 0; i < n; i++) {
+        memcpy(to + i * wide, from + i * stride, D * sizeof(float));
+        memset(to + i * wide + D, 0, (wide - D) * sizeof(float));
+    }
+}
+
+/* rows [n, D] -> columns [D, wide], zeros behind n. */
+static void turn(const float *from, I stride, I n, I D, float *to, I wide) {
+    for (I i0 = 0; i0 < n; i0 += W)
+        for (I d = 0; d < D; d++)
+            for (I i = i0; i < (i0 + W < n ? i0 + W : n); i++) to[d * wide + i] = from[i * stride + d];
+    for (I d = 0; d < D; d++) memset(to + d * wide + n, 0, (wide - n) * sizeof(float));
+}

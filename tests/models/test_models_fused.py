@@ -1,0 +1,103 @@
+"""Small layers that the kernels take over: which ones, the same numbers and gradients, nothing else touched."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from families import CONFIGS, ragged, tiny
+from torch import nn
+
+from klimb import native
+from klimb.models import fused
+from klimb.models.backbone import Backbone
+from klimb.models.faces import Policy
+
+pytestmark = pytest.mark.skipif(native.why_not() is not None, reason=f"no kernels: {native.why_not()}")
+
+# What of each family's two layers is taken over: norms, gated MLPs, attentions by their rotary positions.
+TAKEN = {
+    "llama": (5, 2, 2),
+    "llama-tied": (5, 2, 2),
+    "qwen2": (5, 2, 2),
+    "qwen3": (9, 2, 2),
+    "mistral-window": (5, 2, 2),
+    "gemma2": (9, 0, 2),
+    "gemma3": (13, 0, 2),
+    "cohere-scaled": (0, 2, 0),
+    "gpt2": (0, 0, 0),
+}
+
+
+@pytest.fixture(autouse=True)
+def native_on() -> Iterator[None]:
+    native.use(True)
+    yield
+    native.use(True)
+
+
+def taken(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if "forward" in vars(module)]
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_what_is_taken_over(family: str) -> None:
+    model = tiny(family)
+    fused.take_over(model)
+    modules = taken(model)
+    kinds = [sum(word in type(module).__name__ for module in modules) for word in ("RMSNorm", "MLP", "Attention")]
+    assert tuple(kinds) == TAKEN[family]
+    assert len(modules) == sum(kinds)
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_log_probs_and_gradients_are_those_of_torch(family: str) -> None:
+    model = tiny(family)
+    fused.take_over(model)
+    policy, batch = Policy(Backbone(model), None), ragged()
+    found = []
+    for on in (True, False):
+        native.use(on)
+        model.zero_grad()
+        logps = policy(batch).logps
+        logps.square().mean().backward()
+        found.append((logps.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
+    (ours, gradients), (theirs, expected) = found
+    # The log-probs reach -30 and the weights were spread by 4: rounding of both paths, not only of the kernels.
+    torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=2e-5)
+    assert gradients.keys() == expected.keys()
+    for name, gradient in gradients.items():
+        assert (gradient - expected[name]).norm() <= 1e-4 * expected[name].norm() + 1e-6, name
+
+
+def test_layers_that_only_look_alike_are_left_alone() -> None:
+    class CenteredRMSNorm(nn.Module):
+        """Named like one, with its parts, and it subtracts the mean."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.eps = nn.Parameter(torch.ones(8)), 1e-6
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return nn.functional.layer_norm(x, x.shape[-1:], eps=self.eps) * self.weight
+
+    model = nn.Sequential(CenteredRMSNorm())
+    fused.take_over(model)
+    assert not taken(model)
+
+
+def test_other_types_go_the_layers_own_way() -> None:
+    model = tiny("qwen3", dtype=torch.float64)
+    fused.take_over(model)
+    plain = tiny("qwen3", dtype=torch.float64)
+    assert torch.equal(Policy(Backbone(model), None)(ragged()).logps, Policy(Backbone(plain), None)(ragged()).logps)
+
+
+def test_the_kernels_stay_out_when_they_are_switched_off() -> None:
+    model = tiny("llama")
+    fused.take_over(model)
+    native.use(False)
+    assert torch.equal(
+        Policy(Backbone(model), None)(ragged()).logps, Policy(Backbone(tiny("llama")), None)(ragged()).logps
+    )
