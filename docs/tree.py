@@ -9,14 +9,17 @@ ROOT = Path(__file__).parents[1] / "src" / "klimb"
 
 
 def first_line(path: Path) -> str:
-    doc = ast.get_docstring(ast.parse(path.read_text())) or ""
-    return doc.split("\n")[0].strip()
+    """Of a module's docstring, or of the comment that a C file begins with."""
+    text = path.read_text()
+    if path.suffix != ".py":
+        return text[text.index("/*") + 2 :].split("\n")[0].removesuffix("*/").strip()
+    return (ast.get_docstring(ast.parse(text)) or "").split("\n")[0].strip()
 
 
 def main() -> None:
     for folder in [ROOT, *sorted(p for p in ROOT.iterdir() if p.is_dir() and (p / "__init__.py").exists())]:
         print(f"{folder.relative_to(ROOT.parents[1])}/")
-        for path in sorted(folder.glob("*.py")):
+        for path in sorted(p for p in folder.iterdir() if p.suffix in (".py", ".c", ".h")):
             if path.stem != "__init__":
                 print(f"  {path.name:16} {first_line(path)}")
 

@@ -3,7 +3,22 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
+
+from klimb import native
 
 for folder in ("models", "report", "stages"):
     sys.path.insert(0, str(Path(__file__).parent / folder))
+
+
+@pytest.fixture(params=["native", "torch"])
+def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Both ways of computing attention and small layers."""
+    if request.param == "native" and (reason := native.why_not()) is not None:
+        pytest.skip(f"no kernels: {reason}")
+    native.use(request.param == "native")
+    yield request.param
+    native.use(True)

@@ -8,8 +8,9 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from klimb import native
 from klimb.batch import Row, TokenBatch
-from klimb.models import attention
+from klimb.models import attention, fused
 
 VOCABULARY = 97
 _SHAPE = {
@@ -36,14 +37,20 @@ CONFIGS = {
 
 
 def tiny(family: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """Weights are spread out so that a wrong position or mask moves the log-probs by far more than rounding."""
+    """Weights are spread out so that a wrong position or mask moves the log-probs by far more than rounding.
+
+    As klimb loads them: small layers taken over where there are kernels.
+    """
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(CONFIGS[family](), attn_implementation=attention.NAME)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.mul_(4)
-    return model.to(dtype).eval()
+    model = model.to(dtype).eval()
+    if native.why_not() is None:
+        fused.take_over(model)
+    return model
 
 
 def ragged(groups: int = 3, samples: int = 4, seed: int = 0, longest: int = 20) -> TokenBatch:

@@ -44,7 +44,6 @@ def taken(model: nn.Module) -> list[nn.Module]:
 @pytest.mark.parametrize("family", CONFIGS)
 def test_what_is_taken_over(family: str) -> None:
     model = tiny(family)
-    fused.take_over(model)
     modules = taken(model)
     kinds = [sum(word in type(module).__name__ for module in modules) for word in ("RMSNorm", "MLP", "Attention")]
     assert tuple(kinds) == TAKEN[family]
@@ -54,7 +53,6 @@ def test_what_is_taken_over(family: str) -> None:
 @pytest.mark.parametrize("family", CONFIGS)
 def test_log_probs_and_gradients_are_those_of_torch(family: str) -> None:
     model = tiny(family)
-    fused.take_over(model)
     policy, batch = Policy(Backbone(model), None), ragged()
     found = []
     for on in (True, False):
@@ -87,17 +85,11 @@ def test_layers_that_only_look_alike_are_left_alone() -> None:
     assert not taken(model)
 
 
-def test_other_types_go_the_layers_own_way() -> None:
-    model = tiny("qwen3", dtype=torch.float64)
-    fused.take_over(model)
-    plain = tiny("qwen3", dtype=torch.float64)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_types_go_the_layers_own_way(dtype: torch.dtype) -> None:
+    model, plain = tiny("qwen3", dtype=dtype), tiny("qwen3", dtype=dtype)
+    for module in taken(plain):
+        del module.forward
+    assert taken(model)
+    assert not taken(plain)
     assert torch.equal(Policy(Backbone(model), None)(ragged()).logps, Policy(Backbone(plain), None)(ragged()).logps)
-
-
-def test_the_kernels_stay_out_when_they_are_switched_off() -> None:
-    model = tiny("llama")
-    fused.take_over(model)
-    native.use(False)
-    assert torch.equal(
-        Policy(Backbone(model), None)(ragged()).logps, Policy(Backbone(tiny("llama")), None)(ragged()).logps
-    )

@@ -16,6 +16,8 @@ from klimb.models.logprobs import Head, token_logps
 from klimb.models.packing import pack, split_by_budget
 from klimb.models.probe import probed_policy
 
+pytestmark = pytest.mark.usefixtures("kernels")
+
 
 @pytest.mark.parametrize("family", CONFIGS)
 @pytest.mark.parametrize("temperature", [0.7, 1.0])

@@ -30,7 +30,7 @@ def native_on() -> Iterator[None]:
 
 
 def error(ours: Tensor, exact: Tensor) -> float:
-    return float((ours.double() - exact).abs().max() / exact.abs().max().clamp(min=1.0))
+    return float((ours.detach().double() - exact.detach()).abs().max() / exact.abs().max().clamp(min=1.0))
 
 
 def numbers(*shape: int, seed: int = 0) -> Tensor:

@@ -24,6 +24,7 @@ from klimb.rollout.local import LocalEngine, split_prompts
 from klimb.rollout.sampling import SamplingParams, draw, stream_key, uniforms
 from klimb.types import Group, Prompt
 
+pytestmark = pytest.mark.usefixtures("kernels")
 STOP = frozenset(range(8))
 
 

@@ -6,12 +6,14 @@ import json
 import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from world import World, lines, play, write
 
+from klimb import native
 from klimb.errors import RewardError
 
 
@@ -176,3 +178,32 @@ def test_the_token_budget_is_decided_once_and_stays(world: World, tmp_path: Path
     (run / "result.json").unlink()
     shutil.rmtree(run / "checkpoints")
     assert [line for line in play("sft", run, **options).said if line.startswith("token_budget=3: ")]
+
+
+@pytest.mark.skipif(native.why_not() is not None, reason=f"no kernels: {native.why_not()}")
+def test_the_kernels_are_decided_once_and_stay(world: World, tmp_path: Path) -> None:
+    options = {"model": world.model, "data": world.demonstrations, "steps": 2, "batch_size": 8}
+
+    def begun(name: str, **settings: Any) -> tuple[Path, str]:
+        play("sft", tmp_path / name, **options, **settings)
+        return tmp_path / name, json.loads((tmp_path / name / "manifest.json").read_text())["decisions"]["kernels"]
+
+    def again(run: Path, decided: str) -> str:
+        manifest = json.loads((run / "manifest.json").read_text())
+        manifest["decisions"]["kernels"] = decided
+        (run / "manifest.json").write_text(json.dumps(manifest))
+        (run / "result.json").unlink()
+        shutil.rmtree(run / "checkpoints")
+        play("sft", run, **options)
+        return (run / "events.jsonl").read_text()
+
+    run, decided = begun("auto")
+    assert decided == f"native {native.made_of()}"
+    torch_run, torch_decided = begun("torch", kernels="torch")
+    assert torch_decided == "torch"
+    weights = (run / "model/model.safetensors").read_bytes()
+    assert weights != (torch_run / "model/model.safetensors").read_bytes()  # rounding tells the two apart
+    again(run, "torch")
+    assert (run / "model/model.safetensors").read_bytes() == (torch_run / "model/model.safetensors").read_bytes()
+    assert "the kernels that it began with are not here" in again(run, "native 0123")
+    assert (run / "model/model.safetensors").read_bytes() == weights

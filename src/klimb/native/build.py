@@ -1,4 +1,4 @@
-"""The C sources beside this file → a library for this processor, made by the compiler that is here and kept."""
+"""The C sources here → a library for this processor, made by the compiler that is here, and kept."""
 
 from __future__ import annotations
 

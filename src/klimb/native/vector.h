@@ -1,10 +1,10 @@
-#pragma once
-
 /* Vectors as wide as this processor's, e^x, memory of a thread, and products of small matrices.
 
    Everywhere in the kernels: float32, strides in elements, the last dimension dense. A row (or a head of a tree of
    sequences) is computed by one thread, so the number of threads changes no result except the sum over rows in
    rms_norm_backward, whose order is fixed for a given number. */
+
+#pragma once
 
 #include <math.h>
 #include <stdint.h>
