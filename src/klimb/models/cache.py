@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -19,9 +20,15 @@ from klimb import native
 from klimb.models.attention import PackedAttention, additive
 from klimb.models.logprobs import precision
 
+_WHOLE = 32
+"""Room for prompts comes in this many tokens: the kernels read whole vectors."""
+
 
 class _Layer(NamedTuple):
-    """Keys and values of the prompts and of the slots, a line for every head of each: [places · H_kv, length, D]."""
+    """Keys and values of the prompts and of the slots, a line for every head of each: [places · H_kv, length, D].
+
+    The keys of a prompt lie by column, [places · H_kv, D, length]: they are written once and asked by many.
+    """
 
     prompt_keys: Tensor
     prompt_values: Tensor
@@ -43,18 +50,22 @@ class KVCache:
         """k, v [1, H_kv, N, D] of the first call tell heads, width, dtype and device."""
         if index not in self.layers:
             heads = k.shape[1]
-            prompt, own = (self.prompts * heads, self.prompt_length), (self.slots * heads, self.length)
+            prompts, slots = self.prompts * heads, self.slots * heads
             self.layers[index] = _Layer(
-                k.new_zeros(*prompt, k.shape[-1]), v.new_zeros(*prompt, v.shape[-1]),
-                k.new_zeros(*own, k.shape[-1]), v.new_zeros(*own, v.shape[-1]),
-            )  # fmt: skip
+                k.new_zeros(prompts, k.shape[-1], self.prompt_length),
+                v.new_zeros(prompts, self.prompt_length, v.shape[-1]),
+                k.new_zeros(slots, self.length, k.shape[-1]),
+                v.new_zeros(slots, self.length, v.shape[-1]),
+            )
         return self.layers[index]
 
     def grow_prompts(self, places: int, length: int) -> None:
         """Make room for more or longer prompts."""
+        length = -(-length // _WHOLE) * _WHOLE
         more, longer = max(places - self.prompts, 0), max(length - self.prompt_length, 0)
         for index, layer in self.layers.items():
-            keys, values = self._grown(layer[:2], self.prompts, more, longer)
+            keys = self._grown(layer.prompt_keys, self.prompts, more, (0, longer, 0, 0))
+            values = self._grown(layer.prompt_values, self.prompts, more, (0, 0, 0, longer))
             self.layers[index] = layer._replace(prompt_keys=keys, prompt_values=values)
         self.prompts, self.prompt_length = self.prompts + more, self.prompt_length + longer
 
@@ -62,15 +73,14 @@ class KVCache:
         """Make room for more samples or longer ones."""
         more, longer = max(places - self.slots, 0), max(length - self.length, 0)
         for index, layer in self.layers.items():
-            keys, values = self._grown(layer[2:], self.slots, more, longer)
+            keys, values = (self._grown(store, self.slots, more, (0, 0, 0, longer)) for store in layer[2:])
             self.layers[index] = layer._replace(keys=keys, values=values)
         self.slots, self.length = self.slots + more, self.length + longer
 
     @staticmethod
-    def _grown(stores: Sequence[Tensor], places: int, more: int, longer: int) -> Sequence[Tensor]:
-        if not (more or longer):
-            return stores
-        return [pad(store, (0, 0, 0, longer, 0, more * (len(store) // places))) for store in stores]
+    def _grown(store: Tensor, places: int, more: int, sides: tuple[int, int, int, int]) -> Tensor:
+        """sides: what comes before and behind in the last dimension, and in the one before it."""
+        return pad(store, (*sides, 0, more * (len(store) // places))) if more or any(sides) else store
 
     def move(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         """Copy whole slots: the last running ones into those that became free."""
@@ -117,7 +127,7 @@ class Prefill:
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, softcap: float | None
     ) -> Tensor:
         stored = self.cache.layer(layer, k, v)
-        keys, values = self._put(stored.prompt_keys, k), self._put(stored.prompt_values, v)
+        keys, values = self._put(stored.prompt_keys.transpose(1, 2), k), self._put(stored.prompt_values, v)
         return self.packed.attend(layer, q, keys, values, scale, window, softcap)
 
     def _put(self, store: Tensor, new: Tensor) -> Tensor:
@@ -142,9 +152,14 @@ class Seats:
         self.prompts, self.seats = len(members), max(len(slots) for slots in members)
         # An empty seat repeats slot 0; nobody reads what comes out of it.
         self._slot = torch.tensor([m + [0] * (self.seats - len(m)) for m in members], device=device)
-        self.prompt_of = torch.tensor(prompt_of, device=device)
+        self._prompt = torch.tensor(prompt_of, device=device)
         self._seat = torch.tensor(seat_of, device=device)
         self._orders: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        self._places = prompt_of
+
+    @cached_property
+    def blocks(self) -> native.Blocks:
+        return native.Blocks(self._places)
 
     def orders(self, heads: int, group: int) -> tuple[Tensor, Tensor]:
         """Lines [n, H_kv, g] of the slots in the order of the seats [P, H_kv, m, g], and the inverse."""
@@ -153,7 +168,7 @@ class Seats:
             h = torch.arange(heads, device=device)[None, :, None, None]
             g = torch.arange(group, device=device)
             to_seats = (self._slot[:, None, :, None] * heads + h) * group + g
-            prompt_line = self.prompt_of[:, None, None] * heads + h[:, :, 0]
+            prompt_line = self._prompt[:, None, None] * heads + h[:, :, 0]
             to_slots = (prompt_line * self.seats + self._seat[:, None, None]) * group + g
             self._orders[heads, group] = to_seats.flatten(), to_slots.flatten()
         return self._orders[heads, group]
@@ -183,7 +198,7 @@ class Decode:
         if softcap is None and native.attends(q, v):
             q, k, v = (native.dense_rows(x[0]) for x in (q, k, v))
             return native.attention_decode(
-                q, k, v, *stored, self.seats.prompt_of, self.prompt_lengths, self.drawn, scale, window
+                q, k, v, *stored, self.seats.blocks, self.prompt_lengths, self.drawn, scale, window
             )[None]
         n, heads, group = len(self.rows), k.shape[1], q.shape[1] // k.shape[1]
         to_seats, to_slots = self.seats.orders(heads, group)
@@ -193,11 +208,11 @@ class Decode:
         keys, values = (store[: n * heads, : self.longest].to(dtype) for store in (stored.keys, stored.values))
         prompts = self.seats.prompts * heads
         prompt_keys, prompt_values = (s[:prompts].to(dtype) for s in (stored.prompt_keys, stored.prompt_values))
-        length = prompt_keys.shape[1]
+        length = prompt_keys.shape[2]
 
         asked = _by_slot(q).to(dtype) * scale  # a line for every slot and head
         seated = asked.index_select(0, to_seats).view(prompts, -1, asked.shape[-1])
-        to_prompts = torch.bmm(seated, prompt_keys.transpose(1, 2)).view(-1, length).index_select(0, to_slots)
+        to_prompts = torch.bmm(seated, prompt_keys).view(-1, length).index_select(0, to_slots)
         to_own = torch.bmm(asked.view(n * heads, group, -1), keys.transpose(1, 2))
         scores = torch.cat([to_prompts, to_own.view(-1, self.longest)], dim=1)
         if softcap is not None:

@@ -7,6 +7,7 @@ goes. Whether they are used is decided when a run begins, and recorded, like the
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from ctypes import c_float, c_int64, c_void_p
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from klimb.native.build import Unavailable, identity, library
 
+_BLOCK = 16  # samples of a prompt that are computed together
 _GRAIN = 16_384  # numbers that a thread should have, or it is not worth waking
 _on = True
 
@@ -62,7 +64,7 @@ class _Shape(ctypes.Structure):
 _SIGNATURES = {
     "attention_forward": [c_void_p] * 7 + [c_int64] * 2 + [c_void_p, c_int64],
     "attention_backward": [c_void_p] * 10 + [c_int64] * 2 + [c_void_p, c_int64],
-    "attention_decode": [c_void_p] * 10 + [c_int64] * 2 + [c_void_p, c_int64, c_void_p, c_int64],
+    "attention_decode": [c_void_p] * 12 + [c_int64] * 2 + [c_void_p, c_int64, c_void_p, c_int64],
     "rms_norm_forward": [c_void_p] * 2 + [c_float] * 2 + [c_void_p] * 2 + [c_int64] * 3,
     "rms_norm_backward": [c_void_p] * 2 + [c_float] + [c_void_p] * 4 + [c_int64] * 3,
     "rope": [c_void_p] + [c_int64] * 2 + [c_void_p] * 3 + [c_int64] * 5,
@@ -155,22 +157,38 @@ def attention_backward(
     return dq.transpose(0, 1), dk.transpose(0, 1), dv.transpose(0, 1)
 
 
+class Blocks:
+    """The slots by the prompt that they share, at most 16 in a block."""
+
+    def __init__(self, prompt_of: Sequence[int]) -> None:
+        """prompt_of [n]: place of each slot's prompt."""
+        slots = sorted(range(len(prompt_of)), key=lambda slot: (prompt_of[slot], slot))
+        starts: list[int] = []
+        for i, slot in enumerate(slots):
+            if not starts or prompt_of[slot] != prompt_of[slots[starts[-1]]] or i - starts[-1] == _BLOCK:
+                starts.append(i)
+        self.slots, self.prompt_of = torch.tensor(slots), torch.tensor(prompt_of)
+        self.starts = torch.tensor([*starts, len(slots)])
+
+
 def attention_decode(
     q: Tensor, k: Tensor, v: Tensor, prompt_keys: Tensor, prompt_values: Tensor, keys: Tensor, values: Tensor,
-    prompt_of: Tensor, prompt_lengths: Tensor, drawn: Tensor, scale: float, window: int | None,
+    blocks: Blocks, prompt_lengths: Tensor, drawn: Tensor, scale: float, window: int | None,
 ) -> Tensor:  # fmt: skip
     """One token for each of n slots: q [H, n, D], k, v [H_kv, n, D] → [n, H, D]; k and v are stored.
 
-    prompt_keys, prompt_values [P · H_kv, length, D], keys, values [slots · H_kv, length, D]; prompt_of, prompt_lengths,
-    drawn [n] int64: place and length of each slot's prompt, tokens that it drew so far, this one included.
+    prompt_keys [P · H_kv, D, length], a multiple of 32; prompt_values [P · H_kv, length, D]; keys, values
+    [slots · H_kv, length, D]; prompt_lengths, drawn [n] int64: of each slot's prompt, and tokens that it drew so far,
+    this one included.
     """
     heads, rows, width = q.shape
     out = q.new_empty(rows, heads, width)
     shape = _shape(q, k, v, scale, window)
     _kernels().attention_decode(
         q.data_ptr(), k.data_ptr(), v.data_ptr(), prompt_keys.data_ptr(), prompt_values.data_ptr(), keys.data_ptr(),
-        values.data_ptr(), prompt_of.data_ptr(), prompt_lengths.data_ptr(), drawn.data_ptr(), prompt_keys.shape[1],
-        keys.shape[1], out.data_ptr(), rows, ctypes.byref(shape), _threads(q.numel() * 64),
+        values.data_ptr(), blocks.starts.data_ptr(), blocks.slots.data_ptr(), blocks.prompt_of.data_ptr(),
+        prompt_lengths.data_ptr(), drawn.data_ptr(), prompt_keys.shape[2], keys.shape[1], out.data_ptr(),
+        len(blocks.starts) - 1, ctypes.byref(shape), _threads(q.numel() * 64),
     )  # fmt: skip
     return out
 

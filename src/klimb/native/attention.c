@@ -190,11 +190,28 @@ void attention_backward(
 
 /* One further token for each of n running samples ---------------------------------------------------------------- */
 
+/* Four sums at once: lane j of the result is the sum over the lanes of x, y, z, w. */
 typedef float four __attribute__((vector_size(16)));
 
-static inline four quarters(vec x) {
+#define BOTH(o) o, W + o, o + 1, W + o + 1
+#define LOW(o) BOTH(o)
+#define HIGH(o) BOTH(o + 2)
+#define FRONT(o) o, o + 1, W + o, W + o + 1
+#define BACK(o) o + 2, o + 3, W + o + 2, W + o + 3
+#if W == 16
+#define EVERY(of) of(0), of(4), of(8), of(12)
+#elif W == 8
+#define EVERY(of) of(0), of(4)
+#else
+#define EVERY(of) of(0)
+#endif
+
+static inline four sums(vec x, vec y, vec z, vec w) {
+    vec xy = __builtin_shufflevector(x, y, EVERY(LOW)) + __builtin_shufflevector(x, y, EVERY(HIGH));
+    vec zw = __builtin_shufflevector(z, w, EVERY(LOW)) + __builtin_shufflevector(z, w, EVERY(HIGH));
+    vec all_four = __builtin_shufflevector(xy, zw, EVERY(FRONT)) + __builtin_shufflevector(xy, zw, EVERY(BACK));
     four parts[W / 4], sum;
-    memcpy(parts, &x, sizeof x);
+    memcpy(parts, &all_four, sizeof all_four);
     sum = parts[0];
     for (int i = 1; i < W / 4; i++) sum += parts[i];
     return sum;
@@ -211,12 +228,9 @@ static inline void dots(const float *q, const float *rows, I from, I to, I D, fl
             vec asked = load(q + i);
             x += asked * load(a + i), y += asked * load(b + i), z += asked * load(c + i), w += asked * load(d + i);
         }
-        four k = quarters(x), l = quarters(y), m = quarters(z), n = quarters(w);
-        four kl = __builtin_shufflevector(k, l, 0, 4, 1, 5) + __builtin_shufflevector(k, l, 2, 6, 3, 7);
-        four mn = __builtin_shufflevector(m, n, 0, 4, 1, 5) + __builtin_shufflevector(m, n, 2, 6, 3, 7);
-        four sums = __builtin_shufflevector(kl, mn, 0, 1, 4, 5) + __builtin_shufflevector(kl, mn, 2, 3, 6, 7);
-        for (I i = whole; i < D; i++) sums += q[i] * (four){a[i], b[i], c[i], d[i]};
-        memcpy(s + j, &sums, sizeof sums);
+        four found = sums(x, y, z, w);
+        for (I i = whole; i < D; i++) found += q[i] * (four){a[i], b[i], c[i], d[i]};
+        memcpy(s + j, &found, sizeof found);
     }
     for (; j < to; j++) s[j] = dot(q, rows + j * D, D);
 }
@@ -239,37 +253,56 @@ static inline void gather(const float *s, I from, I to, const float *rows, I D, 
         for (I j = from; j < to; j++) o[i] += s[j] * rows[j * D + i];
 }
 
-/* Stores the new key and value of every slot and attends to its prompt and its own tokens. The stores hold a line for
-   every place and key head, [places * heads, length, D]; prompt_of, prompt_length, drawn [n] are by slot. out [n, H, D]. */
+/* Stores the new key and value of every slot and attends to its prompt and its own tokens. Stores by place and key head:
+   prompt_keys [places * heads, D, longest_prompt] by column, so that all samples of a prompt are asked at once, the
+   others by row, prompt_values [places * heads, longest_prompt, D], keys and values [slots * heads, length, D]. The
+   slots of block b, which share a prompt, are slots[blocks[b] .. blocks[b + 1]); prompt_of, prompt_length, drawn [n]
+   are by slot. out [n, H, D]. */
 void attention_decode(
     const float *q, const float *k, const float *v, const float *prompt_keys, const float *prompt_values, float *keys,
-    float *values, const I *prompt_of, const I *prompt_length, const I *drawn, I longest_prompt, I length, float *out,
-    I n, const Shape *shape, I threads) {
+    float *values, const I *blocks, const I *slots, const I *prompt_of, const I *prompt_length, const I *drawn,
+    I longest_prompt, I length, float *out, I B, const Shape *shape, I threads) {
     const Shape z = *shape;
+    const I D = z.D, wide = UP(D);
 #pragma omp parallel for collapse(2) schedule(static) num_threads(threads)
-    for (I i = 0; i < n; i++)
+    for (I b = 0; b < B; b++)
         for (I head = 0; head < z.heads; head++) {
-            const I prompt = prompt_length[i], own = drawn[i], place = prompt + own - 1, D = z.D;
-            const float *pk = prompt_keys + (prompt_of[i] * z.heads + head) * longest_prompt * D;
-            const float *pv = prompt_values + (prompt_of[i] * z.heads + head) * longest_prompt * D;
-            float *ok = keys + (i * z.heads + head) * length * D, *ov = values + (i * z.heads + head) * length * D;
-            const I oldest = z.window && place - z.window + 1 > 0 ? place - z.window + 1 : 0;
-            const I from = oldest < prompt ? oldest : prompt, own_from = oldest > prompt ? oldest - prompt : 0;
-            float *s = scratch(prompt + own), *own_s = s + prompt;
-            memcpy(ok + (own - 1) * D, k + head * z.kh + i * z.kn, D * sizeof(float));
-            memcpy(ov + (own - 1) * D, v + head * z.vh + i * z.vn, D * sizeof(float));
-            for (I h = head * z.groups; h < (head + 1) * z.groups; h++) {
-                const float *asked = q + h * z.qh + i * z.qn;
-                float *o = out + (i * z.heads * z.groups + h) * D;
-                dots(asked, pk, from, prompt, D, s);
-                dots(asked, ok, own_from, own, D, own_s);
-                float shift = z.scale * largest(own_s, own_from, own, largest(s, from, prompt, -INFINITY));
-                float sum = exponentials(s, from, prompt, z.scale, shift);
-                sum += exponentials(own_s, own_from, own, z.scale, shift);
-                memset(o, 0, D * sizeof(float));
-                gather(s, from, prompt, pv, D, o);
-                gather(own_s, own_from, own, ov, D, o);
-                for (I d = 0; d < D; d++) o[d] /= sum;
+            const I *members = slots + blocks[b], rows = (blocks[b + 1] - blocks[b]) * z.groups;
+            const I prompt = prompt_length[members[0]], line = prompt_of[members[0]] * z.heads + head;
+            const I before = UP(prompt), lds = before + UP(length);
+            float *s = scratch(rows * (lds + 2 * wide) + prompt * wide), *asked = s + rows * lds;
+            float *answer = asked + rows * wide, *widened = answer + rows * wide;
+            const float *pv = prompt_values + line * longest_prompt * D;
+            for (I r = 0; r < rows; r++)
+                widen(q + (head * z.groups + r % z.groups) * z.qh + members[r / z.groups] * z.qn, D, 1, D,
+                      asked + r * wide, wide);
+            product(rows, before, D, asked, wide, 1, prompt_keys + line * D * longest_prompt, longest_prompt, s, lds, 0);
+            for (I r = 0; r < rows; r++) {
+                const I slot = members[r / z.groups], own = drawn[slot], place = prompt + own - 1;
+                const I oldest = z.window && place - z.window + 1 > 0 ? place - z.window + 1 : 0;
+                const I from = oldest < prompt ? oldest : prompt, own_from = oldest > prompt ? oldest - prompt : 0;
+                float *own_keys = keys + (slot * z.heads + head) * length * D, *own_s = s + r * lds + before;
+                if (r % z.groups == 0) {
+                    memcpy(own_keys + (own - 1) * D, k + head * z.kh + slot * z.kn, D * sizeof(float));
+                    memcpy(values + ((slot * z.heads + head) * length + own - 1) * D, v + head * z.vh + slot * z.vn,
+                           D * sizeof(float));
+                }
+                dots(asked + r * wide, own_keys, own_from, own, D, own_s);
+                float top = largest(own_s, own_from, own, largest(s + r * lds, from, prompt, -INFINITY));
+                float sum = exponentials(s + r * lds, from, prompt, z.scale, z.scale * top);
+                sum += exponentials(own_s, own_from, own, z.scale, z.scale * top);
+                memset(s + r * lds, 0, from * sizeof(float));
+                asked[r * wide] = 1.0f / sum; /* its query is not needed again */
+            }
+            if (D < wide) widen(pv, D, prompt, D, widened, wide);
+            product(rows, wide, prompt, s, lds, 1, D < wide ? widened : pv, wide, answer, wide, 0);
+            for (I r = 0; r < rows; r++) {
+                const I slot = members[r / z.groups], own = drawn[slot], oldest = prompt + own - z.window;
+                const I own_from = z.window && oldest > prompt ? oldest - prompt : 0;
+                float *o = answer + r * wide;
+                gather(s + r * lds + before, own_from, own, values + (slot * z.heads + head) * length * D, D, o);
+                float *to = out + ((slot * z.heads + head) * z.groups + r % z.groups) * D;
+                for (I d = 0; d < D; d++) to[d] = o[d] * asked[r * wide];
             }
         }
 }
