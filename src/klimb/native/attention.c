@@ -217,12 +217,18 @@ static inline four sums(vec x, vec y, vec z, vec w) {
     return sum;
 }
 
-/* s[j] = q . rows[j] on [from, to): four rows at a time share the sums across a vector. */
-static inline void dots(const float *q, const float *rows, I from, I to, I D, float *s) {
+/* s[j] = q . rows[j] on [from, to): four rows at a time share the sums across a vector. Meanwhile as much is fetched
+   of what is wanted next: a decode step reads each sample's store once, and the memory is what it waits for. */
+static inline void dots(
+    const float *q, const float *rows, I from, I to, I D, float *s, const float *soon, const float *later) {
     const I whole = D / W * W;
     I j = from;
     for (; j + 4 <= to; j += 4) {
         const float *a = rows + j * D, *b = a + D, *c = b + D, *d = c + D;
+        for (I i = 0; i < 4 * D; i += 16) {
+            __builtin_prefetch(soon + j * D + i, 0, 2);
+            __builtin_prefetch(later + j * D + i, 0, 2);
+        }
         vec x = all(0.0f), y = x, z = x, w = x;
         for (I i = 0; i < whole; i += W) {
             vec asked = load(q + i);
@@ -281,13 +287,15 @@ void attention_decode(
                 const I slot = members[r / z.groups], own = drawn[slot], place = prompt + own - 1;
                 const I oldest = z.window && place - z.window + 1 > 0 ? place - z.window + 1 : 0;
                 const I from = oldest < prompt ? oldest : prompt, own_from = oldest > prompt ? oldest - prompt : 0;
-                float *own_keys = keys + (slot * z.heads + head) * length * D, *own_s = s + r * lds + before;
+                const I next = members[r + z.groups < rows ? r / z.groups + 1 : r / z.groups], store = length * D;
+                float *own_keys = keys + (slot * z.heads + head) * store, *own_s = s + r * lds + before;
+                float *own_values = values + (slot * z.heads + head) * store;
                 if (r % z.groups == 0) {
                     memcpy(own_keys + (own - 1) * D, k + head * z.kh + slot * z.kn, D * sizeof(float));
-                    memcpy(values + ((slot * z.heads + head) * length + own - 1) * D, v + head * z.vh + slot * z.vn,
-                           D * sizeof(float));
+                    memcpy(own_values + (own - 1) * D, v + head * z.vh + slot * z.vn, D * sizeof(float));
                 }
-                dots(asked + r * wide, own_keys, own_from, own, D, own_s);
+                dots(asked + r * wide, own_keys, own_from, own, D, own_s, keys + (next * z.heads + head) * store,
+                     own_values);
                 float top = largest(own_s, own_from, own, largest(s + r * lds, from, prompt, -INFINITY));
                 float sum = exponentials(s + r * lds, from, prompt, z.scale, z.scale * top);
                 sum += exponentials(own_s, own_from, own, z.scale, z.scale * top);
