@@ -80,8 +80,9 @@ def test_in_bfloat16_the_adapter_stays_in_fp32(bnb: Any, tmp_path: Path) -> None
         assert torch.cosine_similarity(mine[1][name].flatten(), gradient.flatten(), dim=0) > 0.98, name
 
 
-def test_with_and_without_gradient_the_same_bits(bnb: Any, tmp_path: Path) -> None:
-    """A rollout computes without, training with it; the same after the other."""
+def test_with_and_without_gradient_the_same_bits(bnb: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rollout computes without, training with it; the same after the other, also where the CPU knows bfloat16."""
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
     policy = policy_of(saved(tmp_path), "4bit")
     layers = [module for module in policy.modules() if isinstance(module, bnb.nn.Linear4bit)]
     assert layers
