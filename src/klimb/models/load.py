@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -22,7 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 from klimb import native
 from klimb.errors import KlimbError
-from klimb.models import attention, fused
+from klimb.models import attention, fused, nf4
 
 transformers_logging.disable_progress_bar()
 
@@ -37,6 +37,9 @@ class LoRA(BaseModel):
     rank: int = Field(16, ge=1)
     alpha: float = 32.0
     targets: str | list[str] = "all-linear"
+    base: Literal["dense", "4bit"] = Field(
+        "dense", description="4bit: the frozen weights below as NF4, about half a byte each (QLoRA, arXiv 2305.14314)"
+    )
 
 
 def resolve_device(name: str) -> torch.device:
@@ -70,10 +73,21 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
         raise KlimbError(f"model={model}: no tokenizer can be loaded from it ({_first_line(error)})") from None
 
 
-def load_causal(model: str, device: torch.device, dtype: torch.dtype) -> tuple[PreTrainedModel, Path | None]:
-    """A causal language model; when `model` is a LoRA adapter: its base, and the adapter's directory."""
+def load_causal(
+    model: str, device: torch.device, dtype: torch.dtype, base: Literal["dense", "4bit"] = "dense"
+) -> tuple[PreTrainedModel, Path | None]:
+    """A causal language model; when `model` is a LoRA adapter: its base, and the adapter's directory.
+
+    A dense base of an adapter that was trained on one in 4 bits has the same numbers as that had.
+    """
     adapter = Path(model) if (Path(model) / "adapter_config.json").is_file() else None
-    return _from_pretrained(AutoModelForCausalLM, _base_of(model), device, dtype), adapter
+    options = nf4.loading(device, dtype) if base == "4bit" else {}
+    network = _from_pretrained(AutoModelForCausalLM, _base_of(model), device, dtype, **options)
+    if base == "4bit":
+        nf4.keep_layout(network)
+    elif nf4.noted(model):
+        nf4.round_weights(network)
+    return network, adapter
 
 
 def _base_of(model: str) -> str:
@@ -132,8 +146,11 @@ def _from_pretrained(
     _check_place(model)
     try:
         loaded = kind.from_pretrained(model, dtype=dtype, attn_implementation=attention.NAME, **options)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise KlimbError(f"model={model}: cannot be loaded ({_first_line(error)})") from None
+    if getattr(loaded, "hf_quantizer", None) is not None and "quantization_config" not in options:
+        raise KlimbError(f"model={model}: its weights are stored quantised, klimb quantises dense ones itself",
+                         fix="give the dense model, and lora.base=4bit to hold it in 4 bits")  # fmt: skip
     for module in loaded.modules():  # dropout makes log-probs random: the ratio of the first update would not be 1
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -149,7 +166,8 @@ def _store_by_column(model: PreTrainedModel) -> None:
     """Same weights [out, in], other strides: MKL multiplies a few rows (a decode step) by them in a third to a fifth of
     the time on two threads, and many rows (training) in the same. Not so the large matrix of a head."""
     for module in model.modules():
-        if isinstance(module, nn.Linear) and module is not model.get_output_embeddings():
+        dense = isinstance(module, nn.Linear) and module.weight.is_floating_point()
+        if dense and module is not model.get_output_embeddings():
             module.weight.data = module.weight.data.t().contiguous().t()
 
 

@@ -27,7 +27,7 @@ from klimb.config import config_changes, dump_config, load_yaml, plain
 from klimb.errors import KlimbError, RunError
 from klimb.runtime import durable
 
-_PACKAGES = ("torch", "transformers", "tokenizers", "peft", "safetensors", "numpy")
+_PACKAGES = ("torch", "transformers", "tokenizers", "peft", "safetensors", "numpy", "bitsandbytes")
 _BEFORE_MANIFEST = {"lock", "config.yaml"}
 _LEFT_BY_A_RUN = (
     "result.json",

@@ -12,6 +12,7 @@ import torch
 
 from klimb.data.render import Renderer
 from klimb.errors import ConfigError
+from klimb.models import nf4
 from klimb.models.backbone import Backbone
 from klimb.models.faces import Critic, Policy, RewardModel
 from klimb.models.load import (
@@ -39,6 +40,8 @@ class Loaded:
     source: str
     conversational: bool = False
     """Trained on messages: then the template that rendered them is part of the model."""
+    base_in_4bit: bool = False
+    """The adapter belongs to the base as 4 bits hold it, which whoever loads it has to know."""
 
     @property
     def backbone(self) -> Backbone:
@@ -68,6 +71,8 @@ class Loaded:
                 return
             backbone.peft.save_pretrained(folder, selected_adapters=["policy"])
             _flatten_adapter(folder)
+            if self.base_in_4bit:
+                nf4.note(folder)
             self.renderer.tokenizer.save_pretrained(folder)
 
 
@@ -105,12 +110,13 @@ def prompt_room(context: int, max_tokens: int) -> int:
 def load_policy(session: Session, model: str, lora: LoRA | None, seed: int, renderer: Renderer | None = None) -> Loaded:
     """The policy that training starts from, its numbers held against the model's own."""
     renderer = renderer or Renderer(load_tokenizer(model))
-    network, adapter = load_causal(model, session.device, session.dtype)
+    network, adapter = load_causal(model, session.device, session.dtype, lora.base if lora else "dense")
     torch.manual_seed(seed)  # a new adapter draws its first matrices
     backbone = _trained(session, Backbone(network, adapter, lora))
     policy, path = probed_policy(backbone, "policy" if backbone.peft is not None else None)
     session.say(f"{model}: {path}")
-    return Loaded(policy, renderer, model)
+    base_in_4bit = lora is not None and (lora.base == "4bit" or nf4.noted(model))
+    return Loaded(policy, renderer, model, base_in_4bit=base_in_4bit)
 
 
 def load_reference(session: Session, policy: Loaded, reference: str | None = None) -> Policy:
@@ -119,13 +125,15 @@ def load_reference(session: Session, policy: Loaded, reference: str | None = Non
     On LoRA nothing is loaded twice: the reference is the base with the adapter off, or a frozen copy of the adapter
     that training started from, which is another thing than the base.
     """
-    backbone = policy.backbone
+    backbone, named = policy.backbone, reference or policy.source
+    if named == policy.source and backbone.peft is not None and not backbone.started_from_adapter:
+        return Policy(backbone, None, policy.policy.own_head)
     if reference is None and backbone.peft is not None:
-        if not backbone.started_from_adapter:
-            return Policy(backbone, None, policy.policy.own_head)
         backbone.add_adapter("reference", "policy")
         return Policy(backbone, "reference", policy.policy.own_head)
-    network, adapter = load_causal(reference or policy.source, session.device, session.dtype)
+    network, adapter = load_causal(named, session.device, session.dtype)
+    if named == policy.source and policy.base_in_4bit and not nf4.noted(named):
+        nf4.round_weights(network)  # an adapter of a dense base that went on in 4 bits
     frozen = Backbone(network, adapter)
     frozen.requires_grad_(False)
     return Policy(frozen, None, policy.policy.own_head)

@@ -39,6 +39,9 @@ class RewardConfig(SupervisedConfig):
         yield from super().contradictions()
         if self.given("min_accuracy") and not (self.given("eval_data") or self.given("eval_fraction")):
             yield "min_accuracy: nothing is held out to measure it on; give eval_data or eval_fraction"
+        if self.lora is not None and self.lora.base == "4bit":
+            yield ("lora.base=4bit: a reward model is saved merged, and its weights in 4 bits would be rounded again; "
+                   "leave it out, checkpointing=on and a smaller token_budget save memory too")  # fmt: skip
 
 
 def batch_of(pairs: Sequence[Preference]) -> TokenBatch:
