@@ -62,7 +62,7 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     """The tokenizer beside the weights (of an adapter: its own copy, else its base model's)."""
-    _check_place(model)
+    check_place(model)
     try:
         return AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError, KeyError) as error:
@@ -72,10 +72,10 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
 def load_causal(model: str, device: torch.device, dtype: torch.dtype) -> tuple[PreTrainedModel, Path | None]:
     """A causal language model; when `model` is a LoRA adapter: its base, and the adapter's directory."""
     adapter = Path(model) if (Path(model) / "adapter_config.json").is_file() else None
-    return _from_pretrained(AutoModelForCausalLM, _base_of(model), device, dtype), adapter
+    return _from_pretrained(AutoModelForCausalLM, base_of(model), device, dtype), adapter
 
 
-def _base_of(model: str) -> str:
+def base_of(model: str) -> str:
     """The model that a LoRA adapter belongs to; any other is its own. A path is made absolute: adapters remember it."""
     adapter = Path(model) / "adapter_config.json"
     base = str(json.loads(adapter.read_text())["base_model_name_or_path"]) if adapter.is_file() else model
@@ -87,8 +87,8 @@ def _base_of(model: str) -> str:
 
 def declared_context(model: str) -> int:
     """`context_length` before the weights are loaded."""
-    base = _base_of(model)
-    _check_place(base)
+    base = base_of(model)
+    check_place(base)
     try:
         return context_length(AutoConfig.from_pretrained(base))
     except (OSError, ValueError, KeyError) as error:
@@ -128,7 +128,7 @@ def _is_classifier(model: str) -> bool:
 def _from_pretrained(
     kind: Any, model: str, device: torch.device, dtype: torch.dtype, **options: Any
 ) -> PreTrainedModel:
-    _check_place(model)
+    check_place(model)
     try:
         loaded = kind.from_pretrained(model, dtype=dtype, attn_implementation=attention.NAME, **options)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
@@ -150,7 +150,7 @@ def _store_by_column(model: PreTrainedModel) -> None:
             module.weight.data = module.weight.data.t().contiguous().t()
 
 
-def _check_place(model: str) -> None:
+def check_place(model: str) -> None:
     """What exists has to be a model; what looks like a path has to exist; anything else is a hub name."""
     path = Path(model)
     if path.exists() and not any((path / name).is_file() for name in ("config.json", "adapter_config.json")):

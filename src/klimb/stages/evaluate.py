@@ -24,9 +24,11 @@ from klimb.rewards.spec import parse_reward
 from klimb.rollout.engine import Request, generate
 from klimb.rollout.local import LocalEngine
 from klimb.rollout.sampling import SamplingParams
+from klimb.runtime.plan import Work
 from klimb.runtime.run import Run
 from klimb.runtime.signals import Interrupt
 from klimb.stages.common import Given, RunConfig, Session, stream_seed
+from klimb.stages.memory import of_measuring
 from klimb.stages.models import Loaded, load_policy, load_reference, load_reward_model, prompt_room
 from klimb.types import Group, Prompt, Sample
 from klimb.watch.statistics import best_of_n, best_of_n_kl, mean_interval
@@ -54,6 +56,9 @@ class EvaluateConfig(RunConfig):
     reference: str | None = None
     best_of: list[int] = Field([], description="n of best-of-n, by the proxy; needs that many samples_per_prompt")
     report_n: int | None = Field(None, ge=1, description="the n that stands in the table; default: the last")
+
+    def work(self, context: int) -> Work:
+        return of_measuring(self, context)
 
     def contradictions(self) -> Iterator[str]:
         yield from super().contradictions()

@@ -18,10 +18,12 @@ from klimb.errors import KlimbError
 from klimb.metrics import Metrics
 from klimb.models.faces import Policy, policy_logps
 from klimb.objective.preference import PreferenceLoss, known_start, parse_preference, preference_loss
+from klimb.runtime.plan import Work
 from klimb.runtime.run import Run
 from klimb.runtime.signals import Interrupt
 from klimb.stages.common import Given, Session, SupervisedConfig
 from klimb.stages.evaluate import Judges, Measurement
+from klimb.stages.memory import of_pairs
 from klimb.stages.models import load_policy, load_reference
 from klimb.stages.reward import batch_of
 from klimb.types import Preference
@@ -37,6 +39,9 @@ class PreferenceConfig(SupervisedConfig):
     reference: str | None = Field(None, description="model to stay near; default: where training starts")
     batch_size: int = Field(64, ge=1, description="pairs in an update")
     measure: Measurement | None = None
+
+    def work(self, context: int) -> Work:
+        return of_pairs(self, context, reference=True)
 
     def contradictions(self) -> Iterator[str]:
         yield from super().contradictions()

@@ -19,10 +19,12 @@ from klimb.metrics import Metrics
 from klimb.models.faces import RewardModel, reward_scores
 from klimb.models.load import load_tokenizer, save_classifier
 from klimb.objective.critic import reward_loss
+from klimb.runtime.plan import Work
 from klimb.runtime.ranks import rank
 from klimb.runtime.run import Run
 from klimb.runtime.signals import Interrupt
 from klimb.stages.common import Given, Session, SupervisedConfig
+from klimb.stages.memory import of_pairs
 from klimb.stages.models import load_reward_model, model_folder
 from klimb.types import Preference
 
@@ -34,6 +36,9 @@ class RewardConfig(SupervisedConfig):
     centering: float = Field(0.01, ge=0, description="arXiv 2312.09244: keeps scores near zero")
     reference: Given = Field(None, description="prompts with completions: scores are scaled to mean 0, std 1 on them")
     min_accuracy: float = Field(0.0, ge=0, le=1, description="stop here when held-out accuracy is below")
+
+    def work(self, context: int) -> Work:
+        return of_pairs(self, context, classifier=True)
 
     def contradictions(self) -> Iterator[str]:
         yield from super().contradictions()

@@ -36,11 +36,13 @@ from klimb.rollout.engine import Request, RolloutEngine, generate
 from klimb.rollout.sampling import SamplingParams
 from klimb.runtime.learner import Learner, Optimizer
 from klimb.runtime.memory import give_back
+from klimb.runtime.plan import Work
 from klimb.runtime.run import Run
 from klimb.runtime.samples import sample_records
 from klimb.runtime.signals import Interrupt
 from klimb.stages.common import Given, Session, TrainConfig, stream_seed
 from klimb.stages.evaluate import Judges, Measurement, add_gold, batch_of, local_engine, open_reward
+from klimb.stages.memory import of_rl
 from klimb.stages.mismatch import Mismatch
 from klimb.stages.models import Loaded, load_critic, load_policy, load_reference, load_texts, prompt_room
 from klimb.types import Group, Prompt
@@ -73,6 +75,9 @@ class RlConfig(TrainConfig):
     failure_limit: float = Field(0.05, ge=0, le=1, description="share of rows whose reward may fail")
     max_refills: int = Field(8, ge=0, description="dynamic sampling: further rounds of prompts for one batch")
     measure: Measurement | None = None
+
+    def work(self, context: int) -> Work:
+        return of_rl(self, resolved(self).needs, context)
 
     def contradictions(self) -> Iterator[str]:
         yield from super().contradictions()

@@ -17,10 +17,12 @@ from klimb.data.sampler import Sampler
 from klimb.metrics import Metrics
 from klimb.models.faces import Policy, policy_logps
 from klimb.objective import supervised
+from klimb.runtime.plan import Work
 from klimb.runtime.run import Run
 from klimb.runtime.signals import Interrupt
 from klimb.stages.common import Given, Session, SupervisedConfig
 from klimb.stages.evaluate import Judges, Measurement, answer_score
+from klimb.stages.memory import of_supervised
 from klimb.stages.models import Loaded, load_policy
 from klimb.types import Example
 
@@ -42,6 +44,9 @@ class SftConfig(SupervisedConfig):
     batch_size: int = Field(64, ge=1, description="examples in an update")
     until: Until | None = None
     measure: Measurement | None = None
+
+    def work(self, context: int) -> Work:
+        return of_supervised(self, context)
 
 
 def batch_of(examples: Sequence[Example]) -> TokenBatch:
