@@ -22,6 +22,7 @@ from klimb.data.load import Item, Loaded
 from klimb.data.render import Renderer
 from klimb.errors import ConfigError, Interrupted
 from klimb.models.load import LoRA, resolve_device, resolve_dtype
+from klimb.models.packing import Budget
 from klimb.runtime import checkpoint
 from klimb.runtime.learner import LEARNING_RATES, Learner, Optimizer, Stage
 from klimb.runtime.memory import available
@@ -166,6 +167,8 @@ class Session:
     say: Callable[[str], None]
     token_budget: int
     checkpointing: bool
+    scoring: Budget
+    """For passes without gradient."""
     learners: dict[str, Learner] = field(default_factory=dict)
     started: float = field(default_factory=time.monotonic)
     timings: dict[str, float] = field(default_factory=dict)
@@ -188,7 +191,10 @@ class Session:
         live = live_line(run.manifest["name"]) if say is say_aside else None
         if live is not None:
             run.closing.callback(live.close)
-        return Session(run, interrupt, device, getattr(torch, dtype), say, int(budget), checkpointing, live=live)
+        scoring = Budget(int(budget), say)
+        return Session(
+            run, interrupt, device, getattr(torch, dtype), say, int(budget), checkpointing, scoring, live=live
+        )
 
     def learner(
         self, name: str, stage: Stage, parameters: Mapping[str, torch.nn.Parameter], config: TrainConfig,

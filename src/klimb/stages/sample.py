@@ -60,7 +60,7 @@ def train(config: SampleConfig, run: Run, interrupt: Interrupt, say: Any) -> dic
         config.repetition_penalty,
     )  # fmt: skip
     seed = stream_seed(config.seed, "sample")
-    engine = local_engine(loaded.policy, loaded, data.items, on_tokens=session.on_tokens)
+    engine = local_engine(loaded.policy, loaded, data.items, on_tokens=session.on_tokens, say=session.say)
     session.sampling("sample")
     groups = generate(engine, [Request(p, config.samples_per_prompt, params, seed) for p in data.items])
     if config.reward is not None:

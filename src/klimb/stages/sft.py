@@ -16,6 +16,7 @@ from klimb.data.load import load_examples, load_prompts, split_by_prompt
 from klimb.data.sampler import Sampler
 from klimb.metrics import Metrics
 from klimb.models.faces import Policy, policy_logps
+from klimb.models.packing import Budget
 from klimb.objective import supervised
 from klimb.runtime.plan import Work
 from klimb.runtime.run import Run
@@ -72,7 +73,7 @@ def train(config: SftConfig, run: Run, interrupt: Interrupt, say: Any) -> dict[s
 
     learner = session.learner("policy", "sft", loaded.policy.trainable(), config, config.optimizer, steps)
     sampler = Sampler(len(training), config.batch_size, config.seed)
-    judges = Judges.for_measurement(config.measure, session, loaded, config.seed, session.token_budget)
+    judges = Judges.for_measurement(config.measure, session, loaded, config.seed)
     until = _early_stop(config, loaded)
     start, reached = 0, None
     if found := session.resume():
@@ -87,7 +88,7 @@ def train(config: SftConfig, run: Run, interrupt: Interrupt, say: Any) -> dict[s
             measured = learner.step(batch, lambda micro, totals: sft_loss(loaded.policy, micro, totals))
         measured["tokens"] = metrics.total(batch.totals.tokens)
         if held_out and (step % config.eval_every == 0 or step == steps):
-            measured["eval/loss"] = _held_out_loss(loaded.policy, held_out, session.token_budget)
+            measured["eval/loss"] = _held_out_loss(loaded.policy, held_out, session.scoring)
         if until is not None and config.until and step % config.until.every == 0:
             score = until(step)
             measured["eval/score"] = metrics.ratio(score, 1.0)
@@ -113,6 +114,6 @@ def _early_stop(config: SftConfig, loaded: Loaded) -> Any:
 
 
 @torch.no_grad()
-def _held_out_loss(policy: Policy, examples: Sequence[Example], budget: int) -> metrics.Metric:
+def _held_out_loss(policy: Policy, examples: Sequence[Example], budget: Budget) -> metrics.Metric:
     batch = batch_of(examples)
     return metrics.mean(-policy_logps(policy, batch, budget=budget).logps, batch.mask.to(policy.backbone.device))
