@@ -8,6 +8,7 @@ the third added.
 from __future__ import annotations
 
 import json
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -74,8 +75,9 @@ class Outline:
             lora = LoRA(rank=own["r"], targets=own["target_modules"])
         config = AutoConfig.from_pretrained(base_of(model), **({"num_labels": 1} if classifier else {}))
         kind: Any = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
-        with META:
+        with META, warnings.catch_warnings(action="ignore"):
             network = kind.from_config(config, dtype=dtype, attn_implementation=attention.NAME).eval()
+            network.config.pad_token_id = None  # transformers would look for it among tokens without numbers
             self.weights = size(network.parameters())
             self.backbone = Backbone(network, None, lora)
             self.face = RewardModel(self.backbone) if classifier else Policy(self.backbone, "policy" if lora else None)

@@ -126,9 +126,10 @@ def fit(config: Any, target: Target) -> Fit:
     """
     work = config.work(declared_context(config.model))
     wanted = getattr(config, "checkpointing", "off")
-    found = plan(work, target.dtype, target.budget, checkpointing=wanted == "on")
+    heap = target.place == "cpu"
+    found = plan(work, target.dtype, target.budget, checkpointing=wanted == "on", heap=heap)
     if wanted == "auto" and found.peak > target.free:
-        smaller = plan(work, target.dtype, target.budget, checkpointing=True)
+        smaller = plan(work, target.dtype, target.budget, checkpointing=True, heap=heap)
         if smaller.peak < found.peak:
             return Fit(smaller, True)
     return Fit(found, wanted == "on")
