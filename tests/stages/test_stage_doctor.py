@@ -41,7 +41,7 @@ def test_what_is_missing_comes_with_the_line_that_brings_it() -> None:
 
 
 def test_full_weights_of_a_large_model_do_not_fit_and_lora_does(large: str) -> None:
-    """1.72 billion parameters: 2 bytes of weights, 4 of a master, 8 of moments, 4 of gradients, and the reference's 2."""
+    """1.72 billion parameters: 2 bytes of weights, 4 of masters, 8 of moments, 4 of gradients, a reference."""
     said = klimb("doctor", "dpo", f"model={large}", "--memory", "24", "--json")
     answer = json.loads(said.out)
     assert said.code == 1

@@ -26,7 +26,7 @@ from klimb.types import Finish, Sample, Segment, Text
 _LENGTH = 128
 """Tokens of a sample that the cache has room for at first; it doubles where some grow longer."""
 
-_FEW = 64
+_FEW = 16
 """Prompt tokens that are computed at once in the least memory."""
 
 

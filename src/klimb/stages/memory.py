@@ -189,7 +189,7 @@ def neighbours(config: Any, target: Target) -> Iterator[list[Change]]:
         return [(setting, update, budget)] if wanted else []
 
     trains, samples = hasattr(config, "optimizer"), hasattr(config, "prompts_per_step")
-    again = settings(trains and config.checkpointing != "on", "checkpointing=on", lambda c: {"checkpointing": "on"})
+    again = settings(trains and config.checkpointing == "off", "checkpointing=on", lambda c: {"checkpointing": "on"})
     budget = settings(target.budget > _SMALL, f"token_budget={_SMALL}", lambda c: {}, _SMALL)
     state = settings(
         trains and config.optimizer.state != "8bit", "optimizer.state=8bit",
