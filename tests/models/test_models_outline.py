@@ -17,7 +17,8 @@ from klimb.models.load import LoRA
 from klimb.models.outline import Outline, Shape, size
 from klimb.models.packing import flat_length
 
-SHAPE, BUDGET, LAYERS = Shape(24, 40, 3), 600, 6
+SHAPE, BUDGET, LAYERS = Shape(24, 40, 3), 1100, 6
+"""More samples and layers than are computed."""
 
 
 def made(family: str, folder: Path, layers: int = LAYERS) -> tuple[str, Policy]:
@@ -43,7 +44,7 @@ def kept(policy: Policy) -> int:
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        policy(SHAPE.batch(BUDGET))
+        policy(SHAPE.batch(SHAPE.fitting(BUDGET)))
     return sum(count for _, count in found.values())
 
 
@@ -52,24 +53,25 @@ def test_activations_are_those_of_the_real_model(family: str, tmp_path: Path) ->
     """Within 8 %: tables of positions and places live as well, and are not autograd's."""
     path, policy = made(family, tmp_path)
     outline = Outline(path, torch.float32)
-    assert outline.training(SHAPE.batch(BUDGET), checkpointing=False).kept == pytest.approx(kept(policy), rel=0.08)
+    assert outline.training(SHAPE, BUDGET, checkpointing=False).kept == pytest.approx(kept(policy), rel=0.08)
     assert outline.weights == size(policy.parameters())
     assert outline.trained == sum(p.numel() for p in policy.parameters())
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_of_activations_that_are_computed_again_a_layer_keeps_its_input(family: str, tmp_path: Path) -> None:
-    batch = SHAPE.batch(BUDGET)
+    batch = SHAPE.batch(SHAPE.fitting(BUDGET))
     tokens = flat_length([row for rows in batch.rows for row in rows])
     found = []
     for layers in (LAYERS, LAYERS + 4):
         path, _ = made(family, tmp_path / str(layers), layers)
         outline = Outline(path, torch.float32)
-        off, on = (outline.training(batch, checkpointing=again).kept for again in (False, True))
+        off, on = (outline.training(SHAPE, BUDGET, checkpointing=again).kept for again in (False, True))
         assert on < 0.3 * off
-        assert outline.training(batch, checkpointing=False).kept == off  # the outline is as it was
+        assert outline.training(SHAPE, BUDGET, checkpointing=False).kept == off  # the outline is as it was
         found.append(on)
-    assert found[1] - found[0] == 4 * tokens * 32 * 4  # layers × tokens × width × bytes
+    of_inputs = 4 * tokens * 32 * 4  # layers × tokens × width × bytes
+    assert found[1] - found[0] == pytest.approx(of_inputs, rel=0.03)  # of the last group's prompt a part is counted
 
 
 def test_adapters_are_counted_and_the_frozen_base_has_no_gradients(tmp_path: Path) -> None:
@@ -87,13 +89,14 @@ def test_adapters_are_counted_and_the_frozen_base_has_no_gradients(tmp_path: Pat
 def test_a_plan_draws_no_random_numbers(tmp_path: Path) -> None:
     path, _ = made("llama", tmp_path)
     before = torch.random.get_rng_state()
-    Outline(path, torch.float32, LoRA()).scoring(SHAPE.batch(BUDGET))
+    Outline(path, torch.float32, LoRA()).scoring(SHAPE, BUDGET)
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
 def test_a_micro_batch_is_filled_up_to_its_budget() -> None:
-    for budget in (30, 64, 500, 600):
-        batch = SHAPE.batch(budget)
-        length = sum(40 + (24 if i % 3 == 0 else 0) for i in range(len(batch)))
-        assert len(batch) == 1 or length <= budget < length + 64
+    for budget in (30, 64, 150, 500, 600):
+        batch = SHAPE.batch(SHAPE.fitting(budget))
+        length = flat_length([row for rows in batch.rows for row in rows])
+        assert len(batch) == 1 or length <= budget
+        assert budget < length + 64
         assert batch.group.tolist() == [i // 3 for i in range(len(batch))]

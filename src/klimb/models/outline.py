@@ -1,8 +1,8 @@
 """A model by its config alone, on torch's meta device: what it weighs, and what a pass over it holds, in bytes.
 
 No formula stands for the activations: the very code of a micro-batch runs on tensors without numbers, and the storages
-that live at a time are counted. Of a model with many layers the first three are computed; each further one adds what
-the third added.
+that live at a time are counted. Of many layers the first three are computed, each further one adds what the third
+added; of many samples a few.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,7 +31,10 @@ from klimb.models.faces import Policy, RewardModel
 from klimb.models.load import LoRA, base_of, check_place
 
 META = torch.device("meta")
+_FEW_SAMPLES = 8  # computed; so many and twice so many tell what each further one adds
 _COMPUTED_LAYERS = (2, 3)  # two, for what the kinds of a family with alternating layers share among their own
+
+_Measure = Callable[[TokenBatch], tuple[int, int]]
 
 
 class Shape(NamedTuple):
@@ -40,19 +44,18 @@ class Shape(NamedTuple):
     completion: int
     samples: int = 1
 
-    def batch(self, budget: int) -> TokenBatch:
-        """At most `budget` flat tokens, but at least one sample."""
-        rows: list[list[Row]] = []
-        owners: list[int] = []
-        length = 0
-        while True:
-            group, seat = divmod(len(rows), self.samples)
-            length += self.completion + (0 if seat else self.prompt)
-            if rows and length > budget:
-                return TokenBatch.from_rows(rows, owners, ["row"] * len(rows))
-            prompt = [group] * self.prompt  # another one for every group: equal ones would be shared
-            rows.append([Row(prompt, [0] * self.completion, [True] * self.completion)])
-            owners.append(group)
+    def fitting(self, budget: int) -> int:
+        """Samples of at most `budget` flat tokens together, at least one."""
+        groups, rest = divmod(budget, self.prompt + self.samples * self.completion)
+        return max(groups * self.samples + max((rest - self.prompt) // self.completion, 0), 1)
+
+    def batch(self, count: int) -> TokenBatch:
+        """So many samples."""
+        owners = [sample // self.samples for sample in range(count)]
+        completion, mask = [0] * self.completion, [True] * self.completion
+        # Another prompt for every group: equal ones would be shared.
+        rows = [[Row([group] * self.prompt, completion, mask)] for group in owners]
+        return TokenBatch.from_rows(rows, owners, ["row"] * count)
 
 
 class Held(NamedTuple):
@@ -90,8 +93,10 @@ class Outline:
         self.dtype = dtype
         self.can_compute_again = any(isinstance(m, GradientCheckpointingLayer) for m in network.modules())
 
-    def training(self, batch: TokenBatch, *, checkpointing: bool) -> Held:
-        def once() -> tuple[int, int]:
+    def training(self, shape: Shape, budget: int, *, checkpointing: bool) -> Held:
+        """A micro-batch of `budget` tokens."""
+
+        def once(batch: TokenBatch) -> tuple[int, int]:
             with _flash(), _Count() as count:
                 outputs = self.face(batch)
                 kept = count.live
@@ -99,18 +104,27 @@ class Outline:
             return kept, count.peak
 
         with self._without_gradients():
-            kept, peak = self._by_layers(once, checkpointing)
+            kept, peak = self._by_samples(shape, budget, once, checkpointing)
         return Held(kept, peak - kept)
 
-    def scoring(self, batch: TokenBatch) -> int:
+    def scoring(self, shape: Shape, budget: int) -> int:
         """The most that a pass without gradient holds."""
 
-        def once() -> tuple[int, int]:
+        def once(batch: TokenBatch) -> tuple[int, int]:
             with torch.no_grad(), _flash(), _Count() as count:
                 self.face(batch)
             return 0, count.peak
 
-        return self._by_layers(once, False)[1]
+        return self._by_samples(shape, budget, once, False)[1]
+
+    def _by_samples(self, shape: Shape, budget: int, measure: _Measure, checkpointing: bool) -> tuple[int, int]:
+        count = shape.fitting(budget)
+        few = -(-_FEW_SAMPLES // shape.samples) * shape.samples  # whole groups
+        if count <= 2 * few:
+            return self._by_layers(partial(measure, shape.batch(count)), checkpointing)
+        one, two = (self._by_layers(partial(measure, shape.batch(n)), checkpointing) for n in (few, 2 * few))
+        kept, peak = (b + (count - 2 * few) * (b - a) // few for a, b in zip(one, two, strict=True))
+        return kept, peak
 
     def _by_layers(self, measure: Callable[[], tuple[int, int]], checkpointing: bool) -> tuple[int, int]:
         found = [(name, m) for name, m in self.backbone.named_modules() if _are_layers(m)]

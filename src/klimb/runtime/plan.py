@@ -97,8 +97,10 @@ def plan(work: Work, dtype: torch.dtype, budget: int, *, checkpointing: bool, he
     """heap: is memory taken from glibc, as on a CPU? Raises what `Outline` raises where a config cannot be read."""
     policy = outline(work.policy, dtype)
     held = {"weights": policy.weights}
-    phases = {"scoring": {"activations": _scoring(policy, work.shape, budget)}}
-    if work.trains:
+    phases = {}
+    if not work.trains:
+        phases["scoring"] = {"activations": _scoring(policy, work.shape, budget)}
+    else:
         held |= {"adapters": policy.adapters, "masters": policy.masters, "moments": _moments(policy, work.policy)}
         phases["training"] = _training(policy, work.shape, budget, checkpointing)
     if work.critic is not None:
@@ -142,7 +144,7 @@ def _training(model: Outline, shape: Shape, budget: int, checkpointing: bool) ->
     """As in `Learner`: gradients of earlier micro-batches lie in fp32 while one is computed; those of its own are in
     the precision of the weights, and grow while its activations go."""
     again = checkpointing and model.can_compute_again
-    kept, besides = model.training(shape.batch(budget), checkpointing=again)
+    kept, besides = model.training(shape, budget, checkpointing=again)
     own = model.gradients - model.masters if model.masters else 0
     gradients = model.masters or model.gradients
     return {"gradients": gradients, "activations": kept, "head and backward": max(besides, own - kept)}
@@ -150,7 +152,7 @@ def _training(model: Outline, shape: Shape, budget: int, checkpointing: bool) ->
 
 @lru_cache(maxsize=64)
 def _scoring(model: Outline, shape: Shape, budget: int) -> int:
-    return model.scoring(shape.batch(budget))
+    return model.scoring(shape, budget)
 
 
 def _sampling(model: Outline, sampled: Sampled) -> dict[str, int]:
