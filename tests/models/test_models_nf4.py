@@ -106,6 +106,8 @@ def test_about_half_a_byte_a_weight(bnb: Any, tmp_path: Path) -> None:
         held += layer.weight.nbytes + state.absmax.nbytes + state.state2.absmax.nbytes
     assert weights > 2 * 500_000
     assert held / weights == pytest.approx(0.5 + 1 / 64 + 4 / (64 * 256), rel=0.01)
+    dense, _ = load_causal(str(tmp_path), CPU, torch.float32)
+    assert nf4.saving(dense) == pytest.approx(4 * weights - held, rel=1e-3)  # what the memory plan says
     others = [p for p in network.parameters() if p.is_floating_point()]
     assert {p.dtype for p in others} == {torch.float32}
     assert type(network.get_output_embeddings()) is nn.Linear

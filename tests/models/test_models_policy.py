@@ -10,10 +10,10 @@ from klimb.batch import Row, TokenBatch
 from klimb.errors import KlimbError
 from klimb.models import logprobs
 from klimb.models.backbone import Backbone
-from klimb.models.faces import Policy, policy_logps, sequence_kl
+from klimb.models.faces import Policy, PolicyOutputs, policy_logps, sequence_kl
 from klimb.models.load import LoRA
 from klimb.models.logprobs import Head, token_logps
-from klimb.models.packing import pack, split_by_budget
+from klimb.models.packing import Budget, pack, split_by_budget
 from klimb.models.probe import probed_policy
 
 pytestmark = pytest.mark.usefixtures("kernels")
@@ -68,6 +68,36 @@ def test_any_split_gives_the_same_log_probs() -> None:
     for budget in (1, 60, 150):
         parts = policy_logps(policy, batch, budget=budget).logps
         assert (parts - whole).abs().max() < 2e-5  # another order of the same sums
+
+
+class Narrow(Policy):
+    """On a device that holds so many samples at a time."""
+
+    most = 3
+
+    def forward(self, batch: TokenBatch, *, temperature: float = 1.0, entropy: bool = False) -> PolicyOutputs:
+        if len(batch) > self.most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return super().forward(batch, temperature=temperature, entropy=entropy)
+
+
+def test_what_does_not_fit_is_computed_in_halves_to_the_same_result() -> None:
+    backbone, batch, said = Backbone(tiny()), ragged(groups=5), list[str]()
+    budget = Budget(10_000, said.append)
+    narrow = policy_logps(Narrow(backbone, None), batch, budget=budget).logps
+    assert (narrow - policy_logps(Policy(backbone, None), batch, budget=10_000).logps).abs().max() < 2e-5
+    assert said[0].endswith("are computed at once, the result is the same")
+    assert budget.tokens < 200  # and the next pass does not run into the wall again
+    said.clear()
+    policy_logps(Narrow(backbone, None), batch, budget=budget)
+    assert said == []
+
+
+def test_a_sample_that_does_not_fit_is_named() -> None:
+    policy = Narrow(Backbone(tiny()), None)
+    policy.most = 0
+    with pytest.raises(KlimbError, match=r"^row \d+ does not fit into the memory: \d+ tokens at once are the least"):
+        policy_logps(policy, ragged(), budget=100)
 
 
 def test_micro_batches_keep_to_the_budget_and_are_balanced() -> None:

@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 import torch
 from families import VOCABULARY, ragged, tiny
+from torch import Tensor
 
 from klimb.batch import TokenBatch, pad_tokens, sample_rows
 from klimb.errors import KlimbError
 from klimb.models.backbone import Backbone
-from klimb.models.cache import Prefill
+from klimb.models.cache import Decode, Prefill
 from klimb.models.faces import Policy, policy_logps
 from klimb.rollout import local
 from klimb.rollout.engine import Request, finished_groups, generate
@@ -376,3 +377,46 @@ def test_sampling_equals_transformers_greedy() -> None:
         assert int(model(input_ids=torch.tensor([tokens])).logits[0, -1].argmax()) == token
         tokens.append(token)
     assert ragged is not None
+
+
+# Too little memory ----------------------------------------------------------------------------------------------------
+
+
+def with_room_for(rows: int, one: LocalEngine, where: type) -> list[int]:
+    """An engine whose device holds as many tokens of a call as `rows`; what calls were tried."""
+    real, tried = one._states, list[int]()
+
+    def states(tokens: Tensor, positions: Tensor, plan: Any, keep: Tensor) -> Tensor:
+        if isinstance(plan, where):
+            tried.append(len(tokens))
+            if len(tokens) > rows:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return real(tokens, positions, plan, keep)
+
+    one._states = states  # type: ignore[method-assign]
+    return tried
+
+
+@pytest.mark.parametrize(("where", "rows"), [(Decode, 1), (Decode, 5), (Prefill, 9), (Prefill, 20)])
+def test_a_rollout_that_does_not_fit_runs_fewer_samples_side_by_side(where: type, rows: int) -> None:
+    params, said = SamplingParams(24, STOP), list[str]()
+    one, other = engine(max_rows=24), engine(max_rows=24)
+    one.say = said.append
+    tried = with_room_for(rows, one, where)
+    for a, b in zip(generate(one, requests(params)), generate(other, requests(params)), strict=True):
+        assert [x.tokens for x in a.samples] == [x.tokens for x in b.samples]
+        for x, y in zip(a.samples, b.samples, strict=True):
+            assert torch.allclose(torch.tensor(x.logps), torch.tensor(y.logps), atol=2e-5)  # another order of sums
+    assert max(tried) > rows >= min(tried)
+    assert said != []
+    assert all(line.startswith("the rollout does not fit into the memory: from here on ") for line in said)
+    refused = len([count for count in tried if count > rows])
+    assert refused == len(said) < 6  # it does not run into the wall again and again
+
+
+def test_one_sample_that_does_not_fit_is_an_error_that_names_it() -> None:
+    one = engine()
+    with_room_for(0, one, Decode)
+    longest = max(prompts(), key=lambda prompt: len(prompt.tokens))
+    with pytest.raises(KlimbError, match=f"^{longest.id}: one sample alone does not fit .*max_tokens is 24; lower max"):
+        generate(one, requests(SamplingParams(24, STOP)))

@@ -30,7 +30,7 @@ class Bad(NamedTuple):
     names: tuple[str, ...] = ()
     prepare: Prepare = lambda: None
     foreign: bool = False
-    """A part of the message is another library's, and may read otherwise in another version of it."""
+    """A part of the message is another library's or the machine's, and may read otherwise elsewhere."""
 
     def say(self) -> Said:
         """What klimb says to it, standing in a furnished folder. With --json it tells no progress."""
@@ -88,6 +88,13 @@ def no_weights() -> None:
     Path("broken/model.safetensors").unlink()
 
 
+def too_wide() -> None:
+    """Terabytes, by its config."""
+    shutil.copytree("base", "broken", symlinks=False)
+    config = Path("broken/config.json")
+    config.write_text(json.dumps({**json.loads(config.read_text()), "n_embd": 1 << 18, "n_layer": 4}))
+
+
 def orphaned_adapter() -> None:
     klimb(*USUAL["SFT"].split(), "lora.rank=2", "out=tuned")
     settings = Path("tuned/model/adapter_config.json")
@@ -131,6 +138,9 @@ CASES: dict[str, list[Bad]] = {
         Bad("no such choice", "SFT optimizer.decay=linaer", ("optimizer.decay", "'linear'")),
         Bad("bits that there are not", "SFT lora.base=8bit", ("lora.base", "'4bit'")),
         Bad("no such device", "SFT device=gpu", ("device=gpu",)),
+        Bad("neither on nor off", "SFT checkpointing=maybe", ("checkpointing", "'maybe'", "auto")),
+        Bad("doctor of an unknown job", "doctor dpoo model=base", ("'dpoo'", "'dpo'")),
+        Bad("doctor of no model", "doctor dpo model=empty", ("model=empty", "config.json"), empty),
         Bad("no such dtype", "SFT dtype=fp8", ("dtype=fp8",)),
         Bad("no YAML after =", "SFT 'optimizer={lr'", ("optimizer",)),
     ],
@@ -214,6 +224,7 @@ CASES: dict[str, list[Bad]] = {
         Bad("no weights", "SFT model=broken", ("model=broken",), no_weights, foreign=True),
         Bad("an adapter without its base", "SFT model=tuned/model", ("model=tuned/model", "./gone"), orphaned_adapter, foreign=True),
         Bad("4 bits below float64", "SFT lora.base=4bit dtype=float64", ("lora.base=4bit", "dtype=float64", "bfloat16")),
+        Bad("a model that does not fit into the memory", "DPO model=broken", ("model=broken", "memory", "GB", "use"), too_wide, foreign=True),
         Bad("layers that are not there", "SFT lora.targets=[wq]", ("lora.targets", "wq"), foreign=True),
         Bad("a critic that is no model", "PPO critic.model=empty", ("model=empty",), empty),
         Bad("a reward model that is no model", "GRPO reward=empty", ("model=empty",), empty),

@@ -5,7 +5,9 @@ Each takes a `TokenBatch` and answers in its [B, T] or [B]; how rows are packed 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +16,7 @@ from klimb.batch import TokenBatch
 from klimb.models.backbone import Backbone
 from klimb.models.load import score_head
 from klimb.models.logprobs import Head, full_kl, precision, token_logps
-from klimb.models.packing import Packed, pack, split_by_budget
+from klimb.models.packing import Budget, Packed, in_parts, pack
 
 
 @dataclass(frozen=True)
@@ -117,50 +119,53 @@ def _scatter(values: Tensor, batch: TokenBatch) -> Tensor:
 
 @torch.no_grad()
 def policy_logps(
-    policy: Policy, batch: TokenBatch, *, budget: int, temperature: float = 1.0, entropy: bool = False
+    policy: Policy, batch: TokenBatch, *, budget: int | Budget, temperature: float = 1.0, entropy: bool = False
 ) -> PolicyOutputs:
     """Log-probs of a whole batch without gradient, split by token budget."""
-    parts = split_by_budget(batch, budget)
-    outputs = [policy(batch.select(part), temperature=temperature, entropy=entropy) for part in parts]
+    forward = partial(policy, temperature=temperature, entropy=entropy)
+    parts, outputs = zip(*in_parts(batch, budget, forward), strict=True)
     logps = _join([out.logps for out in outputs], parts, batch)
     entropies = [out.entropy for out in outputs if out.entropy is not None]
     return PolicyOutputs(logps, _join(entropies, parts, batch) if entropy else None)
 
 
 @torch.no_grad()
-def critic_values(critic: Critic, batch: TokenBatch, *, budget: int) -> Tensor:
+def critic_values(critic: Critic, batch: TokenBatch, *, budget: int | Budget) -> Tensor:
     """Values [B, T] of a whole batch without gradient, split by token budget."""
-    parts = split_by_budget(batch, budget)
-    return _join([critic(batch.select(part)) for part in parts], parts, batch)
+    parts, values = zip(*in_parts(batch, budget, critic), strict=True)
+    return _join(values, parts, batch)
 
 
 @torch.no_grad()
-def reward_scores(model: RewardModel, batch: TokenBatch, *, budget: int) -> Tensor:
+def reward_scores(model: RewardModel, batch: TokenBatch, *, budget: int | Budget) -> Tensor:
     """Raw scores [B], float64, of a whole batch without gradient, split by token budget."""
     scores = torch.zeros(len(batch), dtype=torch.float64)
-    for part in split_by_budget(batch, budget):
-        scores[part] = model(batch.select(part)).double().cpu()
+    for part, found in in_parts(batch, budget, model):
+        scores[part] = found.double().cpu()
     return scores
 
 
 @torch.no_grad()
 def sequence_kl(
-    policy: Policy, reference: Policy, batch: TokenBatch, *, budget: int, temperature: float = 1.0
+    policy: Policy, reference: Policy, batch: TokenBatch, *, budget: int | Budget, temperature: float = 1.0
 ) -> Tensor:  # fmt: skip
     """Σ_t KL(π(·|s_t) ‖ π_ref(·|s_t)) along each sample, nats: [B]."""
-    kls = torch.zeros(len(batch), dtype=torch.float64)
-    for part in split_by_budget(batch, budget):
-        micro = batch.select(part)
+
+    def forward(micro: TokenBatch) -> Tensor:
         packed = pack(micro, policy.backbone.device)
         # The states are copied out before the other face moves in: both may live on one backbone.
         head, states = policy.predictions(packed)
         reference_head, reference_states = reference.predictions(packed)
         kl = full_kl(head, states, reference_head, reference_states, temperature)
-        kls[part] = _scatter(kl.double(), micro).sum(dim=1).cpu()
+        return _scatter(kl.double(), micro).sum(dim=1)
+
+    kls = torch.zeros(len(batch), dtype=torch.float64)
+    for part, found in in_parts(batch, budget, forward):
+        kls[part] = found.cpu()
     return kls
 
 
-def _join(parts: list[Tensor], indices: list[list[int]], batch: TokenBatch) -> Tensor:
+def _join(parts: Sequence[Tensor], indices: Sequence[list[int]], batch: TokenBatch) -> Tensor:
     joined = parts[0].new_zeros(batch.mask.shape)
     for values, index in zip(parts, indices, strict=True):
         joined[torch.tensor(index), : values.shape[1]] = values

@@ -66,7 +66,7 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     """The tokenizer beside the weights (of an adapter: its own copy, else its base model's)."""
-    _check_place(model)
+    check_place(model)
     try:
         return AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError, KeyError) as error:
@@ -82,7 +82,7 @@ def load_causal(
     """
     adapter = Path(model) if (Path(model) / "adapter_config.json").is_file() else None
     options = nf4.loading(device, dtype) if base == "4bit" else {}
-    network = _from_pretrained(AutoModelForCausalLM, _base_of(model), device, dtype, **options)
+    network = _from_pretrained(AutoModelForCausalLM, base_of(model), device, dtype, **options)
     if base == "4bit":
         nf4.keep_layout(network)
     elif nf4.noted(model):
@@ -90,7 +90,7 @@ def load_causal(
     return network, adapter
 
 
-def _base_of(model: str) -> str:
+def base_of(model: str) -> str:
     """The model that a LoRA adapter belongs to; any other is its own. A path is made absolute: adapters remember it."""
     adapter = Path(model) / "adapter_config.json"
     base = str(json.loads(adapter.read_text())["base_model_name_or_path"]) if adapter.is_file() else model
@@ -102,8 +102,8 @@ def _base_of(model: str) -> str:
 
 def declared_context(model: str) -> int:
     """`context_length` before the weights are loaded."""
-    base = _base_of(model)
-    _check_place(base)
+    base = base_of(model)
+    check_place(base)
     try:
         return context_length(AutoConfig.from_pretrained(base))
     except (OSError, ValueError, KeyError) as error:
@@ -143,7 +143,7 @@ def _is_classifier(model: str) -> bool:
 def _from_pretrained(
     kind: Any, model: str, device: torch.device, dtype: torch.dtype, **options: Any
 ) -> PreTrainedModel:
-    _check_place(model)
+    check_place(model)
     try:
         loaded = kind.from_pretrained(model, dtype=dtype, attn_implementation=attention.NAME, **options)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
@@ -171,7 +171,7 @@ def _store_by_column(model: PreTrainedModel) -> None:
             module.weight.data = module.weight.data.t().contiguous().t()
 
 
-def _check_place(model: str) -> None:
+def check_place(model: str) -> None:
     """What exists has to be a model; what looks like a path has to exist; anything else is a hub name."""
     path = Path(model)
     if path.exists() and not any((path / name).is_file() for name in ("config.json", "adapter_config.json")):

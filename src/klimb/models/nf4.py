@@ -23,6 +23,21 @@ NOTE = "base_quantization.json"
 _NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
 
 
+_BYTES = 0.516
+"""A weight, its share of the scales included."""
+
+
+def saving(model: PreTrainedModel) -> int:
+    """Bytes less than this dense model would take."""
+    return int(sum(m.weight.numel() * (m.weight.element_size() - _BYTES) for m in _quantised(model)))
+
+
+def _quantised(model: PreTrainedModel) -> list[Any]:
+    """The layers whose weights are stored in 4 bits."""
+    head = model.get_output_embeddings()
+    return [m for m in model.modules() if type(m) in (nn.Linear, Conv1D) and m is not head]
+
+
 def loading(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     """Options of `from_pretrained`: each weight is quantised as it is read. Raises KlimbError where that cannot be."""
     if dtype not in (torch.float32, torch.bfloat16):
@@ -51,9 +66,7 @@ def round_weights(model: PreTrainedModel) -> None:
     Merging into the 4-bit layers would round the sum again and lose most of a small adapter.
     """
     functional = _bitsandbytes().functional
-    for module in model.modules():
-        if type(module) not in (nn.Linear, Conv1D) or module is model.get_output_embeddings():
-            continue
+    for module in _quantised(model):
         weight = module.weight if isinstance(module, nn.Linear) else module.weight.T  # [out, in]
         codes, state = functional.quantize_4bit(weight.contiguous(), compress_statistics=True, quant_type="nf4")
         weight.copy_(functional.dequantize_4bit(codes, state))

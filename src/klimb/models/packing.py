@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from klimb.batch import Row, TokenBatch
+from klimb.errors import KlimbError
 from klimb.models.attention import PackedAttention
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -105,6 +110,55 @@ def split_by_budget(batch: TokenBatch, budget: int, shares: int = 1) -> list[lis
         micro_batches[-1].extend(unit)
         length, prompt = grown, rows[-1].prompt
     return micro_batches
+
+
+@dataclass
+class Budget:
+    """Flat tokens of a micro-batch in passes without gradient, as many as fit: it falls where they do not.
+
+    say: gets a line then.
+    """
+
+    tokens: int
+    say: Callable[[str], None] = lambda line: None
+
+
+def in_parts(
+    batch: TokenBatch, budget: int | Budget, compute: Callable[[TokenBatch], T]
+) -> Iterator[tuple[list[int], T]]:
+    """`compute` on micro-batches, each with its samples. One that does not fit is computed in halves, to the same
+    result. Raises KlimbError where there is nothing to take apart."""
+    budget = budget if isinstance(budget, Budget) else Budget(budget)
+    parts = deque(split_by_budget(batch, budget.tokens))
+    while parts:
+        try:
+            found = compute(batch.select(parts[0]))
+        except torch.OutOfMemoryError:
+            found = None  # here what was computed is still held, below it is not
+        if found is not None:
+            yield parts.popleft(), found
+            continue
+        _shrink(budget, batch.select(parts[0]))
+        left = [i for part in parts for i in part]
+        parts = deque([left[i] for i in part] for part in split_by_budget(batch.select(left), budget.tokens))
+
+
+def _shrink(budget: Budget, part: TokenBatch) -> None:
+    """Halve the budget below this micro-batch."""
+    length = flat_length([row for rows in part.rows for row in rows])
+    if len(split_by_budget(part, budget=1)) == 1:
+        raise KlimbError(
+            f"{' and '.join(part.ids)} does not fit into the memory",
+            why=f"{length} tokens at once are the least that it takes, without gradients",
+            fix="use shorter sequences (max_tokens, max_prompt_tokens), or a device with more memory",
+        )
+    budget.tokens = length // 2
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # blocks of the size that failed are of no use to smaller ones
+    budget.say(
+        f"{length} tokens without gradients do not fit into the memory; from here on {budget.tokens} are computed at "
+        "once, the result is the same"
+    )
 
 
 def _units(batch: TokenBatch) -> list[list[int]]:

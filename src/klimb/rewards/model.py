@@ -9,6 +9,7 @@ from pathlib import Path
 from klimb.batch import Row, TokenBatch
 from klimb.data.render import Renderer
 from klimb.models.faces import RewardModel, reward_scores
+from klimb.models.packing import Budget
 from klimb.rewards.protocol import Columns, Scores
 from klimb.types import Text
 
@@ -26,7 +27,7 @@ class ModelReward:
         directory: str,
         *,
         same_tokenizer: bool,
-        budget: int = 8192,
+        budget: int | Budget = 8192,
     ) -> None:
         self.model = model
         self.renderer = renderer

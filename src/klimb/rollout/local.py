@@ -26,6 +26,9 @@ from klimb.types import Finish, Sample, Segment, Text
 _LENGTH = 128
 """Tokens of a sample that the cache has room for at first; it doubles where some grow longer."""
 
+_FEW = 16
+"""Prompt tokens that are computed at once in the least memory."""
+
 
 @dataclass
 class _Slots:
@@ -75,8 +78,8 @@ class LocalEngine:
     """A `RolloutEngine` over a policy in this process.
 
     max_rows: samples that run side by side. prefill_tokens: prompt tokens computed at once; longer prompts are computed
-    in pieces. on_tokens: told how many tokens each step produced (for a progress bar). view: tokens → the text that
-    reward functions see.
+    in pieces. Both fall where they do not fit into the memory. on_tokens: told how many tokens each step produced (for
+    a progress bar). say: gets lines for a person. view: tokens → the text that reward functions see.
     """
 
     def __init__(
@@ -88,6 +91,7 @@ class LocalEngine:
         refill_share: float = 0.25,
         prefill_tokens: int = 4096,
         on_tokens: Callable[[int], None] | None = None,
+        say: Callable[[str], None] = lambda line: None,
     ) -> None:
         self.policy = policy
         self.view = view
@@ -95,6 +99,7 @@ class LocalEngine:
         self.refill_at = max(1, int(max_rows * refill_share))
         self.prefill_tokens = prefill_tokens
         self.on_tokens = on_tokens
+        self.say = say
         self.version = 0
         self.paused = False
         self.queue: deque[tuple[Request, int]] = deque()
@@ -142,10 +147,16 @@ class LocalEngine:
         while not self.paused and (self.queue or self._running):
             yield from self._take_aborted()
             free = self.max_rows - self._running
-            if self.queue and (free >= self.refill_at or not self._running):
-                self._prefill(free)
-            elif self._running:
-                self._decode()
+            try:
+                if self.queue and (free >= self.refill_at or not self._running):
+                    self._prefill(free)
+                elif self._running:
+                    self._decode()
+                fits = True
+            except torch.OutOfMemoryError:
+                fits = False  # here what was computed is still held, below it is not
+            if not fits:
+                self._start_over()
             yield from self._take_finished()
         if not self._running:
             self.slots = self.cache = None  # until the next rollout the memory is the trainer's
@@ -159,7 +170,7 @@ class LocalEngine:
 
     def _prefill(self, free: int) -> None:
         """Start as many waiting samples as there are free slots: a first token for each, each new prompt once."""
-        new = [self.queue.popleft() for _ in range(min(free, len(self.queue)))]
+        new = list(itertools.islice(self.queue, free))
         runs = [
             (tuple(prompt), len(list(run)))
             for prompt, run in itertools.groupby(new, key=lambda item: item[0].prompt.tokens)
@@ -174,7 +185,7 @@ class LocalEngine:
         slots.uniforms[rows] = uniforms(keys, slots.uniforms.shape[1]).to(device)
         slots.drawn[rows] = 0
         slots.prompt_lengths[rows] = torch.tensor([len(r.prompt.tokens) for r, _ in new], device=device)
-        slots.owners.extend(new)
+        slots.owners.extend(self.queue.popleft() for _ in new)
         for prompt, samples in runs:
             slots.prompts += [self.stored[prompt][0]] * samples
         slots.longest = max(slots.longest, 1)
@@ -249,6 +260,27 @@ class LocalEngine:
     def _params(self) -> SamplingParams:
         assert self.slots is not None
         return self.slots.owners[0][0].params
+
+    def _start_over(self) -> None:
+        """Fewer samples side by side: the running ones begin anew. Their random numbers are their own, so they become
+        what they were."""
+        self.queue.extendleft(reversed(self.slots.owners if self.slots is not None else []))
+        self.slots = self.cache = None
+        self.stored.clear()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if self.max_rows == 1 and self.prefill_tokens <= _FEW:
+            longest = max((request for request, _ in self.queue), key=lambda request: len(request.prompt.tokens))
+            raise KlimbError(
+                f"{longest.prompt.id}: one sample alone does not fit into the memory",
+                why=f"its prompt has {len(longest.prompt.tokens)} tokens and max_tokens is {longest.params.max_tokens}",
+                fix="lower max_tokens or max_prompt_tokens, or use a device with more memory",
+            )
+        self.max_rows = max(1, min(self.max_rows, len(self.queue)) // 2)
+        self.refill_at = max(1, self.refill_at // 2)
+        self.prefill_tokens = max(_FEW, self.prefill_tokens // 2)
+        self.say(f"the rollout does not fit into the memory: from here on {self.max_rows} samples run side by side, "
+                 "the result is the same")  # fmt: skip
 
     # Who comes and who goes -----------------------------------------------------------------------------------------
 

@@ -23,11 +23,15 @@ from klimb.data.load import Item, Loaded
 from klimb.data.render import Renderer
 from klimb.errors import ConfigError, Interrupted
 from klimb.models.load import LoRA, resolve_device, resolve_dtype
+from klimb.models.packing import Budget
 from klimb.runtime import checkpoint
 from klimb.runtime.learner import LEARNING_RATES, Learner, Optimizer, Stage
+from klimb.runtime.memory import available
+from klimb.runtime.plan import Work
 from klimb.runtime.ranks import gather, rank, share
 from klimb.runtime.run import Run
 from klimb.runtime.signals import Interrupt
+from klimb.stages.memory import Target, admitted
 from klimb.stages.progress import Live, live_line
 
 
@@ -99,6 +103,10 @@ class RunConfig(StageConfig):
         """Settings that exclude each other, and those that nothing would look at, each with the way out."""
         yield from ()
 
+    def work(self, context: int) -> Work:
+        """What the stage holds and computes, for the memory plan. context: tokens that the model takes."""
+        raise NotImplementedError
+
     def given(self, key: str) -> bool:
         """Was `key` set to anything but its default?"""
         return bool(getattr(self, key) != type(self).model_fields[key].default)
@@ -110,8 +118,10 @@ class TrainConfig(RunConfig):
     data: Given
     lora: LoRA | None = None
     optimizer: Optimizer = Optimizer()
-    checkpointing: Literal["on", "off"] = Field(
-        "off", description="on: activations are computed again in the backward pass: less memory, a third more time"
+    checkpointing: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="on: activations are computed again in the backward pass: less memory, a third more time; "
+        "auto: where they would not fit otherwise",
     )
     checkpoint_every: int = Field(50, ge=0, description="steps between checkpoints; 0: none but at Ctrl-C")
 
@@ -161,6 +171,13 @@ def use_kernels(run: Run, decided: str) -> None:
         )
 
 
+def target_of(config: RunConfig) -> Target:
+    """What a new run of this config would run on."""
+    device = resolve_device(config.device)
+    dtype = resolve_dtype(config.dtype, device)
+    return Target(dtype, token_budget(config, device), available(device), str(device))
+
+
 @dataclass
 class Session:
     """One run of one stage in this process: what it runs on, and the journal of its steps."""
@@ -172,6 +189,8 @@ class Session:
     say: Callable[[str], None]
     token_budget: int
     checkpointing: bool
+    scoring: Budget
+    """For passes without gradient."""
     learners: dict[str, Learner] = field(default_factory=dict)
     started: float = field(default_factory=time.monotonic)
     timings: dict[str, float] = field(default_factory=dict)
@@ -188,12 +207,17 @@ class Session:
         dtype = share(run.decide("dtype", lambda: str(resolve_dtype(config.dtype, device)).removeprefix("torch.")))
         budget = share(run.decide("token_budget", lambda: token_budget(config, device)))
         use_kernels(run, str(share(run.decide("kernels", lambda: kernels(config, device)))))
-        checkpointing = isinstance(config, TrainConfig) and config.checkpointing == "on"
+        checkpointing = _planned(
+            config, run, Target(getattr(torch, dtype), int(budget), available(device), str(device)), say
+        )
         torch.manual_seed(config.seed)
         live = live_line(run.manifest["name"]) if say is say_aside else None
         if live is not None:
             run.closing.callback(live.close)
-        return Session(run, interrupt, device, getattr(torch, dtype), say, int(budget), checkpointing, live=live)
+        scoring = Budget(int(budget), say)
+        return Session(
+            run, interrupt, device, getattr(torch, dtype), say, int(budget), checkpointing, scoring, live=live
+        )
 
     def learner(
         self, name: str, stage: Stage, parameters: Mapping[str, torch.nn.Parameter], config: TrainConfig,
@@ -304,6 +328,18 @@ _SHOWN = (
     "loss", "accuracy", "eval/loss", "eval/accuracy", "reward/mean", "gold/mean", "kl", "entropy", "length/mean",
     "clip_fraction", "critic/explained_variance", "tokens_per_second",
 )  # fmt: skip
+
+
+def _planned(config: RunConfig, run: Run, target: Target, say: Callable[[str], None]) -> bool:
+    """Are activations computed again? The plan behind it stands in the manifest."""
+    decided = run.manifest["decisions"].get("checkpointing")
+    if decided is not None and isinstance(config, TrainConfig):
+        config = config.model_copy(update={"checkpointing": "on" if decided else "off"})
+    found = admitted(config, target, say)
+    if found is not None:
+        run.decide("memory", lambda: {"free": target.free, "peak": found.plan.peak, "lines": found.plan.lines})
+    on = found.checkpointing if found is not None else getattr(config, "checkpointing", "off") == "on"
+    return bool(share(run.decide("checkpointing", lambda: on)))
 
 
 def stream_seed(seed: int, purpose: str, step: int = 0) -> int:

@@ -15,6 +15,7 @@ from klimb.data.load import load_prompts
 from klimb.data.render import Renderer
 from klimb.models.faces import Policy, sequence_kl
 from klimb.models.load import load_tokenizer
+from klimb.models.packing import Budget
 from klimb.rewards.model import ModelReward
 from klimb.rewards.normalise import Normalised
 from klimb.rewards.protocol import Reward
@@ -24,9 +25,11 @@ from klimb.rewards.spec import parse_reward
 from klimb.rollout.engine import Request, generate
 from klimb.rollout.local import LocalEngine
 from klimb.rollout.sampling import SamplingParams
+from klimb.runtime.plan import Work
 from klimb.runtime.run import Run
 from klimb.runtime.signals import Interrupt
 from klimb.stages.common import Given, RunConfig, Session, stream_seed
+from klimb.stages.memory import of_measuring
 from klimb.stages.models import Loaded, load_policy, load_reference, load_reward_model, prompt_room
 from klimb.types import Group, Prompt, Sample
 from klimb.watch.statistics import best_of_n, best_of_n_kl, mean_interval
@@ -55,6 +58,9 @@ class EvaluateConfig(RunConfig):
     best_of: list[int] = Field([], description="n of best-of-n, by the proxy; needs that many samples_per_prompt")
     report_n: int | None = Field(None, ge=1, description="the n that stands in the table; default: the last")
 
+    def work(self, context: int) -> Work:
+        return of_measuring(self, context)
+
     def contradictions(self) -> Iterator[str]:
         yield from super().contradictions()
         if self.best_of and self.measure.reward is None:
@@ -76,24 +82,22 @@ class Judges:
     proxy: Reward | None
     gold: Reward | None
     seed: int
-    budget: int
+    budget: Budget
 
     @staticmethod
-    def for_measurement(
-        config: Measurement | None, session: Session, loaded: Loaded, seed: int, budget: int
-    ) -> Judges | None:
+    def for_measurement(config: Measurement | None, session: Session, loaded: Loaded, seed: int) -> Judges | None:
         if config is None:
             return None
         room = prompt_room(loaded.backbone.context, config.max_tokens)
         prompts = load_prompts(config.data, loaded.renderer, max_length=room).items
         proxy = None if config.reward is None else open_reward(config.reward, session, loaded.renderer)
         gold = None if config.gold is None else open_reward(config.gold, session, loaded.renderer)
-        return Judges(config, session, loaded, prompts, proxy, gold, seed, budget)
+        return Judges(config, session, loaded, prompts, proxy, gold, seed, session.scoring)
 
     def sample(self, policy: Policy, purpose: str) -> list[Group]:
         """Groups of the measurement's prompts with proxy (`score`) and, as a component, gold."""
         params = SamplingParams(self.config.max_tokens, self.loaded.stop_tokens(self.prompts), self.config.temperature)
-        engine = local_engine(policy, self.loaded, self.prompts, on_tokens=self.session.on_tokens)
+        engine = local_engine(policy, self.loaded, self.prompts, on_tokens=self.session.on_tokens, say=self.session.say)
         self.session.sampling(purpose)
         seed = stream_seed(self.seed, purpose)
         groups = generate(engine, [Request(p, self.config.samples_per_prompt, params, seed) for p in self.prompts])
@@ -166,7 +170,7 @@ def open_reward(spec: Any, session: Session, renderer: Renderer, running: list[N
         model = load_reward_model(session, directory)
         mine = renderer.tokenizer
         same = tokenizer.get_vocab() == mine.get_vocab() or mine.get_vocab().items() <= tokenizer.get_vocab().items()
-        return ModelReward(model, Renderer(tokenizer), directory, same_tokenizer=same)
+        return ModelReward(model, Renderer(tokenizer), directory, same_tokenizer=same, budget=Budget(8192, session.say))
 
     reward = asked_once(parse_reward(spec, model_loader=load, running=running))
     session.run.closing.callback(reward.close)
@@ -175,11 +179,11 @@ def open_reward(spec: Any, session: Session, renderer: Renderer, running: list[N
 
 def local_engine(
     policy: Policy, loaded: Loaded, prompts: Sequence[Prompt], max_rows: int = 128,
-    on_tokens: Callable[[int], None] | None = None,
+    on_tokens: Callable[[int], None] | None = None, say: Callable[[str], None] = lambda line: None,
 ) -> LocalEngine:  # fmt: skip
     like = prompts[0].text if prompts else ""
     return LocalEngine(
-        policy, lambda tokens: loaded.renderer.decode(tokens, like), max_rows=max_rows, on_tokens=on_tokens
+        policy, lambda tokens: loaded.renderer.decode(tokens, like), max_rows=max_rows, on_tokens=on_tokens, say=say
     )
 
 
@@ -260,7 +264,7 @@ def train(config: EvaluateConfig, run: Run, interrupt: Interrupt, say: Any) -> d
     session = Session.begin(config, run, interrupt, say)
     loaded = load_policy(session, config.model, None, config.seed)
     reference = load_reference(session, loaded, config.reference) if config.reference else loaded.policy
-    judges = Judges.for_measurement(config.measure, session, loaded, config.seed, session.token_budget)
+    judges = Judges.for_measurement(config.measure, session, loaded, config.seed)
     assert judges is not None
     groups = judges.sample(loaded.policy, "evaluate")
     result: dict[str, Any] = {"model": config.model, "evaluation": judges.summarise(groups, loaded.policy, reference)}

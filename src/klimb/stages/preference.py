@@ -17,11 +17,14 @@ from klimb.data.sampler import Sampler
 from klimb.errors import KlimbError
 from klimb.metrics import Metrics
 from klimb.models.faces import Policy, policy_logps
+from klimb.models.packing import Budget
 from klimb.objective.preference import PreferenceLoss, known_start, parse_preference, preference_loss
+from klimb.runtime.plan import Work
 from klimb.runtime.run import Run
 from klimb.runtime.signals import Interrupt
 from klimb.stages.common import Given, Session, SupervisedConfig
 from klimb.stages.evaluate import Judges, Measurement
+from klimb.stages.memory import of_pairs
 from klimb.stages.models import load_policy, load_reference
 from klimb.stages.reward import batch_of
 from klimb.types import Preference
@@ -37,6 +40,9 @@ class PreferenceConfig(SupervisedConfig):
     reference: str | None = Field(None, description="model to stay near; default: where training starts")
     batch_size: int = Field(64, ge=1, description="pairs in an update")
     measure: Measurement | None = None
+
+    def work(self, context: int) -> Work:
+        return of_pairs(self, context, reference=True)
 
     def contradictions(self) -> Iterator[str]:
         yield from super().contradictions()
@@ -82,7 +88,7 @@ def train(config: PreferenceConfig, run: Run, interrupt: Interrupt, say: Any) ->
     steps = config.steps or max(1, round(config.epochs * len(training) / config.batch_size))
     learner = session.learner("policy", "preference", loaded.policy.trainable(), config, config.optimizer, steps)
     sampler = Sampler(len(training), config.batch_size, config.seed)
-    judges = Judges.for_measurement(config.measure, session, loaded, config.seed, session.token_budget)
+    judges = Judges.for_measurement(config.measure, session, loaded, config.seed)
     start = 0
     if found := session.resume():
         start = found.step
@@ -91,14 +97,14 @@ def train(config: PreferenceConfig, run: Run, interrupt: Interrupt, say: Any) ->
     for step in session.steps(start, steps):
         batch = batch_of([training[i] for i in sampler.next_batch()])
         with session.timed("reference"):
-            batch = with_reference(reference, batch, session.token_budget)
+            batch = with_reference(reference, batch, session.scoring)
         with session.timed("train"):
             measured = learner.step(batch, lambda micro, totals: pair_loss(loaded.policy, loss, micro, totals))
         measured["tokens"] = metrics.total(batch.totals.tokens)
         if step == 1 and config.reference is None:
             _check_start(loss, measured["loss"].result(), session.dtype)
         if held_out and (step % config.eval_every == 0 or step == steps):
-            measured |= _held_out(loaded.policy, reference, loss, held_out, session.token_budget)
+            measured |= _held_out(loaded.policy, reference, loss, held_out, session.scoring)
         session.end_step(
             step, steps, metrics.results(measured), every=config.checkpoint_every, state={"sampler": sampler.state()}
         )
@@ -108,12 +114,12 @@ def train(config: PreferenceConfig, run: Run, interrupt: Interrupt, say: Any) ->
     return {"model": str(run.model), "steps": learner.steps, "algorithm": repr(loss), "evaluation": evaluation}
 
 
-def with_reference(reference: Policy, batch: TokenBatch, budget: int) -> TokenBatch:
+def with_reference(reference: Policy, batch: TokenBatch, budget: Budget) -> TokenBatch:
     return batch.with_columns(ref_logps=policy_logps(reference, batch, budget=budget).logps)
 
 
 def _held_out(
-    policy: Policy, reference: Policy, loss: PreferenceLoss, pairs: Sequence[Preference], budget: int
+    policy: Policy, reference: Policy, loss: PreferenceLoss, pairs: Sequence[Preference], budget: Budget
 ) -> Metrics:
     batch = with_reference(reference, batch_of(pairs), budget).to(policy.backbone.device)
     _, measured = _loss_of(policy_logps(policy, batch, budget=budget).logps, loss, batch, batch.totals)

@@ -15,7 +15,8 @@ from klimb.rewards.spec import reward_files
 from klimb.runtime.ranks import rank, share
 from klimb.runtime.run import Fresh, Run
 from klimb.runtime.signals import interruptible
-from klimb.stages.common import inputs_of, say_aside
+from klimb.stages.common import inputs_of, say_aside, target_of
+from klimb.stages.memory import admitted
 
 STAGES: Mapping[str, tuple[str, str]] = {
     "sft": ("klimb.stages.sft", "SftConfig"),
@@ -39,7 +40,9 @@ def stage_config(stage: str, values: Mapping[str, Any], overrides: Sequence[str]
 def preview(stage: str, config: Any) -> list[str]:
     """Lines that say what would run; raises where the settings contradict each other."""
     tell = getattr(importlib.import_module(STAGES[stage][0]), "preview", None)
-    return tell(config) if tell else []
+    lines: list[str] = tell(config) if tell else []
+    admitted(config, target_of(config), lines.append)
+    return lines
 
 
 def run_stage(

@@ -18,11 +18,14 @@ from klimb.errors import RewardError
 from klimb.metrics import Metrics
 from klimb.models.faces import RewardModel, reward_scores
 from klimb.models.load import load_tokenizer, save_classifier
+from klimb.models.packing import Budget
 from klimb.objective.critic import reward_loss
+from klimb.runtime.plan import Work
 from klimb.runtime.ranks import rank
 from klimb.runtime.run import Run
 from klimb.runtime.signals import Interrupt
 from klimb.stages.common import Given, Session, SupervisedConfig
+from klimb.stages.memory import of_pairs
 from klimb.stages.models import load_reward_model, model_folder
 from klimb.types import Preference
 
@@ -34,6 +37,9 @@ class RewardConfig(SupervisedConfig):
     centering: float = Field(0.01, ge=0, description="arXiv 2312.09244: keeps scores near zero")
     reference: Given = Field(None, description="prompts with completions: scores are scaled to mean 0, std 1 on them")
     min_accuracy: float = Field(0.0, ge=0, le=1, description="stop here when held-out accuracy is below")
+
+    def work(self, context: int) -> Work:
+        return of_pairs(self, context, classifier=True)
 
     def contradictions(self) -> Iterator[str]:
         yield from super().contradictions()
@@ -91,12 +97,12 @@ def train(config: RewardConfig, run: Run, interrupt: Interrupt, say: Any) -> dic
             measured = learner.step(batch, lambda micro, totals: pair_loss(model, micro, totals, config.centering))
         measured["tokens"] = metrics.total(batch.totals.tokens)
         if held_out and (step % config.eval_every == 0 or step == steps):
-            measured["eval/accuracy"] = _accuracy(model, held_out, session.token_budget)
+            measured["eval/accuracy"] = _accuracy(model, held_out, session.scoring)
         session.end_step(
             step, steps, metrics.results(measured), every=config.checkpoint_every, state={"sampler": sampler.state()}
         )
 
-    accuracy = _accuracy(model, held_out, session.token_budget).result() if held_out else None
+    accuracy = _accuracy(model, held_out, session.scoring).result() if held_out else None
     if accuracy is not None and accuracy < config.min_accuracy:
         raise RewardError(
             f"held-out accuracy is {accuracy:.3f}, below min_accuracy={config.min_accuracy}", where=run.path,
@@ -113,7 +119,7 @@ def train(config: RewardConfig, run: Run, interrupt: Interrupt, say: Any) -> dic
 
 
 @torch.no_grad()
-def _accuracy(model: RewardModel, pairs: Sequence[Preference], budget: int) -> metrics.Metric:
+def _accuracy(model: RewardModel, pairs: Sequence[Preference], budget: Budget) -> metrics.Metric:
     scores = reward_scores(model, batch_of(pairs), budget=budget)
     return metrics.mean(((scores[0::2] - scores[1::2]).sign() + 1) / 2)
 
@@ -135,7 +141,7 @@ def _normalisation(
 
         examples = session.read(load_examples, config.reference, config, renderer, max_length)
         batch = examples_batch(examples.items)
-    scores = reward_scores(model, batch, budget=session.token_budget).double()
+    scores = reward_scores(model, batch, budget=session.scoring).double()
     std = float(scores.std())
     if not std > 0:
         raise RewardError("all reference samples get the same score", where=config.model,

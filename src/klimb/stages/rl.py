@@ -36,11 +36,13 @@ from klimb.rollout.engine import Request, RolloutEngine, generate
 from klimb.rollout.sampling import SamplingParams
 from klimb.runtime.learner import Learner, Optimizer
 from klimb.runtime.memory import give_back
+from klimb.runtime.plan import Work
 from klimb.runtime.run import Run
 from klimb.runtime.samples import sample_records
 from klimb.runtime.signals import Interrupt
 from klimb.stages.common import Given, Session, TrainConfig, stream_seed
 from klimb.stages.evaluate import Judges, Measurement, add_gold, batch_of, local_engine, open_reward
+from klimb.stages.memory import of_rl
 from klimb.stages.mismatch import Mismatch
 from klimb.stages.models import Loaded, load_critic, load_policy, load_reference, load_texts, prompt_room
 from klimb.types import Group, Prompt
@@ -73,6 +75,9 @@ class RlConfig(TrainConfig):
     failure_limit: float = Field(0.05, ge=0, le=1, description="share of rows whose reward may fail")
     max_refills: int = Field(8, ge=0, description="dynamic sampling: further rounds of prompts for one batch")
     measure: Measurement | None = None
+
+    def work(self, context: int) -> Work:
+        return of_rl(self, resolved(self).needs, context)
 
     def contradictions(self) -> Iterator[str]:
         yield from super().contradictions()
@@ -134,7 +139,7 @@ class Actors:
 def train(config: RlConfig, run: Run, interrupt: Interrupt, say: Any) -> dict[str, Any]:
     session = Session.begin(config, run, interrupt, say)
     actors = prepare(config, session)
-    judges = Judges.for_measurement(config.measure, session, actors.loaded, config.seed, session.token_budget)
+    judges = Judges.for_measurement(config.measure, session, actors.loaded, config.seed)
     state: dict[str, Tensor] = {}
     start = 0
     if found := session.resume():
@@ -219,7 +224,7 @@ def prepare(config: RlConfig, session: Session) -> Actors:
     return Actors(
         config, session, algorithm, loaded, reference, critic, data.items,
         Sampler(len(data.items), config.prompts_per_step, config.seed),
-        local_engine(loaded.policy, loaded, data.items, rows, session.on_tokens),
+        local_engine(loaded.policy, loaded, data.items, rows, session.on_tokens, session.say),
         Scorer(reward, failure_limit=config.failure_limit, min_scored=min(2, config.samples_per_prompt),
                on_event=lambda event: session.run.event(**event)),
         running, gold, policy_learner, critic_learner,
@@ -328,7 +333,7 @@ def look_up(actors: Actors, batch: TokenBatch, stale: bool) -> TokenBatch:
     to the bit. Further updates compare with the behaviour log-probs, which in fp32 are the trainer's own to 1e-6; in
     bfloat16 they are off by more than a clip range would forgive, so there a pass before the update takes their place.
     """
-    config, budget = actors.config, actors.session.token_budget
+    config, budget = actors.config, actors.session.scoring
     with actors.session.timed("look up"):
         if actors.reference is not None:
             outputs = policy_logps(actors.reference, batch, budget=budget, temperature=config.temperature)

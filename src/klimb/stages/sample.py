@@ -15,11 +15,13 @@ from klimb.rewards.scorer import Scorer
 from klimb.rollout.engine import Request, generate
 from klimb.rollout.sampling import SamplingParams
 from klimb.runtime.durable import replace_file
+from klimb.runtime.plan import Work
 from klimb.runtime.ranks import rank
 from klimb.runtime.run import Run
 from klimb.runtime.signals import Interrupt
 from klimb.stages.common import Given, RunConfig, Session, stream_seed
 from klimb.stages.evaluate import local_engine, open_reward
+from klimb.stages.memory import of_measuring
 from klimb.stages.models import load_policy, prompt_room
 from klimb.types import Group
 
@@ -38,6 +40,9 @@ class SampleConfig(RunConfig):
     pairs: bool = False
     label_noise: float = Field(0.0, ge=0, lt=0.5, description="share of comparisons turned round, as by erring people")
 
+    def work(self, context: int) -> Work:
+        return of_measuring(self, context)
+
     def contradictions(self) -> Iterator[str]:
         yield from super().contradictions()
         if self.pairs and (self.reward is None or self.samples_per_prompt < 2):
@@ -55,7 +60,7 @@ def train(config: SampleConfig, run: Run, interrupt: Interrupt, say: Any) -> dic
         config.repetition_penalty,
     )  # fmt: skip
     seed = stream_seed(config.seed, "sample")
-    engine = local_engine(loaded.policy, loaded, data.items, on_tokens=session.on_tokens)
+    engine = local_engine(loaded.policy, loaded, data.items, on_tokens=session.on_tokens, say=session.say)
     session.sampling("sample")
     groups = generate(engine, [Request(p, config.samples_per_prompt, params, seed) for p in data.items])
     if config.reward is not None:

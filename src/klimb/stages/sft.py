@@ -16,11 +16,14 @@ from klimb.data.load import load_examples, load_prompts, split_by_prompt
 from klimb.data.sampler import Sampler
 from klimb.metrics import Metrics
 from klimb.models.faces import Policy, policy_logps
+from klimb.models.packing import Budget
 from klimb.objective import supervised
+from klimb.runtime.plan import Work
 from klimb.runtime.run import Run
 from klimb.runtime.signals import Interrupt
 from klimb.stages.common import Given, Session, SupervisedConfig
 from klimb.stages.evaluate import Judges, Measurement, answer_score
+from klimb.stages.memory import of_supervised
 from klimb.stages.models import Loaded, load_policy
 from klimb.types import Example
 
@@ -42,6 +45,9 @@ class SftConfig(SupervisedConfig):
     batch_size: int = Field(64, ge=1, description="examples in an update")
     until: Until | None = None
     measure: Measurement | None = None
+
+    def work(self, context: int) -> Work:
+        return of_supervised(self, context)
 
 
 def batch_of(examples: Sequence[Example]) -> TokenBatch:
@@ -67,7 +73,7 @@ def train(config: SftConfig, run: Run, interrupt: Interrupt, say: Any) -> dict[s
 
     learner = session.learner("policy", "sft", loaded.policy.trainable(), config, config.optimizer, steps)
     sampler = Sampler(len(training), config.batch_size, config.seed)
-    judges = Judges.for_measurement(config.measure, session, loaded, config.seed, session.token_budget)
+    judges = Judges.for_measurement(config.measure, session, loaded, config.seed)
     until = _early_stop(config, loaded)
     start, reached = 0, None
     if found := session.resume():
@@ -82,7 +88,7 @@ def train(config: SftConfig, run: Run, interrupt: Interrupt, say: Any) -> dict[s
             measured = learner.step(batch, lambda micro, totals: sft_loss(loaded.policy, micro, totals))
         measured["tokens"] = metrics.total(batch.totals.tokens)
         if held_out and (step % config.eval_every == 0 or step == steps):
-            measured["eval/loss"] = _held_out_loss(loaded.policy, held_out, session.token_budget)
+            measured["eval/loss"] = _held_out_loss(loaded.policy, held_out, session.scoring)
         if until is not None and config.until and step % config.until.every == 0:
             score = until(step)
             measured["eval/score"] = metrics.ratio(score, 1.0)
@@ -108,6 +114,6 @@ def _early_stop(config: SftConfig, loaded: Loaded) -> Any:
 
 
 @torch.no_grad()
-def _held_out_loss(policy: Policy, examples: Sequence[Example], budget: int) -> metrics.Metric:
+def _held_out_loss(policy: Policy, examples: Sequence[Example], budget: Budget) -> metrics.Metric:
     batch = batch_of(examples)
     return metrics.mean(-policy_logps(policy, batch, budget=budget).logps, batch.mask.to(policy.backbone.device))

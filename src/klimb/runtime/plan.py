@@ -1,0 +1,169 @@
+"""The memory plan of a stage: what it will hold, line by line, before any weight is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+
+from klimb.models.load import LoRA
+from klimb.models.outline import Outline, Shape
+
+_DRAWING = 3
+"""Tensors [rows, V] that drawing holds: the logits, their weights, and those filled up to whole blocks."""
+_PREFILL = 4096
+"""Prompt tokens that a rollout computes at once."""
+_MOMENTS = {"fp32": 8.0, "8bit": 2 * (1 + 4 / 256)}
+"""Bytes a trained parameter."""
+
+_HEAP = {False: 0.8, True: 1.6}
+"""By LoRA: what glibc keeps of freed blocks between those in use, as a share of these, measured on models of 6 and 35 M
+parameters (docs/LOG.md). A GPU's allocator hands its blocks out again."""
+
+
+class Sampled(NamedTuple):
+    """At most: samples side by side, tokens of a prompt and of a completion. `samples` share a prompt."""
+
+    rows: int
+    prompt: int
+    completion: int
+    samples: int
+
+
+@dataclass(frozen=True)
+class Learning:
+    """What a learner moves: the adapters of `lora`, or all weights of `model`."""
+
+    model: str
+    lora: LoRA | None = None
+    classifier: bool = False
+    state: Literal["fp32", "8bit"] = "fp32"
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a stage holds and computes. shape: rows of its micro-batches. frozen: further models, by what they are."""
+
+    policy: Learning
+    shape: Shape
+    trains: bool = True
+    critic: Learning | None = None
+    """On the policy's base where it has adapters too."""
+    frozen: tuple[tuple[str, Learning], ...] = ()
+    sampled: tuple[Sampled, ...] = ()
+    compared_at_the_end: str | None = None
+    """A reference that is loaded when training is over."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes by line: what is held all the time, and what each phase adds while it lasts."""
+
+    held: Mapping[str, int]
+    phases: Mapping[str, Mapping[str, int]]
+
+    @property
+    def busiest(self) -> str:
+        return max(self.phases, key=lambda phase: sum(self.phases[phase].values()))
+
+    @property
+    def lines(self) -> dict[str, int]:
+        """Those of the peak."""
+        return {name: count for name, count in {**self.held, **self.phases[self.busiest]}.items() if count}
+
+    @property
+    def peak(self) -> int:
+        return sum(self.lines.values())
+
+    @property
+    def least(self) -> int:
+        """What no token budget makes smaller: what is held, and the gradients."""
+        return sum(self.held.values()) + self.phases.get("training", {}).get("gradients", 0)
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name} {gigabytes(count)}" for name, count in self.lines.items())
+
+
+def gigabytes(count: float) -> str:
+    """GB = 2^30 bytes, as memory is sold; MB = 2^20."""
+    return f"{count / 2**30:.1f} GB" if count >= 2**30 else f"{count / 2**20:.{0 if count >= 2**20 else 2}f} MB"
+
+
+def plan(work: Work, dtype: torch.dtype, budget: int, *, checkpointing: bool, heap: bool = False) -> Plan:
+    """heap: is memory taken from glibc, as on a CPU? Raises what `Outline` raises where a config cannot be read."""
+    policy = outline(work.policy, dtype)
+    held = {"weights": policy.weights}
+    phases = {}
+    if not work.trains:
+        phases["scoring"] = {"activations": _scoring(policy, work.shape, budget)}
+    else:
+        held |= {"adapters": policy.adapters, "masters": policy.masters, "moments": _moments(policy, work.policy)}
+        phases["training"] = _training(policy, work.shape, budget, checkpointing)
+    if work.critic is not None:
+        critic = outline(work.critic, dtype)
+        held["critic"] = critic.adapters + critic.masters + _moments(critic, work.critic)
+        held["critic"] += 0 if work.critic.lora else critic.weights
+        phases["critic"] = _training(critic, work.shape, budget, checkpointing)
+    for name, model in work.frozen:
+        held[name] = held.get(name, 0) + outline(model, dtype).weights
+    if work.sampled:
+        phases["sampling"] = max((_sampling(policy, s) for s in work.sampled), key=lambda lines: sum(lines.values()))
+    if work.compared_at_the_end is not None:
+        reference = outline(Learning(work.compared_at_the_end), dtype).weights
+        phases["measuring"] = {"reference": reference, **phases["sampling"]}
+    if heap:
+        share = _HEAP[work.policy.lora is not None]
+        for name in phases.keys() & {"training", "critic"}:
+            phases[name] = {**phases[name], "heap": int(share * sum(phases[name].values()))}
+    return Plan(held, phases)
+
+
+def outline(model: Learning, dtype: torch.dtype) -> Outline:
+    config = Path(model.model) / "config.json"
+    stamp = config.stat().st_mtime_ns if config.is_file() else 0
+    return _outline(model.model, stamp, dtype, model.lora and model.lora.model_dump_json(), model.classifier)
+
+
+@lru_cache(maxsize=8)
+def _outline(model: str, stamp: int, dtype: torch.dtype, lora: str | None, classifier: bool) -> Outline:
+    adapters = LoRA.model_validate_json(lora) if lora else None
+    return Outline(model, dtype, adapters, classifier=classifier)
+
+
+def _moments(model: Outline, learning: Learning) -> int:
+    width = 2 if learning.state == "fp32" and model.dtype == torch.float64 else 1
+    return int(width * model.trained * _MOMENTS[learning.state])
+
+
+@lru_cache(maxsize=64)
+def _training(model: Outline, shape: Shape, budget: int, checkpointing: bool) -> dict[str, int]:
+    """As in `Learner`: gradients of earlier micro-batches lie in fp32 while one is computed; those of its own are in
+    the precision of the weights, and grow while its activations go."""
+    again = checkpointing and model.can_compute_again
+    kept, besides = model.training(shape, budget, checkpointing=again)
+    own = model.gradients - model.masters if model.masters else 0
+    gradients = model.masters or model.gradients
+    return {"gradients": gradients, "activations": kept, "head and backward": max(besides, own - kept)}
+
+
+@lru_cache(maxsize=64)
+def _scoring(model: Outline, shape: Shape, budget: int) -> int:
+    return model.scoring(shape, budget)
+
+
+def _sampling(model: Outline, sampled: Sampled) -> dict[str, int]:
+    rows, prompt, completion, samples = sampled
+    config = model.config
+    heads = config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    stored = config.num_hidden_layers * 2 * (getattr(config, "num_key_value_heads", None) or heads) * width
+    tokens = -(-rows // samples) * prompt + rows * completion
+    logits = 4 * _DRAWING * rows * config.vocab_size
+    if model.dtype == torch.bfloat16:  # the head's weight in fp32
+        logits += 4 * config.vocab_size * config.hidden_size
+    prefill = _scoring(model, Shape(prompt, 1), min(_PREFILL, -(-rows // samples) * (prompt + 1)))
+    return {"KV cache": stored * tokens * model.dtype.itemsize, "logits": max(logits, prefill)}
