@@ -20,6 +20,7 @@ LAYERS = (
     {"rewards", "runtime", "rollout", "watch", "report"},
     {"lab"},
     {"stages"},
+    {"commands"},
     {"cli"},
     {"__main__"},
 )

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 import typer
 from typer.core import TyperGroup
 
+from klimb import commands
+
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
@@ -143,6 +145,9 @@ def algorithms(as_json: Json = False) -> None:
         print(json.dumps(rows, indent=1, ensure_ascii=False))
     else:
         _print_table(rows)
+
+
+commands.add_to(app)
 
 
 def _method_command(name: str, others: Sequence[str]) -> Any:

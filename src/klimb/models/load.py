@@ -174,10 +174,28 @@ def save_causal(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path, stop_tokens: list[int]
 ) -> None:
     """Hugging Face layout; the generation config stops on the tokens that training taught the model to stop with."""
+    _end_generation(model, tokenizer, stop_tokens)
+    _save(model, tokenizer, directory)
+
+
+def save_adapter(
+    model: PreTrainedModel, peft: Any, tokenizer: PreTrainedTokenizerBase, directory: Path, stop_tokens: list[int]
+) -> None:
+    """The adapter "policy" alone, as peft loads it; the generation config stands beside it as for whole weights."""
+    peft.save_pretrained(directory, selected_adapters=["policy"])
+    for file in (directory / "policy").iterdir():  # peft puts a named adapter in a folder of its name
+        file.replace(directory / file.name)
+    (directory / "policy").rmdir()
+    _end_generation(model, tokenizer, stop_tokens)
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
+def _end_generation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stop_tokens: list[int]) -> None:
     if model.generation_config is not None:
         model.generation_config.eos_token_id = stop_tokens
         model.generation_config.pad_token_id = tokenizer.pad_token_id
-    _save(model, tokenizer, directory)
 
 
 def save_classifier(

@@ -20,6 +20,7 @@ from klimb.models.load import (
     load_causal,
     load_classifier,
     load_tokenizer,
+    save_adapter,
     save_causal,
     score_head,
 )
@@ -62,13 +63,12 @@ class Loaded:
         backbone = self.backbone
         if self.conversational:
             self.renderer.tokenizer.chat_template = self.renderer.template.source
+        tokenizer, ends = self.renderer.tokenizer, self.all_stop_tokens()
         with model_folder(directory) as folder:
             if backbone.peft is None:
-                save_causal(backbone.model, self.renderer.tokenizer, folder, self.all_stop_tokens())
-                return
-            backbone.peft.save_pretrained(folder, selected_adapters=["policy"])
-            _flatten_adapter(folder)
-            self.renderer.tokenizer.save_pretrained(folder)
+                save_causal(backbone.model, tokenizer, folder, ends)
+            else:
+                save_adapter(backbone.model, backbone.peft, tokenizer, folder, ends)
 
 
 @contextmanager
@@ -78,13 +78,6 @@ def model_folder(directory: Path) -> Iterator[Path]:
         durable.remove_folder(directory)
         with durable.new_folder(directory) as folder:
             yield folder
-
-
-def _flatten_adapter(directory: Path) -> None:
-    """peft puts a named adapter in a folder of its name; loaders look for it at the top."""
-    for file in (directory / "policy").iterdir():
-        file.replace(directory / file.name)
-    (directory / "policy").rmdir()
 
 
 def load_texts(model: str) -> tuple[Renderer, int]:
