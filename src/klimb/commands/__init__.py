@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -26,6 +27,21 @@ def export(
     print(f"megabytes  {result['bytes'] / 1e6:.1f}")
 
 
+def chat(
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="RUN|MODEL [RUN|MODEL] [KEY=VALUE]...", help="what to talk to, and how to sample"),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print the reply to standard input as JSON")] = False,
+) -> None:
+    """Talk to a model, or to two side by side; `echo hi | klimb chat RUN` answers once."""
+    from klimb.commands.chat import chat as talk
+
+    words = arguments or []
+    models = [word for word in words if "=" not in word or Path(word).exists()]
+    talk(models, [word for word in words if word not in models], as_json)
+
+
 def add_to(app: typer.Typer) -> None:
-    for command in (export,):
+    for command in (export, chat):
         app.command()(command)
