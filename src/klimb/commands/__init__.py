@@ -42,6 +42,34 @@ def chat(
     talk(models, [word for word in words if word not in models], as_json)
 
 
+def new(name: Annotated[str, typer.Argument(help="folder to make")]) -> None:
+    """A folder to begin with: recipe, 20 rows, reward function, a tiny model; it runs as it stands."""
+    from klimb.commands.new import new as make
+
+    folder = make(name)
+    print(f"{folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
+    print(f"next: cd {folder} && klimb grpo recipe.yaml")
+
+
+def schema(
+    kind: Annotated[str, typer.Argument(metavar="[recipe|STAGE|ALGORITHM]", help="what the file holds")] = "recipe",
+) -> None:
+    """JSON schema of a recipe, or of one stage's keys, for editors."""
+    from klimb.commands.schema import schema as schema_of
+
+    print(json.dumps(schema_of(kind), indent=1, ensure_ascii=False))
+
+
+def completion(
+    context: typer.Context, shell: Annotated[str, typer.Argument(metavar="bash|zsh|fish", help="your shell")]
+) -> None:
+    """A script for the shell: commands, keys and their values, completed with TAB."""
+    from klimb.commands.completion import completion as script
+
+    parser = context.parent.command if context.parent else context.command
+    print(script(shell, getattr(parser, "commands", {})), end="")
+
+
 def add_to(app: typer.Typer) -> None:
-    for command in (export, chat):
+    for command in (new, chat, export, schema, completion):
         app.command()(command)
