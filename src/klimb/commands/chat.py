@@ -17,7 +17,7 @@ from klimb.config import StageConfig, load_config
 from klimb.data.render import Renderer
 from klimb.errors import ConfigError, DataError, KlimbError
 from klimb.models.backbone import Backbone
-from klimb.models.load import load_causal, load_tokenizer, resolve_device, resolve_dtype
+from klimb.models.load import check_vocabulary, load_causal, load_tokenizer, resolve_device, resolve_dtype
 from klimb.models.probe import probed_policy
 from klimb.report.text import visible
 from klimb.rollout.engine import Request
@@ -67,8 +67,9 @@ class Speaker:
         self.history: list[Message] = []
         device = resolve_device(config.device)
         network, adapter = load_causal(model, device, resolve_dtype(config.dtype, device))
-        self.policy, _ = probed_policy(Backbone(network, adapter), None)
         tokenizer = load_tokenizer(model)
+        check_vocabulary(network, tokenizer, model)
+        self.policy, _ = probed_policy(Backbone(network, adapter), None)
         self.renderer = Renderer(tokenizer, system=config.system)
         self.conversational = _conversational(place, tokenizer.chat_template is not None, run)
         if config.system is not None and not self.conversational:

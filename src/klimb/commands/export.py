@@ -68,10 +68,11 @@ def _write_merged(trained: Trained, folder: Path) -> None:
 
 def stop_tokens(model: Path, tokenizer: Any) -> list[int]:
     """Where generation ends, as the generation config beside the weights says, else at EOS."""
+    from klimb.models.load import token_list
+
     file = model / "generation_config.json"
     ends = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
-    ends = tokenizer.eos_token_id if ends is None else ends
-    return [end for end in (ends if isinstance(ends, list) else [ends]) if end is not None]
+    return token_list(tokenizer.eos_token_id if ends is None else ends)
 
 
 def _name(run: Path) -> str:

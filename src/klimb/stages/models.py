@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from klimb.data.render import Renderer
+from klimb.data.template import RenderError
 from klimb.errors import ConfigError
 from klimb.models.backbone import Backbone
 from klimb.models.faces import Critic, Policy, RewardModel
 from klimb.models.load import (
     LoRA,
+    check_vocabulary,
     declared_context,
     load_causal,
     load_classifier,
@@ -51,10 +53,11 @@ class Loaded:
 
     def all_stop_tokens(self) -> list[int]:
         """For the generation config: of strings, and of conversations where there is a template."""
-        templated = self.conversational or self.renderer.tokenizer.chat_template
-        return sorted(
-            self.renderer.stop_tokens(False) | (self.renderer.stop_tokens(True) if templated else frozenset())
-        )
+        ends = self.renderer.stop_tokens(False)
+        if self.conversational or self.renderer.tokenizer.chat_template:
+            with suppress(*(() if self.conversational else (RenderError,))):  # a template that nothing was trained with
+                ends |= self.renderer.stop_tokens(True)
+        return sorted(ends)
 
     def save(self, directory: Path) -> None:
         """Hugging Face layout: the model, or its adapter alone when there is one. Rank 0 writes it."""
@@ -99,6 +102,7 @@ def load_policy(session: Session, model: str, lora: LoRA | None, seed: int, rend
     """The policy that training starts from, its numbers held against the model's own."""
     renderer = renderer or Renderer(load_tokenizer(model))
     network, adapter = load_causal(model, session.device, session.dtype)
+    check_vocabulary(network, renderer.tokenizer, model)
     torch.manual_seed(seed)  # a new adapter draws its first matrices
     backbone = _trained(session, Backbone(network, adapter, lora))
     policy, path = probed_policy(backbone, "policy" if backbone.peft is not None else None)
