@@ -136,7 +136,7 @@ def _new_adapter(model: PreTrainedModel, lora: LoRA) -> Any:
         task_type=None if is_classifier else "CAUSAL_LM", exclude_modules=["score"] if is_classifier else None,
     )  # fmt: skip
     try:
-        with warnings.catch_warnings(action="ignore", category=UserWarning):  # of what is mended or refused right here
+        with warnings.catch_warnings(action="ignore", category=Warning):  # of what is mended or refused below
             adapted = get_peft_model(model, config, adapter_name="policy")
     except ValueError as error:
         raise KlimbError(f"lora.targets={lora.targets}: {str(error).splitlines()[0]}") from None
