@@ -6,6 +6,7 @@ frozen copy of the adapter that training started from. With full weights each fa
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -34,12 +35,12 @@ class Backbone(nn.Module):
         if adapter is not None:
             from peft import PeftModel
 
+            if lora is not None:
+                _check_same(adapter, lora)
             self.peft = PeftModel.from_pretrained(model, str(adapter), adapter_name="policy", is_trainable=True)
             if lora is None:
                 model, self.peft = self.peft.merge_and_unload(), None
                 model.requires_grad_(True)  # peft had frozen what was below the adapter
-            else:
-                _check_same(self.peft.peft_config["policy"], lora, adapter)
         elif lora is not None:
             self.peft = _new_adapter(model, lora)
         self.model = model
@@ -148,9 +149,10 @@ def _new_adapter(model: PreTrainedModel, lora: LoRA) -> Any:
     return adapted
 
 
-def _check_same(given: Any, lora: LoRA, adapter: Path) -> None:
+def _check_same(adapter: Path, lora: LoRA) -> None:
     """An adapter has its shape already; settings that ask for another one would be ignored."""
-    for key, has, wanted in (("rank", given.r, lora.rank), ("alpha", given.lora_alpha, lora.alpha)):
+    given = json.loads((adapter / "adapter_config.json").read_text())
+    for key, has, wanted in (("rank", given["r"], lora.rank), ("alpha", given["lora_alpha"], lora.alpha)):
         if has != wanted:
             raise KlimbError(f"lora.{key}={wanted:g}: the adapter in {adapter} has {key} {has:g}",
                              fix=f"set lora.{key}={has:g} to train it further, or start from a model that it was "
