@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 import typer
 from typer.core import TyperGroup
 
+from klimb import commands
+
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
@@ -164,6 +166,9 @@ def doctor(
     findings = examine()
     print(json.dumps([f._asdict() for f in findings], indent=1, ensure_ascii=False)) if as_json else show(findings)
     raise typer.Exit(int(any(finding.ok is False for finding in findings)))
+
+
+commands.add_to(app)
 
 
 def _method_command(name: str, others: Sequence[str]) -> Any:

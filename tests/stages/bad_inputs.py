@@ -17,7 +17,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from transformers import AutoTokenizer
 from world import Said, World, klimb, make_world, write
+
+from klimb.lab.scratch import make_model
 
 Prepare = Callable[[], object]
 
@@ -35,7 +38,7 @@ class Bad(NamedTuple):
     def say(self) -> Said:
         """What klimb says to it, standing in a furnished folder. With --json it tells no progress."""
         first, *rest = shlex.split(self.command)
-        quiet = [] if first == "report" else ["--json"]
+        quiet = [] if first in ("report", "new", "schema", "completion") else ["--json"]
         said = klimb(*USUAL.get(first, first).split(), *rest, *quiet)
         return said._replace(err=said.err.replace(f"{Path.cwd()}/", "").replace(str(Path.cwd()), "."))
 
@@ -99,6 +102,44 @@ def orphaned_adapter() -> None:
     klimb(*USUAL["SFT"].split(), "lora.rank=2", "out=tuned")
     settings = Path("tuned/model/adapter_config.json")
     settings.write_text(json.dumps({**json.loads(settings.read_text()), "base_model_name_or_path": "./gone"}))
+
+
+def tuned() -> None:
+    klimb(*USUAL["SFT"].split(), "lora.rank=2", "out=tuned")
+
+
+def small_vocabulary() -> None:
+    shutil.copytree("base", "broken", symlinks=False)
+    tokenizer = AutoTokenizer.from_pretrained("base")
+    tokenizer.add_tokens(["zebra"])
+    tokenizer.save_pretrained("broken")
+
+
+def own_code() -> None:
+    shutil.copytree("base", "broken", symlinks=False)
+    settings = json.loads(Path("broken/config.json").read_text())
+    code = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    Path("broken/config.json").write_text(json.dumps({**settings, "model_type": "own", "auto_map": code}))
+    Path("broken/own.py").write_text("open('ran', 'w')")
+
+
+def tied() -> None:
+    tokenizer = AutoTokenizer.from_pretrained("base")
+    make_model("tied", tokenizer=tokenizer, architecture="llama", hidden=16, layers=1, heads=2, mlp=32, context=24,
+               seed=0, tie=True)  # fmt: skip
+
+
+def reward_model() -> None:
+    klimb(*USUAL["REWARD"].split(), "out=rm")
+
+
+def unfinished() -> None:
+    other_run()
+    Path("run/result.json").unlink()
+
+
+def measured() -> None:
+    klimb(*USUAL["EVALUATE"].split(), "out=measured")
 
 
 def other_run() -> None:
@@ -226,6 +267,10 @@ CASES: dict[str, list[Bad]] = {
         Bad("4 bits below float64", "SFT lora.base=4bit dtype=float64", ("lora.base=4bit", "dtype=float64", "bfloat16")),
         Bad("a model that does not fit into the memory", "DPO model=broken", ("model=broken", "memory", "GB", "use"), too_wide, foreign=True),
         Bad("layers that are not there", "SFT lora.targets=[wq]", ("lora.targets", "wq"), foreign=True),
+        Bad("an adapter of another rank", "SFT model=tuned/model lora.rank=8", ("lora.rank=8", "has rank 2"), tuned),
+        Bad("an adapter on tied embeddings", "SFT model=tied lora.targets=[lm_head]", ("lora.targets", "all-linear"), tied),
+        Bad("tokens without an embedding", "SFT model=broken", ("model=broken", "'zebra'", "resize_token_embeddings"), small_vocabulary),
+        Bad("Python code of the model's own", "SFT model=broken", ("model=broken", "never runs"), own_code),
         Bad("a critic that is no model", "PPO critic.model=empty", ("model=empty",), empty),
         Bad("a reward model that is no model", "GRPO reward=empty", ("model=empty",), empty),
     ],
@@ -242,6 +287,26 @@ CASES: dict[str, list[Bad]] = {
         Bad("a damaged manifest", "SFT out=run", ("run/manifest.json",), damaged("manifest.json")),
         Bad("a damaged result", "SFT out=run", ("run/result.json",), damaged("result.json")),
         Bad("a report of nothing", "report missing", ("missing",)),
+    ],
+    "New, chat, export, schema, completion": [
+        Bad("a new folder over an old one", "new base", ("base", "another name")),
+        Bad("a new folder where there can be none", "new rewards.py/mine", ("rewards.py/mine",)),
+        Bad("an export of nothing", "export missing", ("missing", "no such directory")),
+        Bad("an export of what is no run", "export base", ("base", "is not a run")),
+        Bad("an export of a run that has not finished", "export run", ("run", "continues"), unfinished),
+        Bad("an export of a run without a model", "export measured", ("measured", "evaluate trains nothing"), measured),
+        Bad("an export of several runs", "export story", ("story", "story/more", "story/sft"), other_stage),
+        Bad("an export over something", "export run out=base", ("base", "choose another out"), other_run),
+        Bad("an adapter where there is none", "export run lora=kept", ("lora=kept", "leave lora out"), other_run),
+        Bad("an unknown way of an export", "export run lora=merge", ("lora", "'merged'"), other_run),
+        Bad("a chat with nothing", "chat", ("klimb chat RUN",)),
+        Bad("a chat with three", "chat base base base", ("not 3",)),
+        Bad("a chat with no such model", "chat ./missing", ("./missing", "no such directory")),
+        Bad("a chat with a reward model", "chat rm", ("rm", "is a reward model"), reward_model),
+        Bad("an unknown setting of a chat", "chat base temprature=0", ("'temprature'", "'temperature'")),
+        Bad("an impossible setting of a chat", "chat base top_p=2", ("top_p",)),
+        Bad("a schema of nothing that is there", "schema grop", ("'grop'", "'grpo'")),
+        Bad("a shell that is not known", "completion tcsh", ("'tcsh'", "bash, zsh, fish")),
     ],
     "Rewards": [
         Bad("no such file", "GRPO reward=missing.py:score", ("missing.py",)),

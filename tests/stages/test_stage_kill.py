@@ -150,7 +150,7 @@ INSTANTS: list[tuple[str, str, Trap]] = [
     ("reward", "between a step and its checkpoint", partial(at_call, CHECKPOINT, 2)),
     ("reward", "while scores are normalised", partial(at_call, "klimb.stages.reward.save_classifier", 1)),
     ("dpo", "between a step and its checkpoint", partial(at_call, CHECKPOINT, 2)),
-    ("dpo", "while the adapter is saved", partial(at_call, "klimb.stages.models._flatten_adapter", 1)),
+    ("dpo", "while the adapter is saved", partial(at_call, "klimb.models.load._end_generation", 1)),
     ("ppo", "while the critic warms up", partial(at_call, STEP, 3)),  # two updates a step, of the critic alone
     ("ppo", "between the policy's update and the critic's", partial(at_call, STEP, 5, after=True)),
     ("ppo", "while completions are generated", partial(at_call, "klimb.rollout.local.draw", 18)),

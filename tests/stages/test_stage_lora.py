@@ -54,7 +54,7 @@ def move(policy: Policy) -> None:
 
 
 def test_a_new_adapter_is_compared_with_the_base(world: World) -> None:
-    policy = loaded(world.model, LoRA(rank=4))
+    policy = loaded(world.model, LoRA(**LORA))
     reference = load_reference(None, policy)  # type: ignore[arg-type]
     base = logps(loaded(world.model).policy)
     assert torch.equal(logps(reference), base)
@@ -65,7 +65,7 @@ def test_a_new_adapter_is_compared_with_the_base(world: World) -> None:
 
 
 def test_a_given_adapter_is_compared_with_a_frozen_copy_of_itself(world: World, tuned: Played) -> None:
-    policy = loaded(tuned.model, LoRA(rank=4))
+    policy = loaded(tuned.model, LoRA(**LORA))
     reference = load_reference(None, policy)  # type: ignore[arg-type]
     start = logps(policy.policy)
     assert torch.equal(logps(reference), start)
@@ -77,7 +77,7 @@ def test_a_given_adapter_is_compared_with_a_frozen_copy_of_itself(world: World, 
 
 
 def test_the_critic_of_an_adapter_is_a_third_one_on_the_same_base(tuned: Played) -> None:
-    policy = loaded(tuned.model, LoRA(rank=4))
+    policy = loaded(tuned.model, LoRA(**LORA))
     reference = load_reference(None, policy)  # type: ignore[arg-type]
     critic: Critic = load_critic(None, policy, None)  # type: ignore[arg-type]
     assert critic.backbone is policy.backbone is reference.backbone
@@ -99,7 +99,7 @@ def test_only_the_adapter_is_saved_and_the_base_is_untouched(world: World, tuned
 
     ids = torch.tensor([[14, 1, 0, 9, 10, 1, 11, 15]])
     theirs = AutoPeftModelForCausalLM.from_pretrained(tuned.model)(ids).logits.log_softmax(-1)
-    mine = logps(loaded(tuned.model, LoRA(rank=4)).policy)[0]
+    mine = logps(loaded(tuned.model, LoRA(**LORA)).policy)[0]
     assert torch.allclose(theirs[0, 2:7].gather(1, ids[0, 3:, None]).squeeze(1), mine, atol=1e-5)
 
 

@@ -6,6 +6,8 @@ frozen copy of the adapter that training started from. With full weights each fa
 
 from __future__ import annotations
 
+import json
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -33,6 +35,8 @@ class Backbone(nn.Module):
         if adapter is not None:
             from peft import PeftModel
 
+            if lora is not None:
+                _check_same(adapter, lora)
             self.peft = PeftModel.from_pretrained(model, str(adapter), adapter_name="policy", is_trainable=True)
             if lora is None:
                 model, self.peft = self.peft.merge_and_unload(), None
@@ -133,6 +137,23 @@ def _new_adapter(model: PreTrainedModel, lora: LoRA) -> Any:
         task_type=None if is_classifier else "CAUSAL_LM", exclude_modules=["score"] if is_classifier else None,
     )  # fmt: skip
     try:
-        return get_peft_model(model, config, adapter_name="policy")
+        with warnings.catch_warnings(action="ignore", category=Warning):  # of what is mended or refused below
+            adapted = get_peft_model(model, config, adapter_name="policy")
     except ValueError as error:
         raise KlimbError(f"lora.targets={lora.targets}: {str(error).splitlines()[0]}") from None
+    ends = (model.get_input_embeddings(), None if is_classifier else model.get_output_embeddings())
+    if model.config.get_text_config().tie_word_embeddings and any(hasattr(layer, "lora_A") for layer in ends):
+        raise KlimbError(f"lora.targets={lora.targets}: adapts the embedding or the head",
+                         why="in this model both are one matrix, and merged the adapter would change both",
+                         fix="leave them out, as all-linear does")  # fmt: skip
+    return adapted
+
+
+def _check_same(adapter: Path, lora: LoRA) -> None:
+    """An adapter has its shape already; settings that ask for another one would be ignored."""
+    given = json.loads((adapter / "adapter_config.json").read_text())
+    for key, has, wanted in (("rank", given["r"], lora.rank), ("alpha", given["lora_alpha"], lora.alpha)):
+        if has != wanted:
+            raise KlimbError(f"lora.{key}={wanted:g}: the adapter in {adapter} has {key} {has:g}",
+                             fix=f"set lora.{key}={has:g} to train it further, or start from a model that it was "
+                             "merged into (klimb export)")  # fmt: skip

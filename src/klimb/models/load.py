@@ -68,7 +68,7 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     """The tokenizer beside the weights (of an adapter: its own copy, else its base model's)."""
     check_place(model)
     try:
-        return AutoTokenizer.from_pretrained(model)
+        return AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise KlimbError(f"model={model}: no tokenizer can be loaded from it ({_first_line(error)})") from None
 
@@ -105,7 +105,7 @@ def declared_context(model: str) -> int:
     base = base_of(model)
     check_place(base)
     try:
-        return context_length(AutoConfig.from_pretrained(base))
+        return context_length(AutoConfig.from_pretrained(base, trust_remote_code=False))
     except (OSError, ValueError, KeyError) as error:
         raise KlimbError(f"model={model}: cannot be loaded ({_first_line(error)})") from None
 
@@ -145,7 +145,9 @@ def _from_pretrained(
 ) -> PreTrainedModel:
     check_place(model)
     try:
-        loaded = kind.from_pretrained(model, dtype=dtype, attn_implementation=attention.NAME, **options)
+        loaded = kind.from_pretrained(
+            model, dtype=dtype, attn_implementation=attention.NAME, trust_remote_code=False, **options
+        )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise KlimbError(f"model={model}: cannot be loaded ({_first_line(error)})") from None
     if getattr(loaded, "hf_quantizer", None) is not None and "quantization_config" not in options:
@@ -182,6 +184,8 @@ def check_place(model: str) -> None:
 
 
 def _first_line(error: Exception) -> str:
+    if "trust_remote_code" in str(error):
+        return "it needs Python code of its own, which klimb never runs: use an architecture that transformers has"
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
@@ -194,11 +198,53 @@ def context_length(config: PretrainedConfig) -> int:
 def save_causal(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path, stop_tokens: list[int]
 ) -> None:
-    """Hugging Face layout; the generation config stops on the tokens that training taught the model to stop with."""
-    if model.generation_config is not None:
-        model.generation_config.eos_token_id = stop_tokens
-        model.generation_config.pad_token_id = tokenizer.pad_token_id
+    """Hugging Face layout; the generation config stops on `stop_tokens`, with which training taught it to stop, too."""
+    _end_generation(model, tokenizer, stop_tokens)
     _save(model, tokenizer, directory)
+
+
+def save_adapter(
+    model: PreTrainedModel, peft: Any, tokenizer: PreTrainedTokenizerBase, directory: Path, stop_tokens: list[int]
+) -> None:
+    """The adapter "policy" alone, as peft loads it; the generation config stands beside it as for whole weights."""
+    peft.save_pretrained(directory, selected_adapters=["policy"])
+    for file in (directory / "policy").iterdir():  # peft puts a named adapter in a folder of its name
+        file.replace(directory / file.name)
+    (directory / "policy").rmdir()
+    _end_generation(model, tokenizer, stop_tokens)
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
+def _end_generation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stop_tokens: list[int]) -> None:
+    """Generation ends where training taught it to, and where it ended before."""
+    config = model.generation_config
+    if config is None:
+        return
+    config.eos_token_id = sorted({*stop_tokens, *token_list(config.eos_token_id)})
+    config.pad_token_id = tokenizer.pad_token_id
+    try:
+        config.validate(strict=True)
+    except ValueError:  # published models hold a temperature beside do_sample=false, which transformers will not save
+        config.do_sample = True
+
+
+def token_list(value: int | list[int] | None) -> list[int]:
+    """One id, several or none, as configs hold them."""
+    return [] if value is None else value if isinstance(value, list) else [value]
+
+
+def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, place: str) -> None:
+    """Raises KlimbError where the tokenizer has tokens that the model has no embedding for."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    token, largest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    if largest >= rows:
+        raise KlimbError(
+            f"the tokenizer's token {token!r} has the id {largest}", where=f"model={place}",
+            why=f"the model has embeddings for {rows} tokens",
+            fix="save it after model.resize_token_embeddings(len(tokenizer)), or with its own tokenizer",
+        )  # fmt: skip
 
 
 def save_classifier(

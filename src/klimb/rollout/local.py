@@ -162,6 +162,11 @@ class LocalEngine:
             self.slots = self.cache = None  # until the next rollout the memory is the trainer's
             self.stored.clear()
 
+    @property
+    def newest(self) -> list[int]:
+        """The token that each running sample drew last: for whoever shows a text while it is written."""
+        return self.slots.last[: self._running].tolist() if self.slots is not None else []
+
     # One step -------------------------------------------------------------------------------------------------------
 
     @property

@@ -240,6 +240,7 @@ class Session:
     ) -> Loaded[Item]:
         """Data through one of `klimb.data.load`; what was found is said, what was dropped is kept as events."""
         data = load(source, renderer, max_length=max_length, columns=config.columns, on_bad=config.on_bad)
+        self.run.decide("conversational", lambda: data.conversational)  # how the model is asked from then on
         self.say(str(data.report))
         for problem in data.report.dropped:
             self.run.event("row_dropped", str(problem))

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from klimb.data.render import Renderer
+from klimb.data.template import RenderError
 from klimb.errors import ConfigError
 from klimb.models import nf4
 from klimb.models.backbone import Backbone
 from klimb.models.faces import Critic, Policy, RewardModel
 from klimb.models.load import (
     LoRA,
+    check_vocabulary,
     declared_context,
     load_causal,
     load_classifier,
     load_tokenizer,
+    save_adapter,
     save_causal,
     score_head,
 )
@@ -53,10 +56,11 @@ class Loaded:
 
     def all_stop_tokens(self) -> list[int]:
         """For the generation config: of strings, and of conversations where there is a template."""
-        templated = self.conversational or self.renderer.tokenizer.chat_template
-        return sorted(
-            self.renderer.stop_tokens(False) | (self.renderer.stop_tokens(True) if templated else frozenset())
-        )
+        ends = self.renderer.stop_tokens(False)
+        if self.conversational or self.renderer.tokenizer.chat_template:
+            with suppress(*(() if self.conversational else (RenderError,))):  # a template that nothing was trained with
+                ends |= self.renderer.stop_tokens(True)
+        return sorted(ends)
 
     def save(self, directory: Path) -> None:
         """Hugging Face layout: the model, or its adapter alone when there is one. Rank 0 writes it."""
@@ -65,15 +69,14 @@ class Loaded:
         backbone = self.backbone
         if self.conversational:
             self.renderer.tokenizer.chat_template = self.renderer.template.source
+        tokenizer, ends = self.renderer.tokenizer, self.all_stop_tokens()
         with model_folder(directory) as folder:
             if backbone.peft is None:
-                save_causal(backbone.model, self.renderer.tokenizer, folder, self.all_stop_tokens())
-                return
-            backbone.peft.save_pretrained(folder, selected_adapters=["policy"])
-            _flatten_adapter(folder)
-            if self.base_in_4bit:
-                nf4.note(folder)
-            self.renderer.tokenizer.save_pretrained(folder)
+                save_causal(backbone.model, tokenizer, folder, ends)
+            else:
+                save_adapter(backbone.model, backbone.peft, tokenizer, folder, ends)
+                if self.base_in_4bit:
+                    nf4.note(folder)
 
 
 @contextmanager
@@ -83,13 +86,6 @@ def model_folder(directory: Path) -> Iterator[Path]:
         durable.remove_folder(directory)
         with durable.new_folder(directory) as folder:
             yield folder
-
-
-def _flatten_adapter(directory: Path) -> None:
-    """peft puts a named adapter in a folder of its name; loaders look for it at the top."""
-    for file in (directory / "policy").iterdir():
-        file.replace(directory / file.name)
-    (directory / "policy").rmdir()
 
 
 def load_texts(model: str) -> tuple[Renderer, int]:
@@ -111,6 +107,7 @@ def load_policy(session: Session, model: str, lora: LoRA | None, seed: int, rend
     """The policy that training starts from, its numbers held against the model's own."""
     renderer = renderer or Renderer(load_tokenizer(model))
     network, adapter = load_causal(model, session.device, session.dtype, lora.base if lora else "dense")
+    check_vocabulary(network, renderer.tokenizer, model)
     torch.manual_seed(seed)  # a new adapter draws its first matrices
     backbone = _trained(session, Backbone(network, adapter, lora))
     policy, path = probed_policy(backbone, "policy" if backbone.peft is not None else None)

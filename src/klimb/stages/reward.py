@@ -17,7 +17,7 @@ from klimb.data.sampler import Sampler
 from klimb.errors import RewardError
 from klimb.metrics import Metrics
 from klimb.models.faces import RewardModel, reward_scores
-from klimb.models.load import load_tokenizer, save_classifier
+from klimb.models.load import check_vocabulary, load_tokenizer, save_classifier
 from klimb.models.packing import Budget
 from klimb.objective.critic import reward_loss
 from klimb.runtime.plan import Work
@@ -76,6 +76,7 @@ def train(config: RewardConfig, run: Run, interrupt: Interrupt, say: Any) -> dic
     tokenizer = load_tokenizer(config.model)
     renderer = Renderer(tokenizer)
     model = load_reward_model(session, config.model, config.lora, config.seed)
+    check_vocabulary(model.backbone.model, tokenizer, config.model)
     max_length = min(config.max_tokens or model.backbone.context, model.backbone.context)
     data = session.read(load_preferences, config.data, config, renderer, max_length)
     if data.conversational:

@@ -1,0 +1,75 @@
+"""Commands that train nothing: each is a few lines of typer here, and a file beside this one that it loads when run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Settings = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="changes to the defaults")]
+
+
+def export(
+    run: Annotated[str, typer.Argument(help="run directory")],
+    arguments: Settings = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print the result as JSON")] = False,
+) -> None:
+    """A run's model as a folder to take away: weights, tokenizer, template, generation config, model card."""
+    from klimb.commands.export import export as write
+
+    result = write(run, arguments or [])
+    if as_json:
+        print(json.dumps(result, indent=1))
+        return
+    print(f"model      {result['model']}\nweights    {result['weights']}\nfiles      {', '.join(result['files'])}")
+    print(f"megabytes  {result['bytes'] / 1e6:.1f}")
+
+
+def chat(
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="RUN|MODEL [RUN|MODEL] [KEY=VALUE]...", help="what to talk to, and how to sample"),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print the reply to standard input as JSON")] = False,
+) -> None:
+    """Talk to a model, or to two side by side; `echo hi | klimb chat RUN` answers once."""
+    from klimb.commands.chat import chat as talk
+
+    words = arguments or []
+    models = [word for word in words if "=" not in word or Path(word).exists()]
+    talk(models, [word for word in words if word not in models], as_json)
+
+
+def new(name: Annotated[str, typer.Argument(help="folder to make")]) -> None:
+    """A folder to begin with: recipe, 20 rows, reward function, a tiny model; it runs as it stands."""
+    from klimb.commands.new import new as make
+
+    folder = make(name)
+    print(f"{folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
+    print(f"next: cd {folder} && klimb grpo recipe.yaml")
+
+
+def schema(
+    kind: Annotated[str, typer.Argument(metavar="[recipe|STAGE|ALGORITHM]", help="what the file holds")] = "recipe",
+) -> None:
+    """JSON schema of a recipe, or of one stage's keys, for editors."""
+    from klimb.commands.schema import schema as schema_of
+
+    print(json.dumps(schema_of(kind), indent=1, ensure_ascii=False))
+
+
+def completion(
+    context: typer.Context, shell: Annotated[str, typer.Argument(metavar="bash|zsh|fish", help="your shell")]
+) -> None:
+    """A script for the shell: commands, keys and their values, completed with TAB."""
+    from klimb.commands.completion import completion as script
+
+    parser = context.parent.command if context.parent else context.command
+    print(script(shell, getattr(parser, "commands", {})), end="")
+
+
+def add_to(app: typer.Typer) -> None:
+    for command in (new, chat, export, schema, completion):
+        app.command()(command)
