@@ -147,27 +147,6 @@ def algorithms(as_json: Json = False) -> None:
         _print_table(rows)
 
 
-@app.command()
-def doctor(
-    arguments: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[STAGE|ALGORITHM|LOSS] [KEY=VALUE]...", help="a job: does it fit into the memory?"),
-    ] = None,
-    memory: Annotated[float | None, typer.Option("--memory", help="GB of a GPU to plan the job for")] = None,
-    as_json: Json = False,
-) -> None:
-    """Can klimb train here? With a job (`klimb doctor dpo model=DIR`): its memory plan, and settings that fit."""
-    from klimb.stages.doctor import asked, examine, show, show_answer
-
-    if arguments:
-        answer = asked(arguments, memory)
-        print(json.dumps(answer._asdict(), indent=1)) if as_json else show_answer(answer)
-        raise typer.Exit(int(answer.peak > answer.free))
-    findings = examine()
-    print(json.dumps([f._asdict() for f in findings], indent=1, ensure_ascii=False)) if as_json else show(findings)
-    raise typer.Exit(int(any(finding.ok is False for finding in findings)))
-
-
 commands.add_to(app)
 
 

@@ -70,6 +70,26 @@ def completion(
     print(script(shell, getattr(parser, "commands", {})), end="")
 
 
+def doctor(
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[STAGE|ALGORITHM|LOSS] [KEY=VALUE]...", help="a job: does it fit into the memory?"),
+    ] = None,
+    memory: Annotated[float | None, typer.Option("--memory", help="GB of a GPU to plan the job for")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print the result as JSON")] = False,
+) -> None:
+    """Can klimb train here? With a job (`klimb doctor dpo model=DIR`): its memory plan, and settings that fit."""
+    from klimb.commands.doctor import asked, examine, show, show_answer
+
+    if arguments:
+        answer = asked(arguments, memory)
+        print(json.dumps(answer._asdict(), indent=1)) if as_json else show_answer(answer)
+        raise typer.Exit(int(answer.peak > answer.free))
+    findings = examine()
+    print(json.dumps([f._asdict() for f in findings], indent=1, ensure_ascii=False)) if as_json else show(findings)
+    raise typer.Exit(int(any(finding.ok is False for finding in findings)))
+
+
 def add_to(app: typer.Typer) -> None:
-    for command in (new, chat, export, schema, completion):
+    for command in (new, chat, export, doctor, schema, completion):
         app.command()(command)

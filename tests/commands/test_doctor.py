@@ -9,7 +9,7 @@ import pytest
 import transformers
 from world import World, klimb
 
-from klimb.stages.doctor import packages
+from klimb.commands.doctor import packages
 
 
 @pytest.fixture(scope="module")
