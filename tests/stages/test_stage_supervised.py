@@ -176,3 +176,18 @@ def test_the_token_budget_is_decided_once_and_stays(world: World, tmp_path: Path
     (run / "result.json").unlink()
     shutil.rmtree(run / "checkpoints")
     assert [line for line in play("sft", run, **options).said if line.startswith("token_budget=3: ")]
+
+
+def test_prepared_data_that_is_found_again_trains_to_the_same_bits(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    given = {"model": world.model, "data": world.demonstrations, "steps": 4, "batch_size": 5, "eval_fraction": 0.3}
+    runs = [play("sft", tmp_path / name, **given) for name in ("miss", "hit")]
+    manifests = [json.loads((run.path / "manifest.json").read_text())["data"]["data"] for run in runs]
+    assert [facts.pop("cache").split(":")[0] for facts in manifests] == ["miss, kept", "hit"]
+    assert manifests[0] == manifests[1]
+    assert (manifests[0]["rows"], manifests[0]["used"], manifests[0]["dropped"]) == (8, 8, {})
+    assert [sum("  cache " in line for line in run.said) for run in runs] == [1, 1]
+    weights = [(Path(run.model) / "model.safetensors").read_bytes() for run in runs]
+    assert weights[0] == weights[1]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -40,6 +42,14 @@ class Renderer:
         self._options = options
         self._encoder = Encoder(tokenizer)
         self._bos, self._eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+
+    @property
+    def identity(self) -> str:
+        """A hash of all but the code that decides how texts become tokens."""
+        tokenizer = self.tokenizer
+        named = [tokenizer.special_tokens_map, sorted(tokenizer.all_special_ids), self._encoder.prefix]
+        how = [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, self.system, self._options]
+        return hashlib.sha256(json.dumps([named, how], sort_keys=True, default=str).encode()).hexdigest()
 
     @cached_property
     def template(self) -> ChatTemplate:

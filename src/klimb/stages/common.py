@@ -18,8 +18,9 @@ from pydantic import Field, PlainSerializer, model_validator
 from torch import Tensor
 
 from klimb.config import StageConfig
-from klimb.data.load import Item, Loaded
+from klimb.data.load import Loaded
 from klimb.data.render import Renderer
+from klimb.data.store import Item
 from klimb.errors import ConfigError, Interrupted
 from klimb.models.load import LoRA, resolve_device, resolve_dtype
 from klimb.runtime import checkpoint
@@ -27,7 +28,7 @@ from klimb.runtime.learner import LEARNING_RATES, Learner, Optimizer, Stage
 from klimb.runtime.ranks import gather, rank, share
 from klimb.runtime.run import Run
 from klimb.runtime.signals import Interrupt
-from klimb.stages.progress import Live, live_line
+from klimb.stages.progress import Live, Preparing, live_line
 
 
 def described(value: Any) -> Any:
@@ -189,13 +190,20 @@ class Session:
         return self.learners[name]
 
     def read(
-        self, load: Callable[..., Loaded[Item]], source: Any, config: RunConfig, renderer: Renderer, max_length: int
-    ) -> Loaded[Item]:
-        """Data through one of `klimb.data.load`; what was found is said, what was dropped is kept as events."""
-        data = load(source, renderer, max_length=max_length, columns=config.columns, on_bad=config.on_bad)
+        self, load: Callable[..., Loaded[Item]], source: Any, config: RunConfig, renderer: Renderer, max_length: int,
+        key: str = "data",
+    ) -> Loaded[Item]:  # fmt: skip
+        """Data through one of `klimb.data.load`. What was found is said, and stands in the manifest under `key`; what
+        was dropped is kept as events."""
+        progress = Preparing(f"{self.live.name}: {key}" if self.live else key, self.live, self.say)
+        data = load(
+            source, renderer, max_length=max_length, columns=config.columns, on_bad=config.on_bad, cache=True,
+            progress=progress,
+        )  # fmt: skip
         self.say(str(data.report))
         for problem in data.report.dropped:
             self.run.event("row_dropped", str(problem))
+        self.run.found(key, data.report.facts())
         return data
 
     def steps(self, start: int, total: int) -> Iterator[int]:

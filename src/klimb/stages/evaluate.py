@@ -72,7 +72,7 @@ class Judges:
     config: Measurement
     session: Session
     loaded: Loaded
-    prompts: list[Prompt]
+    prompts: Sequence[Prompt]
     proxy: Reward | None
     gold: Reward | None
     seed: int

@@ -105,7 +105,7 @@ class Actors:
     loaded: Loaded
     reference: Policy | None
     critic: Critic | None
-    prompts: list[Prompt]
+    prompts: Sequence[Prompt]
     sampler: Sampler
     engine: RolloutEngine
     scorer: Scorer

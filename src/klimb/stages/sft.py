@@ -62,7 +62,7 @@ def train(config: SftConfig, run: Run, interrupt: Interrupt, say: Any) -> dict[s
     loaded.conversational = data.conversational
     training, held_out = split_by_prompt(data.items, config.eval_fraction, config.seed)
     if config.eval_data is not None:
-        held_out = session.read(load_examples, config.eval_data, config, loaded.renderer, max_length).items
+        held_out = session.read(load_examples, config.eval_data, config, loaded.renderer, max_length, "eval_data").items
     steps = config.steps or max(1, round(config.epochs * len(training) / config.batch_size))
 
     learner = session.learner("policy", "sft", loaded.policy.trainable(), config, config.optimizer, steps)
