@@ -53,7 +53,7 @@ def test_a_miss_and_a_hit_give_what_rows_in_memory_give(
     monkeypatch.setattr(load, "CHUNK", 2)  # several pieces
     path = write(tmp_path / "rows.jsonl", rows)
     held, miss, hit = read(rows, renderer), read(path, renderer, cache=True), read(path, renderer, cache=True)
-    assert list(miss.items) == list(hit.items) == held.items
+    assert list(miss.items) == list(hit.items) == list(held.items)
     assert [kind.report.cache.split(":")[0] for kind in (held, miss, hit)] == ["", "miss, kept", "hit"]
     assert miss.conversational == hit.conversational == held.conversational
     assert {name: hit.report.spread(name) for name in hit.report.lengths} == {

@@ -201,7 +201,7 @@ def test_humaneval_as_prompts() -> None:
 
 def test_without_a_share_all_is_training() -> None:
     items = [Example(str(n), [n, n], [0], [True]) for n in range(3)]
-    assert split_by_prompt(items, 0) == (items, [])
+    assert [list(part) for part in split_by_prompt(items, 0)] == [items, []]
 
 
 def test_a_word_that_the_tokenizer_does_not_know_is_an_error_of_its_row() -> None:

@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 from klimb.data.formats import BadRows, Problem, Row, no_rows, rows_of
 from klimb.data.readers import BadRow, Source, open_source
+from klimb.data.shapes import ours
 from klimb.errors import DataError, nearest
 from klimb.types import Message, Text
 
@@ -99,13 +100,16 @@ class Detector:
     """The type is that of the first row which has one; a row of another type is an error, not a bad row.
 
     prompts_only: all that is not the prompt stays a further column, unchecked, whatever type it would make.
+    transcripts: of Human: and Assistant: are messages.
     """
 
-    def __init__(self, wanted: Sequence[Kind] = tuple(COLUMNS), prompts_only: bool = False) -> None:
+    def __init__(
+        self, wanted: Sequence[Kind] = tuple(COLUMNS), prompts_only: bool = False, transcripts: bool = False
+    ) -> None:
         self.kind: Kind | None = None
         self.conversational = False
         self._wanted: Sequence[Kind] = ("prompt", "preference") if prompts_only else wanted
-        self._prompts_only = prompts_only
+        self._prompts_only, self._transcripts = prompts_only, transcripts
         self._first = ""
 
     @property
@@ -117,7 +121,7 @@ class Detector:
         if isinstance(row, Problem):
             return row
         try:
-            return self._record(row)
+            return self._record(Row(row.where, ours(row.values, self._transcripts)))
         except BadRow as error:
             return Problem(row.where, str(error))
 
@@ -213,7 +217,17 @@ def _record(row: Row, kind: Kind, names: Sequence[str]) -> Record:
         raise BadRow(f"has {len(checked['completions'])} completions but {len(checked['labels'])} labels")
     if "chosen" in checked and checked["chosen"] == checked["rejected"]:
         raise BadRow("chosen and rejected are the same")
-    return Record(row.where, checked, {name: value for name, value in values.items() if name not in names})
+    columns = {name: value for name, value in values.items() if name not in names}
+    if True in (isinstance(value, list) for value in checked.values()) and columns.get("tools") is not None:
+        columns["tools"] = _tools(columns["tools"])
+    return Record(row.where, checked, columns)
+
+
+def _tools(value: Any) -> list[dict[str, Any]]:
+    """As a chat template prints them."""
+    if not isinstance(value, list | tuple) or not all(isinstance(tool, Mapping) for tool in value):
+        raise BadRow(f"tools is {value!r:.40}, not a list of objects")
+    return [dict(tool) for tool in value]
 
 
 def _text(value: Any, name: str) -> Text:
@@ -235,6 +249,8 @@ def _message(message: Any, place: str) -> Message:
         raise BadRow(f"{place} is a {type(message).__name__}, not a message with role and content")
     # A table fills in the columns that a message lacks with nulls, and templates would print them.
     kept = {key: value for key, value in message.items() if value is not None}
+    if "tool_calls" in kept:
+        kept.setdefault("content", "")
     for key in ("role", "content"):
         if key not in kept:
             raise BadRow(f"{place} has no {key} (it has: {', '.join(kept) or 'nothing'})")
@@ -295,6 +311,8 @@ def _plain(value: Any, name: str) -> str:
 def _label(value: Any, name: str) -> bool:
     if value in (0, 1) and isinstance(value, int | float):
         return bool(value)
+    if isinstance(value, str) and value.strip().lower() in ("true", "false", "1", "0"):  # all that CSV can say
+        return value.strip().lower() in ("true", "1")
     raise BadRow(f"{name} is {value!r:.40}, neither true nor false")
 
 

@@ -4,78 +4,32 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, Generic
+from typing import Any, Generic, Literal
 
 import numpy as np
 
 from klimb.data import cache as kept
 from klimb.data.formats import Problem, no_rows, rows_of
 from klimb.data.kinds import Detector, Kind, OnBad, Record, refuse_bad
+from klimb.data.mix import mixed, parts_of
 from klimb.data.readers import BadRow, Opened, Source, open_source
 from klimb.data.render import Renderer, Tokens
-from klimb.data.store import Chosen, Item, Stored, Writer, occurrences, prompt_tokens
+from klimb.data.report import Loaded, Report
+from klimb.data.store import Base, Chosen, Held, Item, Stored, Writer, occurrences, prompt_tokens
 from klimb.data.template import RenderError
 from klimb.errors import DataError
 from klimb.types import Example, Preference, Prompt, Text
 
 CHUNK = 1024
+Transcripts = Literal["text", "chat"]
 EXAMPLE_KINDS: tuple[Kind, ...] = ("prompt-completion", "messages", "text")
 
 Progress = Callable[[int, float | None], None]
 """Told now and then how many rows were prepared, and which share of the source that is, where it is known."""
-
-
-@dataclass(frozen=True)
-class Report:
-    """What a source held. Lengths are in tokens. `cache`: "hit", "miss", or nothing where none was asked for."""
-
-    source: str
-    type: str
-    rows: int
-    dropped: list[Problem]
-    lengths: dict[str, np.ndarray] = field(repr=False)
-    notes: list[str] = field(default_factory=list)
-    repeats: int = 0
-    cache: str = ""
-
-    def spread(self, name: str) -> tuple[int, int, int]:
-        """(min, median, max)"""
-        lengths = np.sort(self.lengths[name])
-        return int(lengths[0]), int(lengths[(len(lengths) - 1) // 2]), int(lengths[-1])
-
-    def facts(self) -> dict[str, Any]:
-        """For a manifest: what was there, what was dropped and why (the numbers in a reason as n)."""
-        reasons = Counter(re.sub(r"\d+", "n", problem.reason) for problem in self.dropped)
-        return {
-            "source": self.source, "type": self.type, "rows": self.rows, "used": self.rows - len(self.dropped),
-            "dropped": dict(reasons.most_common()), "repeats": self.repeats, "notes": self.notes,
-            "tokens": {name: list(self.spread(name)) for name in self.lengths}, "cache": self.cache,
-        }  # fmt: skip
-
-    def __str__(self) -> str:
-        spreads = [
-            f"{name} {low}…{middle}…{high}" for name in self.lengths for low, middle, high in [self.spread(name)]
-        ]
-        lines = [f"{self.source}: {self.rows:,} rows, {self.type}; tokens (min…median…max): {', '.join(spreads)}"]
-        if self.dropped:
-            lines.append(f"  {len(self.dropped):,} of them dropped, the first: {self.dropped[0]}")
-        if self.repeats:
-            lines.append(f"  {self.repeats:,} rows repeat an earlier one exactly")
-        lines += [f"  {note}" for note in self.notes]
-        return "\n".join([*lines, *([f"  cache {self.cache}"] if self.cache else [])])
-
-
-@dataclass(frozen=True)
-class Loaded(Generic[Item]):
-    items: Sequence[Item]
-    report: Report
-    conversational: bool
 
 
 @dataclass(frozen=True)
@@ -97,6 +51,7 @@ class Options:
     max_length: int | None
     columns: Mapping[str, str]
     on_bad: OnBad
+    transcripts: Transcripts
     cache: bool
     progress: Progress | None
 
@@ -108,15 +63,18 @@ def load_prompts(
     max_length: int | None = None,
     columns: Mapping[str, str] | None = None,
     on_bad: OnBad = "error",
+    transcripts: Transcripts = "text",
     cache: bool = False,
     progress: Progress | None = None,
 ) -> Loaded[Prompt]:
     """The prompts of rows that have one; all else in a row stays with it, for the reward function.
 
-    max_length: of a prompt, in tokens. cache: keep what was prepared from a file, and read it from there the next
-    time (see `klimb.data.cache`); rows from Python are held in memory. Raises BadRows or DataError.
+    source: a path, a hub name, rows, or several paths: a list, or a mapping from each to its weight.
+    max_length: of a prompt, in tokens. transcripts: "chat" makes those of Human: and Assistant: messages.
+    cache: keep what was prepared from a file, and read it from there the next time (see `klimb.data.cache`);
+    rows from Python are held in memory. Raises BadRows or DataError.
     """
-    return _load(PROMPTS, source, renderer, Options(max_length, columns or {}, on_bad, cache, progress))
+    return _load(PROMPTS, source, renderer, Options(max_length, columns or {}, on_bad, transcripts, cache, progress))
 
 
 def load_examples(
@@ -126,6 +84,7 @@ def load_examples(
     max_length: int | None = None,
     columns: Mapping[str, str] | None = None,
     on_bad: OnBad = "error",
+    transcripts: Transcripts = "text",
     cache: bool = False,
     progress: Progress | None = None,
 ) -> Loaded[Example]:
@@ -133,7 +92,7 @@ def load_examples(
 
     max_length: of prompt and completion together, in tokens. The rest as in `load_prompts`.
     """
-    return _load(EXAMPLES, source, renderer, Options(max_length, columns or {}, on_bad, cache, progress))
+    return _load(EXAMPLES, source, renderer, Options(max_length, columns or {}, on_bad, transcripts, cache, progress))
 
 
 def load_preferences(
@@ -143,6 +102,7 @@ def load_preferences(
     max_length: int | None = None,
     columns: Mapping[str, str] | None = None,
     on_bad: OnBad = "error",
+    transcripts: Transcripts = "text",
     cache: bool = False,
     progress: Progress | None = None,
 ) -> Loaded[Preference]:
@@ -150,14 +110,16 @@ def load_preferences(
 
     max_length: of the prompt and either completion, in tokens. The rest as in `load_prompts`.
     """
-    return _load(PREFERENCES, source, renderer, Options(max_length, columns or {}, on_bad, cache, progress))
+    return _load(
+        PREFERENCES, source, renderer, Options(max_length, columns or {}, on_bad, transcripts, cache, progress)
+    )
 
 
 # --- what each of them does with a row ----------------------------------------------------------------------
 
 
 def _render_prompts(renderer: Renderer, kind: Kind, records: list[Record]) -> list[Any]:
-    return list(renderer.prompts([record.values["prompt"] for record in records]))
+    return list(renderer.prompts([record.values["prompt"] for record in records], _tools(records)))
 
 
 def _prompt(record: Record, tokens: list[int], id: str, limit: int | None) -> Prompt:
@@ -166,11 +128,11 @@ def _prompt(record: Record, tokens: list[int], id: str, limit: int | None) -> Pr
 
 
 def _render_examples(renderer: Renderer, kind: Kind, records: list[Record]) -> list[Any]:
-    rows = [record.values for record in records]
+    rows, tools = [record.values for record in records], _tools(records)
     if kind == "prompt-completion":
-        return list(renderer.completions([(values["prompt"], values["completion"]) for values in rows]))
+        return list(renderer.completions([(values["prompt"], values["completion"]) for values in rows], tools))
     if kind == "messages":
-        return list(renderer.conversations([values["messages"] for values in rows]))
+        return list(renderer.conversations([values["messages"] for values in rows], tools))
     return list(renderer.documents([values["text"] for values in rows]))
 
 
@@ -181,7 +143,7 @@ def _example(record: Record, tokens: Tokens, id: str, limit: int | None) -> Exam
 
 def _render_pairs(renderer: Renderer, kind: Kind, records: list[Record]) -> list[Any]:
     sides = (
-        renderer.completions([(record.values["prompt"], record.values[side]) for record in records])
+        renderer.completions([(record.values["prompt"], record.values[side]) for record in records], _tools(records))
         for side in ("chosen", "rejected")
     )
     return [next((side for side in pair if isinstance(side, RenderError)), pair) for pair in zip(*sides)]
@@ -204,9 +166,18 @@ def _preference(record: Record, tokens: tuple[Tokens, Tokens], id: str, limit: i
     )
 
 
+def _tools(records: list[Record]) -> list[Any]:
+    return [record.columns.get("tools") for record in records]
+
+
+def _content(record: Record) -> Any:
+    tools = record.columns.get("tools")
+    return {**record.values, "tools": tools} if tools else record.values
+
+
 PROMPTS = Task(Prompt, (), _render_prompts, lambda r: [r.values["prompt"], r.columns], _prompt, prompts_only=True)
-EXAMPLES = Task(Example, EXAMPLE_KINDS, _render_examples, lambda r: r.values, _example)
-PREFERENCES = Task(Preference, ("preference",), _render_pairs, lambda r: r.values, _preference)
+EXAMPLES = Task(Example, EXAMPLE_KINDS, _render_examples, _content, _example)
+PREFERENCES = Task(Preference, ("preference",), _render_pairs, _content, _preference)
 
 
 def _check_length(what: str, length: int, limit: int | None) -> None:
@@ -231,7 +202,7 @@ class Preparation(Generic[Item]):
     def __init__(self, task: Task[Item], opened: Opened, renderer: Renderer, options: Options) -> None:
         self._task: Task[Item] = task
         self._opened, self._renderer, self._options = opened, renderer, options
-        self._detector = Detector(task.kinds, task.prompts_only)
+        self._detector = Detector(task.kinds, task.prompts_only, options.transcripts == "chat")
         self._good = 0
         self._problems: list[Problem] = []
         self._spelled_out = (0, "")
@@ -291,14 +262,22 @@ class Preparation(Generic[Item]):
         }
 
 
-def _load(task: Task[Item], source: Source, renderer: Renderer, options: Options) -> Loaded[Item]:
+def _load(task: Task[Item], source: Any, renderer: Renderer, options: Options) -> Loaded[Item]:
+    parts = parts_of(source)
+    if parts is None:
+        return _one(task, source, renderer, options)
+    return mixed([_one(task, path, renderer, options) for path, _ in parts], [weight for _, weight in parts])
+
+
+def _one(task: Task[Item], source: Source, renderer: Renderer, options: Options) -> Loaded[Item]:
     opened = open_source(source)
     identity = opened.identity() if options.cache else None
     if identity is None:
         return _held(task, opened, renderer, options)
     facts = {
         "content": identity, "item": task.item.__name__, "renderer": renderer.identity,
-        "columns": dict(options.columns), "max_length": options.max_length, "on_bad": options.on_bad,
+        "columns": dict(options.columns), "transcripts": options.transcripts, "max_length": options.max_length,
+        "on_bad": options.on_bad,
     }  # fmt: skip
     key = kept.key_of(facts)
     note, found = kept.find(key), "hit"
@@ -320,28 +299,24 @@ def _load(task: Task[Item], source: Source, renderer: Renderer, options: Options
             why = f"off, held in memory: {kept.folder()} cannot be written: {error.strerror or error}"
             return replace(fresh, report=replace(fresh.report, cache=why))
     stored = Stored(kept.path_of(key), task.item)
-    copies = occurrences(stored.numbers("id"))
-    items = Chosen(stored, np.arange(len(stored)), copies)
-    return _loaded(items, note, opened.name, int((copies > 1).sum()), stored.lengths(), f"{found}: {kept.path_of(key)}")
+    return _loaded(stored, note, opened.name, f"{found}: {kept.path_of(key)}")
 
 
 def _held(task: Task[Item], opened: Opened, renderer: Renderer, options: Options) -> Loaded[Item]:
-    """In memory."""
     preparation = Preparation(task, opened, renderer, options)
-    items = [item for piece in preparation.pieces() for item in piece]
-    copies = occurrences(np.array([int(item.id, 16) for item in items], np.uint64))
-    named = [item if k == 1 else replace(item, id=f"{item.id}-{k}") for item, k in zip(items, copies)]
-    return _loaded(named, preparation.note(), opened.name, int((copies > 1).sum()), _lengths(items))
+    items = Held([item for piece in preparation.pieces() for item in piece])
+    return _loaded(items, preparation.note(), opened.name)
 
 
-def _loaded(
-    items: Sequence[Item], note: Mapping[str, Any], source: str, repeats: int, lengths: dict[str, np.ndarray],
-    cache: str = "",
-) -> Loaded[Item]:  # fmt: skip
-    """`note` may have been made when the file had another name."""
+def _loaded(base: Base[Item], note: Mapping[str, Any], source: str, cache: str = "") -> Loaded[Item]:
+    """`note` may have been made when the file had another name. An exact repeat of a row gets an id of its own."""
+    copies = occurrences(base.numbers("id"))
+    items = Chosen(base, np.arange(len(base)), copies)
     dropped = [Problem(where.replace(note["source"], source, 1), reason) for where, reason in note["dropped"]]
     notes = [text.replace(f"at {note['source']}", f"at {source}") for text in note["notes"]]
-    report = Report(source, note["type"], note["rows"], dropped, lengths, notes, repeats, cache)
+    repeats = int((copies > 1).sum())
+    lengths = items.lengths()
+    report = Report(source, note["type"], note["rows"], len(items), dropped, lengths, notes, repeats, cache)
     return Loaded(items, report, note["conversational"])
 
 
@@ -350,32 +325,17 @@ def _hash(content: Any) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
 
-def _lengths(items: Sequence[Prompt | Example | Preference]) -> dict[str, np.ndarray]:
-    lengths: dict[str, list[int]] = {}
-    for item in items:
-        if isinstance(item, Prompt):
-            parts = {"prompt": item.tokens}
-        elif isinstance(item, Example):
-            parts = {"prompt": item.prompt, "completion": item.completion}
-        else:
-            parts = {"prompt": item.prompt, "chosen": item.chosen, "rejected": item.rejected}
-        for name, tokens in parts.items():
-            lengths.setdefault(name, []).append(len(tokens))
-    return {name: np.array(values) for name, values in lengths.items()}
-
-
 # --- evaluation part -----------------------------------------------------------------------------------
 
 
-def split_by_prompt(
-    items: Sequence[Item], eval_fraction: float, seed: int = 0
-) -> tuple[Sequence[Item], Sequence[Item]]:
+def split_by_prompt(items: Sequence[Item], eval_fraction: float, seed: int = 0) -> tuple[Chosen[Item], Chosen[Item]]:
     """(train, eval), by a hash of each item's prompt: no prompt is on both sides, nor in any later file.
 
     Raises DataError where a side would be empty.
     """
+    whole = items if isinstance(items, Chosen) else Chosen(Held(list(items)), np.arange(len(items)))
     if eval_fraction == 0:
-        return items, []
+        return whole, whole.part(np.zeros(0, np.int64))
     if not 0 < eval_fraction < 1:
         raise DataError(f"eval_fraction is {eval_fraction}", fix="choose one between 0 and 1")
     out = np.array([_draw(prompt_tokens(item), seed) < eval_fraction for item in items], bool)
@@ -385,7 +345,7 @@ def split_by_prompt(
             why=f"eval_fraction is {eval_fraction}",
             fix="choose another, or give eval_data",
         )
-    return Chosen(items, np.flatnonzero(~out)), Chosen(items, np.flatnonzero(out))
+    return whole.part(np.flatnonzero(~out)), whole.part(np.flatnonzero(out))
 
 
 def _draw(key: list[int], seed: int) -> float:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Generic, TypeVar, overload
+from typing import Any, Generic, TypeAlias, TypeVar, overload
 
 import numpy as np
 import pyarrow as pa
@@ -53,7 +53,7 @@ class Writer(Generic[Item]):
         self._file.close()
 
 
-class Stored(Sequence[Item]):
+class Stored(Generic[Item]):
     """The items of a file, made when they are asked for. Raises pyarrow's errors where it is not such a file."""
 
     def __init__(self, path: Path, kind: type[Item]) -> None:
@@ -65,16 +65,7 @@ class Stored(Sequence[Item]):
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
 
-    @overload
-    def __getitem__(self, at: int) -> Item: ...
-    @overload
-    def __getitem__(self, at: slice) -> list[Item]: ...
-    def __getitem__(self, at: int | slice) -> Item | list[Item]:
-        if isinstance(at, slice):
-            return [self[i] for i in range(*at.indices(len(self)))]
-        at = at + len(self) if at < 0 else at
-        if not 0 <= at < len(self):
-            raise IndexError(at)
+    def item(self, at: int) -> Item:
         number = int(np.searchsorted(self._ends, at, side="right"))
         batch = self._batches[number]
         row = at - (int(self._ends[number]) - batch.num_rows)
@@ -82,16 +73,58 @@ class Stored(Sequence[Item]):
         return self._kind(id=f"{batch.column('id')[row].as_py():016x}", **values)
 
     def numbers(self, name: str) -> np.ndarray:
-        """The 64 bits `id` or `key` of every row."""
-        columns = [batch.column(name).to_numpy() for batch in self._batches]
-        return np.concatenate(columns) if columns else np.zeros(0, np.uint64)
+        """The 64 bits `id` or `key` of every item."""
+        return _end_to_end([batch.column(name).to_numpy() for batch in self._batches], np.uint64)
 
     def lengths(self) -> dict[str, np.ndarray]:
-        """Tokens of each part of every row."""
+        """Tokens of each part of every item."""
         return {
-            part: np.concatenate([np.diff(batch.column(name).offsets.to_numpy()) for batch in self._batches])
+            part: _end_to_end([np.diff(batch.column(name).offsets.to_numpy()) for batch in self._batches], np.int32)
             for part, name in LENGTHS[self._kind].items()
         }
+
+
+class Held(Generic[Item]):
+    """The same for items in memory."""
+
+    def __init__(self, items: Sequence[Item]) -> None:
+        self._items: Sequence[Item] = items
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def item(self, at: int) -> Item:
+        return self._items[at]
+
+    def numbers(self, name: str) -> np.ndarray:
+        of = {"id": lambda item: int(item.id, 16), "key": prompt_key}[name]
+        return np.array([of(item) for item in self._items], np.uint64)
+
+    def lengths(self) -> dict[str, np.ndarray]:
+        parts = LENGTHS[type(self._items[0])] if self._items else {}
+        return {part: np.array([len(getattr(item, name)) for item in self._items]) for part, name in parts.items()}
+
+
+class Joined(Generic[Item]):
+    """Several of them, one behind the other."""
+
+    def __init__(self, parts: Sequence[Base[Item]]) -> None:
+        self._parts: Sequence[Base[Item]] = parts
+        self._ends = np.cumsum([len(part) for part in parts])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def item(self, at: int) -> Item:
+        number = int(np.searchsorted(self._ends, at, side="right"))
+        return self._parts[number].item(at - int(self._ends[number]) + len(self._parts[number]))
+
+    def numbers(self, name: str) -> np.ndarray:
+        return np.concatenate([part.numbers(name) for part in self._parts])
+
+    def lengths(self) -> dict[str, np.ndarray]:
+        each = [part.lengths() for part in self._parts]
+        return {name: np.concatenate([lengths[name] for lengths in each]) for name in each[0]}
 
 
 def _value(column: Any, row: int, name: str) -> Any:
@@ -101,12 +134,17 @@ def _value(column: Any, row: int, name: str) -> Any:
     return json.loads(value) if name in AS_JSON else value
 
 
-class Chosen(Sequence[Item]):
-    """Items of a sequence by their numbers. A copy of an item has an id of its own: `copies` counts from 1."""
+Base: TypeAlias = Stored[Item] | Held[Item] | Joined[Item]
+"""Items by number, as they were read: those of rows that are the same have the same id."""
 
-    def __init__(self, base: Sequence[Item], index: np.ndarray, copies: np.ndarray | None = None) -> None:
-        self._base: Sequence[Item] = base
-        self._index, self._copies = index, copies
+
+class Chosen(Sequence[Item]):
+    """Items by their numbers, as a sequence. A copy of an item has an id of its own: `copies` counts from 1."""
+
+    def __init__(self, base: Base[Item], index: np.ndarray, copies: np.ndarray | None = None) -> None:
+        self.base: Base[Item] = base
+        self._index = index
+        self._copies = np.ones(len(index), np.int64) if copies is None else copies
 
     def __len__(self) -> int:
         return len(self._index)
@@ -118,12 +156,18 @@ class Chosen(Sequence[Item]):
     def __getitem__(self, at: int | slice) -> Item | list[Item]:
         if isinstance(at, slice):
             return [self[i] for i in range(*at.indices(len(self)))]
-        item = self._base[int(self._index[at])]
-        copy = 1 if self._copies is None else int(self._copies[at])
+        item, copy = self.base.item(int(self._index[at])), int(self._copies[at])
         return item if copy == 1 else replace(item, id=f"{item.id}-{copy}")
 
+    def part(self, index: np.ndarray) -> Chosen[Item]:
+        return Chosen(self.base, self._index[index], self._copies[index])
+
     def keys(self) -> np.ndarray:
-        return prompt_keys(self._base)[self._index]
+        """`prompt_key` of each."""
+        return self.base.numbers("key")[self._index]
+
+    def lengths(self) -> dict[str, np.ndarray]:
+        return {name: lengths[self._index] for name, lengths in self.base.lengths().items()}
 
 
 def occurrences(ids: np.ndarray) -> np.ndarray:
@@ -152,10 +196,5 @@ def prompt_key(item: Prompt | Example | Preference) -> int:
     return int.from_bytes(digest, "little")
 
 
-def prompt_keys(items: Iterable[Prompt | Example | Preference]) -> np.ndarray:
-    """`prompt_key` of each; without making the items where a file knows them."""
-    if isinstance(items, Stored):
-        return items.numbers("key")
-    if isinstance(items, Chosen):
-        return items.keys()
-    return np.array([prompt_key(item) for item in items], np.uint64)
+def _end_to_end(parts: list[np.ndarray], kind: Any) -> np.ndarray:
+    return np.concatenate(parts) if parts else np.zeros(0, kind)

@@ -19,7 +19,7 @@ from klimb.models.faces import Policy, policy_logps
 from klimb.objective import supervised
 from klimb.runtime.run import Run
 from klimb.runtime.signals import Interrupt
-from klimb.stages.common import Given, Session, SupervisedConfig
+from klimb.stages.common import Data, Given, Session, SupervisedConfig
 from klimb.stages.evaluate import Judges, Measurement, answer_score
 from klimb.stages.models import Loaded, load_policy
 from klimb.types import Example
@@ -28,7 +28,7 @@ from klimb.types import Example
 class Until(StageConfig):
     """Stop early, when sampled answers to the prompts of `data` score at least `at_least` on average."""
 
-    data: Given
+    data: Data
     reward: Given = "exact"
     at_least: float
     every: int = Field(25, ge=1)
