@@ -27,7 +27,7 @@ def parts_of(source: Any) -> list[tuple[Source, float]] | None:
         good = isinstance(weight, int | float) and not isinstance(weight, bool) and math.isfinite(weight) and weight > 0
         if not isinstance(path, str | os.PathLike) or not good:
             raise DataError(
-                f"the weight {weight!r:.40} of {path!r:.40}", why="a weight is a number above 0",
+                f"the weight {weight!r:.40} of {path!r:.40}", where="data", why="a weight is a number above 0",
                 fix="write {a.jsonl: 1, b.jsonl: 0.5}: how often the rows of each come in an epoch",
             )  # fmt: skip
     if len({os.fspath(path) for path, _ in parts}) < len(parts):
