@@ -73,20 +73,20 @@ Given = Annotated[Any, PlainSerializer(described)]
 """A path, a name or a spec in a recipe; from Python also rows, functions and values themselves."""
 
 
-def listed(value: Any) -> Any:
-    """What can be gone through once only is read into a list: a run looks at its rows more than once."""
-    if isinstance(value, Mapping):
-        return {key: listed(inner) for key, inner in value.items()}
-    return list(value) if isinstance(value, Iterator) else value
-
-
-def _known(value: Any) -> Any:
+def known_rows(value: Any) -> Any:
     """Rows whose content a run can be known by: a list, or a data set that knows its fingerprint."""
     known = value is None or isinstance(value, str | Path | list | tuple | Mapping) or hasattr(value, "_fingerprint")
     return value if known or not isinstance(value, Iterable) else list(value)
 
 
-Data = Annotated[Any, BeforeValidator(_known), PlainSerializer(described)]
+def with_known_rows(values: Any, key: str = "") -> Any:
+    """The same in a recipe, in all of its sections: a run goes through its rows more than once."""
+    if key in ("data", "eval_data"):
+        return known_rows(values)
+    return {k: with_known_rows(v, k) for k, v in values.items()} if isinstance(values, Mapping) else values
+
+
+Data = Annotated[Any, BeforeValidator(known_rows), PlainSerializer(described)]
 """A path, several (a list, or a mapping from each to its weight), a hub name; from Python any iterable of rows."""
 
 
