@@ -38,7 +38,8 @@ def test_a_weight_is_how_often_rows_come(cache: bool) -> None:
     assert len({prompt.id for prompt in loaded.items}) == len(loaded.items) == 30
     assert (loaded.report.rows, loaded.report.used, loaded.report.source) == (30, 30, "a.jsonl + b.jsonl")
     assert [prompt.id for prompt in load_prompts({a: 2.5, b: 0.25}, CHAT).items] == [p.id for p in loaded.items]
-    assert "a.jsonl × 2.5: a.jsonl: 10 rows" in str(loaded.report)
+    assert "  mixed: 30 rows an epoch\n  2.5 × a.jsonl: 10 rows" in str(loaded.report)
+    assert [(part["weight"], part["source"]) for part in loaded.report.facts()["parts"]] == [(2.5, a), (0.25, b)]
 
 
 def test_a_list_is_all_of_each_in_order() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from klimb.data.readers import Source, source_name
+from klimb.data.readers import Source
 from klimb.data.report import Loaded, Report
 from klimb.data.store import Chosen, Item, Joined, occurrences
 from klimb.errors import DataError
@@ -52,9 +52,6 @@ def mixed(parts: Sequence[Loaded[Item]], weights: Sequence[float]) -> Loaded[Ite
     ])  # fmt: skip
     items = Chosen(joined, index, occurrences(ids[index]))
     reports = [part.report for part in parts]
-    notes = [
-        f"{report.source} × {weight:g}: {report}".replace("\n", "\n  ") for report, weight in zip(reports, weights)
-    ]
     report = Report(
         source=" + ".join(report.source for report in reports),
         type=" + ".join(dict.fromkeys(report.type for report in reports)),
@@ -62,7 +59,7 @@ def mixed(parts: Sequence[Loaded[Item]], weights: Sequence[float]) -> Loaded[Ite
         used=len(index),
         dropped=[problem for report in reports for problem in report.dropped],
         lengths=items.lengths(),
-        notes=notes,
+        parts=list(zip(reports, weights)),
         repeats=int((occurrences(ids) > 1).sum()),
     )
     return Loaded(items, report, first.conversational)
@@ -73,8 +70,3 @@ def _picked(ids: np.ndarray, weight: float) -> np.ndarray:
     whole, part = divmod(weight, 1.0)
     some = np.sort(np.argsort(ids, kind="stable")[: round(part * len(ids))])
     return np.concatenate([*[np.arange(len(ids))] * int(whole), some])
-
-
-def names_of(source: Any) -> str:
-    parts = parts_of(source)
-    return source_name(source) if parts is None else " + ".join(source_name(path) for path, _ in parts)

@@ -51,10 +51,6 @@ class Opened:
     identity: Callable[[], str | None]
 
 
-def source_name(source: Source) -> str:
-    return os.fspath(source) if isinstance(source, str | os.PathLike) else "rows"
-
-
 def open_source(source: Source) -> Opened:
     """Raises DataError where there is no such source, or none that can be read."""
     if not isinstance(source, str | os.PathLike):

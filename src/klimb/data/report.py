@@ -27,6 +27,8 @@ class Report:
     notes: list[str] = field(default_factory=list)
     repeats: int = 0
     cache: str = ""
+    parts: list[tuple[Report, float]] = field(default_factory=list)
+    """Of a mixture: its sources with their weights."""
 
     def spread(self, name: str) -> tuple[int, int, int]:
         """(min, median, max)"""
@@ -36,10 +38,12 @@ class Report:
     def facts(self) -> dict[str, Any]:
         """For a manifest: what was there, what was dropped and why (the numbers in a reason as n)."""
         reasons = Counter(re.sub(r"\d+", "n", problem.reason) for problem in self.dropped)
+        parts = [{"weight": weight, **report.facts()} for report, weight in self.parts]
         return {
             "source": self.source, "type": self.type, "rows": self.rows, "used": self.used,
             "dropped": dict(reasons.most_common()), "repeats": self.repeats, "notes": self.notes,
             "tokens": {name: list(self.spread(name)) for name in self.lengths}, "cache": self.cache,
+            **({"parts": parts} if parts else {}),
         }  # fmt: skip
 
     def __str__(self) -> str:
@@ -52,6 +56,9 @@ class Report:
         if self.repeats:
             lines.append(f"  {self.repeats:,} rows repeat an earlier one exactly")
         lines += [f"  {note}" for note in self.notes]
+        if self.parts:
+            lines.append(f"  mixed: {self.used:,} rows an epoch")
+        lines += [f"  {weight:g} × {report}".replace("\n", "\n  ") for report, weight in self.parts]
         return "\n".join([*lines, *([f"  cache {self.cache}"] if self.cache else [])])
 
 
