@@ -22,3 +22,11 @@ def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
     native.use(request.param == "native")
     yield request.param
     native.use(True)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What tests prepare stays out of the cache of whoever runs them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield

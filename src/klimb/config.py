@@ -8,7 +8,6 @@ YAML is read by the rules of version 1.2: `1e-6` is a number, and `no`, `on`, `0
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import re
@@ -41,7 +40,7 @@ def load_config(
     """
     if not isinstance(values, Mapping):
         raise ConfigError(f"expected `key: value` lines, got {shown(values)}", where=where)
-    merged = copy.deepcopy(dict(values))
+    merged = _copied(values)
     changed = [apply_override(merged, override) for override in overrides]
     try:
         return cls.model_validate(merged)
@@ -52,6 +51,11 @@ def load_config(
         on_command_line = any(path[: len(key)] == key for key in changed)
         lines.append(f"{'command line' if on_command_line else where}: {what}")
     raise ConfigError("\n".join(dict.fromkeys(lines)))
+
+
+def _copied(values: Any) -> Any:
+    """Of the sections, which overrides change; what stands in them is left as it is, rows and functions too."""
+    return {key: _copied(value) for key, value in values.items()} if isinstance(values, Mapping) else values
 
 
 def apply_override(values: dict[str, Any], override: str) -> tuple[str, ...]:

@@ -143,8 +143,10 @@ def test_a_truncated_gzip_is_an_error_that_names_the_row(tmp_path: Path, keep: f
         ("empty.jsonl", b"", "no rows"),
         ("blank.jsonl", b"\n \n", "no rows"),
         ("empty.jsonl.gz", gzip.compress(b"", mtime=0), "no rows"),
-        ("table.csv", b"a,b\n", "not read yet"),
-        ("table.parquet", b"PAR1", "not read yet"),
+        ("table.csv", b"a,b\n", "no rows"),
+        ("list.json", b"[]", "no rows"),
+        ("table.parquet", b"PAR1", "damaged or cut off"),
+        ("table.arrow", b"ARROW1", "not read"),
     ],
 )
 def test_sources_with_nothing_to_read(tmp_path: Path, name: str, data: bytes, reason: str) -> None:

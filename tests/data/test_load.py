@@ -103,9 +103,9 @@ def test_bad_rows_of_every_stage_are_reported_together_and_counted(tmp_path: Pat
     with pytest.raises(BadRows) as caught:
         load_examples(path, WORDS, max_length=6)
     assert [(p.where, p.reason) for p in caught.value.problems] == [
-        (f"{path}:4", "NaN is not JSON"),
         (f"{path}:2", "completion is empty"),
         (f"{path}:3", "the row has 9 tokens, where at most 6 fit"),
+        (f"{path}:4", "NaN is not JSON"),
     ]
     loaded = load_examples(path, WORDS, max_length=6, on_bad="drop")
     assert len(loaded.items) == 1
@@ -201,7 +201,7 @@ def test_humaneval_as_prompts() -> None:
 
 def test_without_a_share_all_is_training() -> None:
     items = [Example(str(n), [n, n], [0], [True]) for n in range(3)]
-    assert split_by_prompt(items, 0) == (items, [])
+    assert [list(part) for part in split_by_prompt(items, 0)] == [items, []]
 
 
 def test_a_word_that_the_tokenizer_does_not_know_is_an_error_of_its_row() -> None:

@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import pyarrow
+from pyarrow import parquet
 from transformers import AutoTokenizer
 from world import Said, World, klimb, make_world, write
 
@@ -64,6 +66,17 @@ def file(name: str, text: str | bytes) -> Prepare:
 
 def rows(*values: object) -> Prepare:
     return file("bad.jsonl", "".join(json.dumps(value) + "\n" for value in values))
+
+
+def cut_table() -> None:
+    parquet.write_table(pyarrow.table({"prompt": ["a ?"], "completion": ["b"]}), "bad.parquet")
+    Path("bad.parquet").write_bytes(Path("bad.parquet").read_bytes()[:-30])
+
+
+def parts() -> None:
+    """As `datasets` saves a DatasetDict."""
+    Path("parts/test").mkdir(parents=True)
+    Path("parts/dataset_dict.json").write_text('{"splits": ["test"]}')
 
 
 def recipe(stages: str, more: str = "") -> Prepare:
@@ -239,7 +252,23 @@ CASES: dict[str, list[Bad]] = {
         Bad("no such file", "SFT data=missing.jsonl", ("missing.jsonl",)),
         Bad("an empty file", "SFT data=bad.jsonl", ("bad.jsonl",), file("bad.jsonl", "")),
         Bad("a directory", "SFT data=base", ("base",)),
-        Bad("a format that is not read", "SFT data=bad.csv", ("bad.csv",), file("bad.csv", "prompt,completion\n")),
+        Bad("a format that is not read", "SFT data=bad.arrow", ("bad.arrow", "folder"), file("bad.arrow", "ARROW1")),
+        Bad("a table without rows", "SFT data=bad.csv", ("bad.csv", "no rows"), file("bad.csv", "prompt,completion\n")),
+        Bad("a ragged row", "SFT data=bad.csv", ("bad.csv:3", "3 cells", "2 columns"), file("bad.csv", "prompt,completion\na ?,b\nb ?,c, d\n")),
+        Bad("a quote that is never closed", "SFT data=bad.csv", ("bad.csv:3", "quote"), file("bad.csv", 'prompt,completion\na ?,b\n"b ?,c\n')),
+        Bad("a column's name twice", "SFT data=bad.csv", ("bad.csv:1", "'prompt'"), file("bad.csv", "prompt,prompt\na ?,b\n")),
+        Bad("a column misspelt", "SFT data=bad.csv columns.prompt=qestion", ("bad.csv", "'qestion'", "'question'"), file("bad.csv", "question,completion\na ?,b\nb ?,c\n")),
+        Bad("an object where a list belongs", "SFT data=bad.json", ("bad.json", "'data'"), file("bad.json", '{"version": 1, "data": [{"prompt": "a ?", "completion": "b"}]}')),
+        Bad("a list that is cut off", "SFT data=bad.json", ("bad.json:2", "cut off"), file("bad.json", '[{"prompt": "a ?", "completion": "b"},\n{"prompt": "b ?", "comp')),
+        Bad("a table that is cut off", "SFT data=bad.parquet", ("bad.parquet",), cut_table, foreign=True),
+        Bad("a data set without training part", "SFT data=parts", ("parts", "train", "parts/test"), parts),
+        Bad("an unknown speaker", "SFT data=bad.jsonl", ("bad.jsonl:1", "conversations[1]", "'gtp'", "gpt"), rows({"conversations": [{"from": "human", "value": "a ?"}, {"from": "gtp", "value": "b"}]})),
+        Bad("messages that are no JSON", "SFT data=bad.csv", ("bad.csv:2", "messages"), file("bad.csv", "messages\n[{'role': 'user'}]\n")),
+        Bad("no transcript", "SFT transcripts=chat", ("demonstrations.jsonl", "Human:")),
+        Bad("tools that are none", "SFT data=bad.jsonl", ("bad.jsonl:1", "tools"), rows({"messages": [{"role": "user", "content": "a ?"}, {"role": "assistant", "content": "b"}], "tools": {"name": "add"}})),
+        Bad("a weight that is none", "SFT 'data={demonstrations.jsonl: 0}'", ("'demonstrations.jsonl'", "above 0")),
+        Bad("a file named twice", "SFT 'data=[demonstrations.jsonl, demonstrations.jsonl]'", ("twice", "2")),
+        Bad("one of several is missing", "SFT 'data=[demonstrations.jsonl, missing.csv]'", ("missing.csv",)),
         Bad("wrong columns", "SFT data=bad.jsonl", ("bad.jsonl", "question"), rows({"question": "a ?", "answer": "b"})),
         Bad("data of another stage", "SFT data=prompts.jsonl", ("prompts.jsonl:1", "prompt-completion")),
         Bad("comparisons expected", "DPO data=demonstrations.jsonl", ("demonstrations.jsonl:1", "preference")),

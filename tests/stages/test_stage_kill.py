@@ -132,11 +132,11 @@ INSTANTS: list[tuple[str, str, Trap]] = [
     ("sft", "in the middle of a line", partial(in_half_a_line, 5)),
     ("sft", "between a step and its first checkpoint", partial(at_call, CHECKPOINT, 1)),
     ("sft", "between a step and its second checkpoint", partial(at_call, CHECKPOINT, 2)),
-    # Five writes make the directory; then each checkpoint has four: tensors, index, state, manifest.
-    ("sft", "in the tensors of the first checkpoint", partial(in_half_a_write, 6)),
-    ("sft", "in the manifest of the first checkpoint", partial(in_half_a_write, 9)),
-    ("sft", "in the tensors of the second checkpoint", partial(in_half_a_write, 10)),
-    ("sft", "in the state of the second checkpoint", partial(in_half_a_write, 12)),
+    # Six writes make the directory and its manifest; then each checkpoint has four: tensors, index, state, manifest.
+    ("sft", "in the tensors of the first checkpoint", partial(in_half_a_write, 7)),
+    ("sft", "in the manifest of the first checkpoint", partial(in_half_a_write, 10)),
+    ("sft", "in the tensors of the second checkpoint", partial(in_half_a_write, 11)),
+    ("sft", "in the state of the second checkpoint", partial(in_half_a_write, 13)),
     ("sft", "before the second checkpoint has its name", partial(at_call, RENAME, 2)),
     ("sft", "when the second checkpoint has its name", partial(at_call, RENAME, 2, after=True)),
     ("sft", "when an old checkpoint goes", partial(at_call, "klimb.runtime.durable.shutil.rmtree", 1)),

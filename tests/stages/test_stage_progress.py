@@ -138,3 +138,26 @@ def test_the_rate_is_that_of_now_once_it_is_known(monkeypatch: pytest.MonkeyPatc
         assert live.text(None) == ""
     finally:
         live.close()
+
+
+def test_preparing_data_is_seen_moving(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    live = progress.Live("sft")
+    preparing = progress.Preparing("sft: data", live, lambda line: None)
+    preparing(12345, 0.5)
+    live._progress.refresh()
+    live.close()
+    drawn = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal.getvalue())
+    assert re.search(r"sft: data ━+\S* +12,345 rows ", drawn)
+    assert "step" not in drawn
+
+
+def test_preparing_data_elsewhere_is_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, said = [100.0], list[str]()
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    preparing = progress.Preparing("data", None, said.append)
+    for rows in range(1000, 30001, 1000):
+        now[0] += 1.0
+        preparing(rows, rows / 40000 if rows < 20000 else None)
+    assert said == ["  data: 11,000 rows prepared (28%)", "  data: 22,000 rows prepared"]

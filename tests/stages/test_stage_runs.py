@@ -20,7 +20,7 @@ from klimb.errors import KlimbError, RunError
 from klimb.objective.advantage import group_mean
 from klimb.objective.algorithms import GRPO
 from klimb.objective.kl import NO_KL
-from klimb.stages.common import described
+from klimb.stages.given import described
 from klimb.stages.registry import run_stage, stage_config
 from klimb.stages.sft import SftConfig
 

@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from world import World, lines, play, write
 
+import klimb
 from klimb import native
 from klimb.errors import RewardError
 
@@ -207,3 +210,71 @@ def test_the_kernels_are_decided_once_and_stay(world: World, tmp_path: Path) -> 
     assert (run / "model/model.safetensors").read_bytes() == (torch_run / "model/model.safetensors").read_bytes()
     assert "the kernels that it began with are not here" in again(run, "native 0123")
     assert (run / "model/model.safetensors").read_bytes() == weights
+
+
+def test_prepared_data_that_is_found_again_trains_to_the_same_bits(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    given = {"model": world.model, "data": world.demonstrations, "steps": 4, "batch_size": 5, "eval_fraction": 0.3}
+    runs = [play("sft", tmp_path / name, **given) for name in ("miss", "hit")]
+    manifests = [json.loads((run.path / "manifest.json").read_text())["data"]["data"] for run in runs]
+    assert [facts.pop("cache").split(":")[0] for facts in manifests] == ["miss, kept", "hit"]
+    assert manifests[0] == manifests[1]
+    assert (manifests[0]["rows"], manifests[0]["used"], manifests[0]["dropped"]) == (8, 8, {})
+    assert [sum("  cache " in line for line in run.said) for run in runs] == [1, 1]
+    weights = [(Path(run.model) / "model.safetensors").read_bytes() for run in runs]
+    assert weights[0] == weights[1]
+
+
+ASKED = [{"prompt": f"{a} ?", "completion": f"it is {a} ."} for a in "abcdef"]
+
+
+@pytest.mark.parametrize("form", ["list", "iterator", "iterable", "dataset"])
+def test_rows_from_python_are_known_by_their_content(world: World, here: Path, form: str) -> None:
+    class Rows:
+        def __init__(self, rows: list[dict[str, str]]) -> None:
+            self._rows = rows
+
+        def __iter__(self) -> Iterator[dict[str, str]]:
+            return iter(self._rows)
+
+    make = {"list": list, "iterator": iter, "iterable": Rows, "dataset": Dataset.from_list}[form]
+    common = {"model": world.model, "steps": 1, "batch_size": 6, "threads": 1, "device": "cpu"}
+
+    def run(rows: list[dict[str, str]]) -> str:
+        recipe = {"name": "own", "stages": {"sft": {"stage": "sft", "data": make(rows), **common}}}
+        return str(klimb.run(recipe, say=lambda line: None)["out"])
+
+    first, again, other = run(ASKED), run(ASKED), run(ASKED[:5])
+    assert first == again != other
+    manifest = json.loads((Path(first) / "sft" / "manifest.json").read_text())
+    assert (manifest["data"]["data"]["rows"], manifest["data"]["data"]["cache"]) == (6, "")
+
+
+def test_several_files_are_inputs_and_an_overlap_is_counted(world: World, tmp_path: Path) -> None:
+    a, b = write(tmp_path / "a.jsonl", ASKED[:4]), write(tmp_path / "b.jsonl", [*ASKED[3:], ASKED[5]])
+    given = {"model": world.model, "data": {a: 2, b: 1}, "eval_data": [b], "steps": 1, "batch_size": 4}
+    run = play("sft", tmp_path / "run", **given)
+    manifest = json.loads((run.path / "manifest.json").read_text())
+    assert [manifest["inputs"][key]["source"] for key in ("data[0]", "data[1]")] == [a, b]
+    data, held_out = manifest["data"]["data"], manifest["data"]["eval_data"]
+    assert (data["rows"], data["used"], data["repeats"]) == (8, 12, 2)
+    assert (held_out["rows"], held_out["also_trained_on"]) == (4, 4)
+    assert "  4 of the 4 prompts of eval_data are in the training data, too" in run.said
+
+
+def test_what_was_dropped_and_why_is_in_the_manifest(world: World, tmp_path: Path) -> None:
+    rows = [
+        *ASKED,
+        {"prompt": "a ?", "completion": ""},
+        {"prompt": "a " * 30, "completion": "b"},
+        {"prompt": "b ?", "completion": None},
+    ]
+    data = write(tmp_path / "rows.jsonl", [*rows, {"prompt": "a " * 31, "completion": "b"}])
+    run = play("sft", tmp_path / "run", model=world.model, data=data, on_bad="drop", steps=1, batch_size=4)
+    found = json.loads((run.path / "manifest.json").read_text())["data"]["data"]
+    assert (found["rows"], found["used"]) == (10, 6)
+    assert found["dropped"]["the row has n tokens, where at most n fit"] == 2
+    assert found["dropped"]["completion is empty"] == 1
+    assert sum(found["dropped"].values()) == 4

@@ -1,32 +1,18 @@
-"""Rows with their places, from JSONL (also .gz), Python rows, or a data set on the hub.
+"""Rows with their places, checked, their columns by the names that we use; whatever they were read from.
 
-A reader turns its source into rows and problems, and both together account for every line: nothing is skipped
-but blank lines. Further formats are further readers in `_reader`.
+Rows and problems together account for every row of the source.
 """
 
 from __future__ import annotations
 
-import gzip
-import json
-import math
-import os
-import re
-import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
-from klimb.errors import DataError, one_line
+from klimb.data.readers import MAX_DEPTH, BadRow, Opened, Source, open_source
+from klimb.errors import DataError, nearest
 
-Source = str | os.PathLike[str] | Iterable[Mapping[str, Any]]
-"""A path, a name on the hub (`owner/name[/config][:split]`), or rows."""
-
-MAX_DEPTH = 100
 LISTED = 20
-HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(?:/(?P<config>[\w.-]+))?(?::(?P<split>[\w.\[\]%:+-]+))?")
-NOT_YET = (".json", ".csv", ".tsv", ".parquet", ".arrow")
-FILE_SUFFIXES = (".jsonl", ".gz", ".txt", ".zip", *NOT_YET)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,14 +50,6 @@ class BadRows(DataError):
         )
 
 
-class BadRow(ValueError):
-    """One row's reason, on its way to a `Problem`."""
-
-
-def source_name(source: Source) -> str:
-    return os.fspath(source) if isinstance(source, str | os.PathLike) else "rows"
-
-
 def read_rows(source: Source, columns: Mapping[str, str] | None = None) -> tuple[list[Row], list[Problem]]:
     """All rows of `source`, and the problems of those that are malformed.
 
@@ -80,124 +58,27 @@ def read_rows(source: Source, columns: Mapping[str, str] | None = None) -> tuple
 
     Raises DataError where there is nothing to read at all: no such file, a broken archive, no rows.
     """
-    rows: list[Row] = []
-    problems: list[Problem] = []
-    for where, value in _reader(source):
+    opened = open_source(source)
+    read = list(rows_of(opened, columns or {}))
+    problems = [row for row in read if isinstance(row, Problem)]
+    if not read:
+        raise no_rows(opened.name)
+    return [row for row in read if isinstance(row, Row)], problems
+
+
+def rows_of(opened: Opened, columns: Mapping[str, str]) -> Iterator[Row | Problem]:
+    """In the order in which they are read, each in its place."""
+    for where, value in opened.pairs:
         try:
             if isinstance(value, BadRow):
                 raise value
-            rows.append(Row(where, _renamed(_checked(value), columns or {})))
+            yield Row(where, _renamed(_checked(value), columns))
         except BadRow as error:
-            problems.append(Problem(where, str(error)))
-    if not rows and not problems:
-        raise DataError("no rows", where=source_name(source), fix="give it at least one")
-    return rows, problems
+            yield Problem(where, str(error))
 
 
-def _reader(source: Source) -> Iterator[tuple[str, Any]]:
-    """(place, row) pairs; a row that could not be parsed is a BadRow in its place."""
-    if not isinstance(source, str | os.PathLike):
-        return _python_rows(source)
-    name = os.fspath(source)
-    path = Path(name).expanduser()
-    if path.is_dir():
-        raise DataError("is a directory", where=name, fix="name a .jsonl or .jsonl.gz file in it")
-    if path.exists():
-        if path.suffix.lower() in NOT_YET:
-            fix = "write one JSON object a line (.jsonl)"
-            raise DataError(f"{path.suffix} files are not read yet", where=name, fix=fix)
-        return _jsonl(path, name)
-    hub = HUB_NAME.fullmatch(name) if not name.startswith(".") else None
-    if hub and not name.lower().endswith(FILE_SUFFIXES):
-        return _hub(hub["name"], hub["config"], hub["split"] or "train")
-    raise DataError("no such file", where=name, fix="give a path, or owner/name for a data set on the hub")
-
-
-def _python_rows(rows: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, Any]]:
-    for index, row in enumerate(rows):
-        yield f"rows[{index}]", row
-
-
-def _hub(name: str, config: str | None, split: str) -> Iterator[tuple[str, Any]]:
-    from datasets import load_dataset
-
-    try:
-        data = load_dataset(name, config, split=split)
-    except Exception as error:
-        raise DataError(
-            "could not be loaded from the hub, and there is no such file",
-            where=name,
-            why=f"{type(error).__name__}: {error}",
-            fix="owner/name/config:split names a part of it",
-        ) from error
-    for index, row in enumerate(data):
-        yield f"{name}:{split}[{index}]", row
-
-
-# --- JSONL ------------------------------------------------------------------------------------------------
-
-
-def _jsonl(path: Path, name: str) -> Iterator[tuple[str, Any]]:
-    number = 0
-    try:
-        with _open(path) as file:
-            # Bytes are split at \n alone: U+2028 and the like are ordinary characters within a JSON string.
-            for number, line in enumerate(file, start=1):
-                cut_off = not line.endswith(b"\n")
-                if number == 1:
-                    line = line.removeprefix(b"\xef\xbb\xbf")
-                if line.strip():
-                    yield f"{name}:{number}", _parsed(line, cut_off)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        where = f"{name}:{number + 1}"
-        raise DataError("the gzip stream is damaged", where=where, why=error, fix="fetch it again") from error
-    except OSError as error:
-        raise DataError("cannot be read", where=name, why=error.strerror or error) from error
-
-
-def _open(path: Path) -> IO[bytes]:
-    """By what the file is, not by what it is called: a .gz that was unpacked on the way is read, too."""
-    file = path.open("rb")
-    compressed = file.read(2) == b"\x1f\x8b"
-    file.seek(0)
-    return gzip.GzipFile(fileobj=file) if compressed else file  # type: ignore[return-value]
-
-
-def _parsed(line: bytes, cut_off: bool) -> Any:
-    try:
-        return json.loads(
-            line.decode("utf-8"), parse_constant=_no_constant, parse_float=_finite, object_pairs_hook=_unique
-        )
-    except BadRow as error:
-        return error
-    except UnicodeDecodeError as error:
-        return BadRow(f"is not UTF-8 (byte {error.start + 1} of the line)")
-    except json.JSONDecodeError as error:
-        reason = f"malformed JSON at column {error.colno}: {error.msg}"
-        return BadRow(f"{reason} (the last line has no end: is the file cut off?)" if cut_off else reason)
-    except RecursionError:
-        return BadRow(f"nested more than {MAX_DEPTH} deep")
-    except ValueError as error:
-        return BadRow(f"malformed JSON: {one_line(error)}")
-
-
-def _no_constant(literal: str) -> Any:
-    raise BadRow(f"{literal} is not JSON")
-
-
-def _finite(literal: str) -> float:
-    value = float(literal)
-    if not math.isfinite(value):
-        raise BadRow(f"the number {literal[:20]} is too large")
-    return value
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise BadRow(f"the key {next(key for key in keys if keys.count(key) > 1)!r} occurs twice")
-    return values
+def no_rows(name: str) -> DataError:
+    return DataError("no rows", where=name, fix="give it at least one")
 
 
 # --- any row ----------------------------------------------------------------------------------------------
@@ -233,6 +114,8 @@ def _check_text(value: Any, depth: int) -> None:
 def _renamed(values: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
     for column in columns.values():
         if column not in values:
-            raise BadRow(f"has no column {column!r} (it has: {', '.join(values) or 'none'})")
+            near = nearest(column, values)
+            meant = f", did you mean {near!r}?" if near else ""
+            raise BadRow(f"has no column {column!r} (it has: {', '.join(values) or 'none'}){meant}")
     kept = {name: value for name, value in values.items() if name not in columns.values()}
     return {**kept, **{name: values[column] for name, column in columns.items()}}

@@ -20,7 +20,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from klimb.data.formats import BadRow, BadRows, Problem, Row, Source, read_rows, source_name
+from klimb.data.formats import BadRows, Problem, Row, no_rows, rows_of
+from klimb.data.readers import BadRow, Source, open_source
+from klimb.data.shapes import ours
 from klimb.errors import DataError, nearest
 from klimb.types import Message, Text
 
@@ -77,9 +79,15 @@ def read_table(
     Raises BadRows, naming each bad row and why, unless `on_bad` is "drop" and good ones remain; DataError
     where the source as a whole cannot be used (nothing in it, another type of data, two types in one file).
     """
-    table = typed(*read_rows(source, columns), source_name(source), wanted)
-    refuse_bad(table.source, table.problems, len(table.records), on_bad)
-    return table
+    opened, detector = open_source(source), Detector(wanted)
+    read = [detector.attempt(row) for row in rows_of(opened, columns or {})]
+    records = [each for each in read if isinstance(each, Record)]
+    problems = [each for each in read if isinstance(each, Problem)]
+    if not read:
+        raise no_rows(opened.name)
+    refuse_bad(opened.name, problems, len(records), on_bad)
+    assert detector.kind is not None  # there are records
+    return Table(opened.name, detector.kind, detector.conversational, records, problems)
 
 
 def refuse_bad(source: str, problems: list[Problem], good: int, on_bad: OnBad) -> None:
@@ -88,40 +96,49 @@ def refuse_bad(source: str, problems: list[Problem], good: int, on_bad: OnBad) -
         raise BadRows(source, problems, good + len(problems))
 
 
-def typed(
-    rows: list[Row],
-    problems: list[Problem],
-    source: str,
-    wanted: Sequence[Kind] = tuple(COLUMNS),
-    prompts_only: bool = False,
-) -> Table:
+class Detector:
     """The type is that of the first row which has one; a row of another type is an error, not a bad row.
 
     prompts_only: all that is not the prompt stays a further column, unchecked, whatever type it would make.
+    transcripts: of Human: and Assistant: are messages.
     """
-    first: tuple[Row, Kind, bool] | None = None
-    records: list[Record] = []
-    problems = list(problems)
-    for row in rows:
+
+    def __init__(
+        self, wanted: Sequence[Kind] = tuple(COLUMNS), prompts_only: bool = False, transcripts: bool = False
+    ) -> None:
+        self.kind: Kind | None = None
+        self.conversational = False
+        self._wanted: Sequence[Kind] = ("prompt", "preference") if prompts_only else wanted
+        self._prompts_only, self._transcripts = prompts_only, transcripts
+        self._first = ""
+
+    @property
+    def type(self) -> str:
+        return "" if self.kind is None else _describe(self.kind, self.conversational)
+
+    def attempt(self, row: Row | Problem) -> Record | Problem:
+        """The row with its values checked, or why it cannot be used. Raises DataError for a second type."""
+        if isinstance(row, Problem):
+            return row
         try:
-            if first is not None and not prompts_only:
-                _require_columns(row, first[1])
-            kind = _kind(row, ("prompt", "preference") if prompts_only else wanted, exact=not prompts_only)
-            conversational = _is_conversational(row, kind)
-            if first is None:
-                first = (row, kind, conversational)
-            elif (kind, conversational) != first[1:]:
-                raise DataError(
-                    f"is {_describe(kind, conversational)}, but {first[0].where} is {_describe(*first[1:])}",
-                    where=row.where,
-                    fix="one file holds one type: split it",
-                )
-            records.append(_record(row, kind, ("prompt",) if prompts_only else VALUES[kind]))
+            return self._record(Row(row.where, ours(row.values, self._transcripts)))
         except BadRow as error:
-            problems.append(Problem(row.where, str(error)))
-    if first is None:
-        raise BadRows(source, problems, len(problems))
-    return Table(source, first[1], first[2], records, problems)
+            return Problem(row.where, str(error))
+
+    def _record(self, row: Row) -> Record:
+        if self.kind is not None and not self._prompts_only:
+            _require_columns(row, self.kind)
+        kind = _kind(row, self._wanted, exact=not self._prompts_only)
+        conversational = _is_conversational(row, kind)
+        if self.kind is None:
+            self.kind, self.conversational, self._first = kind, conversational, row.where
+        elif (kind, conversational) != (self.kind, self.conversational):
+            raise DataError(
+                f"is {_describe(kind, conversational)}, but {self._first} is {self.type}",
+                where=row.where,
+                fix="one file holds one type: split it",
+            )
+        return _record(row, kind, ("prompt",) if self._prompts_only else VALUES[kind])
 
 
 def _require_columns(row: Row, kind: Kind) -> None:
@@ -200,7 +217,17 @@ def _record(row: Row, kind: Kind, names: Sequence[str]) -> Record:
         raise BadRow(f"has {len(checked['completions'])} completions but {len(checked['labels'])} labels")
     if "chosen" in checked and checked["chosen"] == checked["rejected"]:
         raise BadRow("chosen and rejected are the same")
-    return Record(row.where, checked, {name: value for name, value in values.items() if name not in names})
+    columns = {name: value for name, value in values.items() if name not in names}
+    if True in (isinstance(value, list) for value in checked.values()) and columns.get("tools") is not None:
+        columns["tools"] = _tools(columns["tools"])
+    return Record(row.where, checked, columns)
+
+
+def _tools(value: Any) -> list[dict[str, Any]]:
+    """As a chat template prints them."""
+    if not isinstance(value, list | tuple) or not all(isinstance(tool, Mapping) for tool in value):
+        raise BadRow(f"tools is {value!r:.40}, not a list of objects")
+    return [dict(tool) for tool in value]
 
 
 def _text(value: Any, name: str) -> Text:
@@ -222,6 +249,8 @@ def _message(message: Any, place: str) -> Message:
         raise BadRow(f"{place} is a {type(message).__name__}, not a message with role and content")
     # A table fills in the columns that a message lacks with nulls, and templates would print them.
     kept = {key: value for key, value in message.items() if value is not None}
+    if "tool_calls" in kept:
+        kept.setdefault("content", "")
     for key in ("role", "content"):
         if key not in kept:
             raise BadRow(f"{place} has no {key} (it has: {', '.join(kept) or 'nothing'})")
@@ -282,6 +311,8 @@ def _plain(value: Any, name: str) -> str:
 def _label(value: Any, name: str) -> bool:
     if value in (0, 1) and isinstance(value, int | float):
         return bool(value)
+    if isinstance(value, str) and value.strip().lower() in ("true", "false", "1", "0"):  # all that CSV can say
+        return value.strip().lower() in ("true", "1")
     raise BadRow(f"{name} is {value!r:.40}, neither true nor false")
 
 

@@ -4,57 +4,56 @@ from __future__ import annotations
 
 import hashlib
 import json
-import statistics
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any, Generic, Literal
 
-from klimb.data.formats import BadRow, Problem, Source, read_rows, source_name
-from klimb.data.kinds import Kind, OnBad, Record, Table, refuse_bad, typed
+import numpy as np
+
+from klimb.data import cache as kept
+from klimb.data.formats import Problem, no_rows, rows_of
+from klimb.data.kinds import Detector, Kind, OnBad, Record, refuse_bad
+from klimb.data.mix import mixed, parts_of
+from klimb.data.readers import BadRow, Opened, Source, open_source
 from klimb.data.render import Renderer, Tokens
+from klimb.data.report import Loaded, Report
+from klimb.data.store import Base, Chosen, Held, Item, Stored, Writer, occurrences, prompt_tokens
 from klimb.data.template import RenderError
 from klimb.errors import DataError
 from klimb.types import Example, Preference, Prompt, Text
 
-Item = TypeVar("Item", Prompt, Example, Preference)
-Rendered = TypeVar("Rendered")
-
 CHUNK = 1024
+Transcripts = Literal["text", "chat"]
 EXAMPLE_KINDS: tuple[Kind, ...] = ("prompt-completion", "messages", "text")
 
-
-@dataclass(frozen=True)
-class Report:
-    """What a source held. Lengths are in tokens."""
-
-    source: str
-    type: str
-    rows: int
-    dropped: list[Problem]
-    lengths: dict[str, list[int]] = field(repr=False)
-    notes: list[str] = field(default_factory=list)
-
-    def spread(self, name: str) -> tuple[int, int, int]:
-        """(min, median, max)"""
-        lengths = self.lengths[name]
-        return min(lengths), statistics.median_low(lengths), max(lengths)
-
-    def __str__(self) -> str:
-        spreads = [
-            f"{name} {low}…{middle}…{high}" for name in self.lengths for low, middle, high in [self.spread(name)]
-        ]
-        lines = [f"{self.source}: {self.rows:,} rows, {self.type}; tokens (min…median…max): {', '.join(spreads)}"]
-        if self.dropped:
-            lines.append(f"  {len(self.dropped):,} of them dropped, the first: {self.dropped[0]}")
-        return "\n".join([*lines, *(f"  {note}" for note in self.notes)])
+Progress = Callable[[int, float | None], None]
+"""Told now and then how many rows were prepared, and which share of the source that is, where it is known."""
 
 
 @dataclass(frozen=True)
-class Loaded(Generic[Item]):
-    items: list[Item]
-    report: Report
-    conversational: bool
+class Task(Generic[Item]):
+    """How rows become items of one type. `content` is what an id is a hash of."""
+
+    item: type[Item]
+    kinds: tuple[Kind, ...]
+    render: Callable[[Renderer, Kind, list[Record]], list[Any]]
+    content: Callable[[Record], Any]
+    build: Callable[[Record, Any, str, int | None], Item]
+    prompts_only: bool = False
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a loader was asked for."""
+
+    max_length: int | None
+    columns: Mapping[str, str]
+    on_bad: OnBad
+    transcripts: Transcripts
+    cache: bool
+    progress: Progress | None
 
 
 def load_prompts(
@@ -64,20 +63,18 @@ def load_prompts(
     max_length: int | None = None,
     columns: Mapping[str, str] | None = None,
     on_bad: OnBad = "error",
+    transcripts: Transcripts = "text",
+    cache: bool = False,
+    progress: Progress | None = None,
 ) -> Loaded[Prompt]:
     """The prompts of rows that have one; all else in a row stays with it, for the reward function.
 
-    max_length: of a prompt, in tokens. Raises BadRows or DataError.
+    source: a path, a hub name, rows, or several paths: a list, or a mapping from each to its weight.
+    max_length: of a prompt, in tokens. transcripts: "chat" makes those of Human: and Assistant: messages.
+    cache: keep what was prepared from a file, and read it from there the next time (see `klimb.data.cache`);
+    rows from Python are held in memory. Raises BadRows or DataError.
     """
-    table = typed(*read_rows(source, columns), source_name(source), prompts_only=True)
-    texts = [record.values["prompt"] for record in table.records]
-
-    def build(record: Record, tokens: list[int], id: str) -> Prompt:
-        _check_length("the prompt", len(tokens), max_length)
-        return Prompt(id, tokens, record.values["prompt"], record.columns)
-
-    content = [[record.values["prompt"], record.columns] for record in table.records]
-    return _load(table, renderer, _chunked(renderer.prompts, texts), content, build, on_bad)
+    return _load(PROMPTS, source, renderer, Options(max_length, columns or {}, on_bad, transcripts, cache, progress))
 
 
 def load_examples(
@@ -87,26 +84,15 @@ def load_examples(
     max_length: int | None = None,
     columns: Mapping[str, str] | None = None,
     on_bad: OnBad = "error",
+    transcripts: Transcripts = "text",
+    cache: bool = False,
+    progress: Progress | None = None,
 ) -> Loaded[Example]:
     """Demonstrations: from prompt and completion, from messages (every assistant turn), or from plain text.
 
-    max_length: of prompt and completion together, in tokens. Raises BadRows or DataError.
+    max_length: of prompt and completion together, in tokens. The rest as in `load_prompts`.
     """
-    table = typed(*read_rows(source, columns), source_name(source), EXAMPLE_KINDS)
-    rows = [record.values for record in table.records]
-    if table.kind == "prompt-completion":
-        pairs = [(values["prompt"], values["completion"]) for values in rows]
-        rendered = _chunked(renderer.completions, pairs)
-    elif table.kind == "messages":
-        rendered = _chunked(renderer.conversations, [values["messages"] for values in rows])
-    else:
-        rendered = _chunked(renderer.documents, [values["text"] for values in rows])
-
-    def build(record: Record, tokens: Tokens, id: str) -> Example:
-        _check_length("the row", len(tokens.prompt) + len(tokens.completion), max_length)
-        return Example(id, tokens.prompt, tokens.completion, tokens.mask)
-
-    return _load(table, renderer, rendered, rows, build, on_bad)
+    return _load(EXAMPLES, source, renderer, Options(max_length, columns or {}, on_bad, transcripts, cache, progress))
 
 
 def load_preferences(
@@ -116,72 +102,82 @@ def load_preferences(
     max_length: int | None = None,
     columns: Mapping[str, str] | None = None,
     on_bad: OnBad = "error",
+    transcripts: Transcripts = "text",
+    cache: bool = False,
+    progress: Progress | None = None,
 ) -> Loaded[Preference]:
     """Comparisons; a column `margin` (a number) says by how much the chosen one is better.
 
-    max_length: of the prompt and either completion, in tokens. Raises BadRows or DataError.
+    max_length: of the prompt and either completion, in tokens. The rest as in `load_prompts`.
     """
-    table = typed(*read_rows(source, columns), source_name(source), ["preference"])
-    rows = [record.values for record in table.records]
-    sides = (
-        _chunked(renderer.completions, [(values["prompt"], values[side]) for values in rows])
-        for side in ("chosen", "rejected")
+    return _load(
+        PREFERENCES, source, renderer, Options(max_length, columns or {}, on_bad, transcripts, cache, progress)
     )
 
-    def build(record: Record, tokens: tuple[Tokens, Tokens], id: str) -> Preference:
-        chosen, rejected = tokens
-        longer = max(len(chosen.completion), len(rejected.completion))
-        _check_length("the row", len(chosen.prompt) + longer, max_length)
-        if chosen.completion == rejected.completion:
-            raise BadRow("chosen and rejected are the same tokens")
-        return Preference(
-            id,
-            chosen.prompt,
-            chosen.completion,
-            rejected.completion,
-            chosen.mask,
-            rejected.mask,
-            _margin(record.columns.get("margin")),
-        )
 
-    pairs = (_first_error(pair) for pair in zip(*sides))
-    return _load(table, renderer, pairs, rows, build, on_bad)
+# --- what each of them does with a row ----------------------------------------------------------------------
 
 
-def _load(
-    table: Table,
-    renderer: Renderer,
-    rendered: Iterator[Rendered | RenderError],
-    content: Sequence[Any],
-    build: Callable[[Record, Rendered, str], Item],
-    on_bad: OnBad,
-) -> Loaded[Item]:
-    """The items of the good rows. `content` is what an id is a hash of."""
-    items: list[Item] = []
-    problems = list(table.problems)
-    repeats: Counter[str] = Counter()
-    for record, tokens, values in zip(table.records, rendered, content):
-        try:
-            if isinstance(tokens, RenderError):
-                raise tokens
-            items.append(build(record, tokens, _unique_id(values, repeats)))
-        except (BadRow, RenderError) as error:
-            problems.append(Problem(record.where, str(error)))
-    refuse_bad(table.source, problems, len(items), on_bad)
-    notes = [*_repeats(repeats), *_control_strings(table, renderer)]
-    report = Report(table.source, table.type, len(items) + len(problems), problems, _lengths(items), notes)
-    return Loaded(items, report, table.conversational)
+def _render_prompts(renderer: Renderer, kind: Kind, records: list[Record]) -> list[Any]:
+    return list(renderer.prompts([record.values["prompt"] for record in records], _tools(records)))
 
 
-def _chunked(
-    render: Callable[[list[Any]], list[Rendered | RenderError]], values: Sequence[Any]
-) -> Iterator[Rendered | RenderError]:
-    for start in range(0, len(values), CHUNK):
-        yield from render(list(values[start : start + CHUNK]))
+def _prompt(record: Record, tokens: list[int], id: str, limit: int | None) -> Prompt:
+    _check_length("the prompt", len(tokens), limit)
+    return Prompt(id, tokens, record.values["prompt"], record.columns)
 
 
-def _first_error(pair: tuple[Any, ...]) -> tuple[Any, ...] | RenderError:
-    return next((side for side in pair if isinstance(side, RenderError)), pair)
+def _render_examples(renderer: Renderer, kind: Kind, records: list[Record]) -> list[Any]:
+    rows, tools = [record.values for record in records], _tools(records)
+    if kind == "prompt-completion":
+        return list(renderer.completions([(values["prompt"], values["completion"]) for values in rows], tools))
+    if kind == "messages":
+        return list(renderer.conversations([values["messages"] for values in rows], tools))
+    return list(renderer.documents([values["text"] for values in rows]))
+
+
+def _example(record: Record, tokens: Tokens, id: str, limit: int | None) -> Example:
+    _check_length("the row", len(tokens.prompt) + len(tokens.completion), limit)
+    return Example(id, tokens.prompt, tokens.completion, tokens.mask)
+
+
+def _render_pairs(renderer: Renderer, kind: Kind, records: list[Record]) -> list[Any]:
+    sides = (
+        renderer.completions([(record.values["prompt"], record.values[side]) for record in records], _tools(records))
+        for side in ("chosen", "rejected")
+    )
+    return [next((side for side in pair if isinstance(side, RenderError)), pair) for pair in zip(*sides)]
+
+
+def _preference(record: Record, tokens: tuple[Tokens, Tokens], id: str, limit: int | None) -> Preference:
+    chosen, rejected = tokens
+    longer = max(len(chosen.completion), len(rejected.completion))
+    _check_length("the row", len(chosen.prompt) + longer, limit)
+    if chosen.completion == rejected.completion:
+        raise BadRow("chosen and rejected are the same tokens")
+    return Preference(
+        id,
+        chosen.prompt,
+        chosen.completion,
+        rejected.completion,
+        chosen.mask,
+        rejected.mask,
+        _margin(record.columns.get("margin")),
+    )
+
+
+def _tools(records: list[Record]) -> list[Any]:
+    return [record.columns.get("tools") for record in records]
+
+
+def _content(record: Record) -> Any:
+    tools = record.columns.get("tools")
+    return {**record.values, "tools": tools} if tools else record.values
+
+
+PROMPTS = Task(Prompt, (), _render_prompts, lambda r: [r.values["prompt"], r.columns], _prompt, prompts_only=True)
+EXAMPLES = Task(Example, EXAMPLE_KINDS, _render_examples, _content, _example)
+PREFERENCES = Task(Preference, ("preference",), _render_pairs, _content, _preference)
 
 
 def _check_length(what: str, length: int, limit: int | None) -> None:
@@ -197,78 +193,159 @@ def _margin(value: Any) -> float:
     return float(value)
 
 
-def _unique_id(content: Any, repeats: Counter[str]) -> str:
-    """A hash of the content; an exact repeat gets a number: it shall not share the first one's randomness."""
-    canonical = json.dumps(content, sort_keys=True, ensure_ascii=False, default=str)
-    id = hashlib.sha256(canonical.encode()).hexdigest()[:16]
-    repeats[id] += 1
-    return id if repeats[id] == 1 else f"{id}-{repeats[id]}"
+# --- all rows -----------------------------------------------------------------------------------------------
 
 
-def _repeats(repeats: Counter[str]) -> list[str]:
-    repeated = sum(count - 1 for count in repeats.values())
-    return [f"{repeated:,} rows repeat an earlier one exactly"] if repeated else []
+class Preparation(Generic[Item]):
+    """Rows → items, piece by piece; after the last piece it knows what the source held."""
 
+    def __init__(self, task: Task[Item], opened: Opened, renderer: Renderer, options: Options) -> None:
+        self._task: Task[Item] = task
+        self._opened, self._renderer, self._options = opened, renderer, options
+        self._detector = Detector(task.kinds, task.prompts_only, options.transcripts == "chat")
+        self._good = 0
+        self._problems: list[Problem] = []
+        self._spelled_out = (0, "")
 
-def _control_strings(table: Table, renderer: Renderer) -> list[str]:
-    found = []
-    for record in table.records:
+    def pieces(self) -> Iterator[list[Item]]:
+        """Raises BadRows or DataError, at the end also for single rows, where they may not be dropped."""
+        rows = map(self._detector.attempt, rows_of(self._opened, self._options.columns))
+        while piece := list(islice(rows, CHUNK)):
+            yield self._items(piece)
+            if self._options.progress is not None:
+                self._options.progress(self._good + len(self._problems), self._opened.fraction())
+        if not self._good + len(self._problems):
+            raise no_rows(self._opened.name)
+        refuse_bad(self._opened.name, self._problems, self._good, self._options.on_bad)
+
+    def _items(self, piece: list[Record | Problem]) -> list[Item]:
+        records = [each for each in piece if isinstance(each, Record)]
+        rendered: Iterator[Any] = iter(())
+        if records:
+            assert self._detector.kind is not None  # there are records
+            rendered = iter(self._task.render(self._renderer, self._detector.kind, records))
+        items = []
+        for each in piece:
+            if isinstance(each, Problem):
+                self._problems.append(each)
+                continue
+            tokens = next(rendered)
+            try:
+                if isinstance(tokens, RenderError):
+                    raise tokens
+                id = _hash(self._task.content(each))
+                items.append(self._task.build(each, tokens, id, self._options.max_length))
+            except (BadRow, RenderError) as error:
+                self._problems.append(Problem(each.where, str(error)))
+            self._look_for_control(each)
+        self._good += len(items)
+        return items
+
+    def _look_for_control(self, record: Record) -> None:
         texts: list[Text] = [value for value in record.values.values() if isinstance(value, str | list)]
-        literal = next((name for text in texts if (name := renderer.control_string(text))), None)
+        literal = next((name for text in texts if (name := self._renderer.control_string(text))), None)
         if literal:
-            found.append(f"{literal!r} at {record.where}")
-    if not found:
-        return []
-    return [f"{len(found):,} rows spell out a control token, which is read as plain text; the first: {found[0]}"]
+            count, first = self._spelled_out
+            self._spelled_out = count + 1, first or f"{literal!r} at {record.where}"
+
+    def note(self) -> dict[str, Any]:
+        """What the source held, as JSON."""
+        count, first = self._spelled_out
+        said = f"{count:,} rows spell out a control token, which is read as plain text; the first: {first}"
+        return {
+            "source": self._opened.name,
+            "type": self._detector.type,
+            "conversational": self._detector.conversational,
+            "rows": self._good + len(self._problems),
+            "dropped": [list(problem) for problem in self._problems],
+            "notes": [said] if count else [],
+        }
 
 
-def _lengths(items: Sequence[Prompt | Example | Preference]) -> dict[str, list[int]]:
-    lengths: dict[str, list[int]] = {}
-    for item in items:
-        if isinstance(item, Prompt):
-            parts = {"prompt": item.tokens}
-        elif isinstance(item, Example):
-            parts = {"prompt": item.prompt, "completion": item.completion}
-        else:
-            parts = {"prompt": item.prompt, "chosen": item.chosen, "rejected": item.rejected}
-        for name, tokens in parts.items():
-            lengths.setdefault(name, []).append(len(tokens))
-    return lengths
+def _load(task: Task[Item], source: Any, renderer: Renderer, options: Options) -> Loaded[Item]:
+    parts = parts_of(source)
+    if parts is None:
+        return _one(task, source, renderer, options)
+    return mixed([_one(task, path, renderer, options) for path, _ in parts], [weight for _, weight in parts])
+
+
+def _one(task: Task[Item], source: Source, renderer: Renderer, options: Options) -> Loaded[Item]:
+    opened = open_source(source)
+    identity = opened.identity() if options.cache else None
+    if identity is None:
+        return _held(task, opened, renderer, options)
+    facts = {
+        "content": identity, "item": task.item.__name__, "renderer": renderer.identity,
+        "columns": dict(options.columns), "transcripts": options.transcripts, "max_length": options.max_length,
+        "on_bad": options.on_bad,
+    }  # fmt: skip
+    key = kept.key_of(facts)
+    note, found = kept.find(key), "hit"
+    if note is None:
+        preparation = Preparation(task, opened, renderer, options)
+        found = "miss, what was kept is damaged and made anew" if kept.path_of(key).exists() else "miss, kept"
+
+        def write(path: Path) -> dict[str, Any]:
+            writer = Writer(path, task.item)
+            for piece in preparation.pieces():
+                writer.add(piece)
+            writer.close()
+            return preparation.note()
+
+        try:
+            note = kept.keep(key, write)
+        except OSError as error:
+            fresh = _held(task, open_source(source), renderer, options)
+            why = f"off, held in memory: {kept.folder()} cannot be written: {error.strerror or error}"
+            return replace(fresh, report=replace(fresh.report, cache=why))
+    stored = Stored(kept.path_of(key), task.item)
+    return _loaded(stored, note, opened.name, f"{found}: {kept.path_of(key)}")
+
+
+def _held(task: Task[Item], opened: Opened, renderer: Renderer, options: Options) -> Loaded[Item]:
+    preparation = Preparation(task, opened, renderer, options)
+    items = Held([item for piece in preparation.pieces() for item in piece])
+    return _loaded(items, preparation.note(), opened.name)
+
+
+def _loaded(base: Base[Item], note: Mapping[str, Any], source: str, cache: str = "") -> Loaded[Item]:
+    """`note` may have been made when the file had another name. An exact repeat of a row gets an id of its own."""
+    copies = occurrences(base.numbers("id"))
+    items = Chosen(base, np.arange(len(base)), copies)
+    dropped = [Problem(where.replace(note["source"], source, 1), reason) for where, reason in note["dropped"]]
+    notes = [text.replace(f"at {note['source']}", f"at {source}") for text in note["notes"]]
+    repeats = int((copies > 1).sum())
+    lengths = items.lengths()
+    report = Report(source, note["type"], note["rows"], len(items), dropped, lengths, notes, repeats, cache)
+    return Loaded(items, report, note["conversational"])
+
+
+def _hash(content: Any) -> str:
+    canonical = json.dumps(content, sort_keys=True, ensure_ascii=False, default=str)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
 
 # --- evaluation part -----------------------------------------------------------------------------------
 
 
-def split_by_prompt(items: Sequence[Item], eval_fraction: float, seed: int = 0) -> tuple[list[Item], list[Item]]:
+def split_by_prompt(items: Sequence[Item], eval_fraction: float, seed: int = 0) -> tuple[Chosen[Item], Chosen[Item]]:
     """(train, eval), by a hash of each item's prompt: no prompt is on both sides, nor in any later file.
 
     Raises DataError where a side would be empty.
     """
+    whole = items if isinstance(items, Chosen) else Chosen(Held(list(items)), np.arange(len(items)))
     if eval_fraction == 0:
-        return list(items), []
+        return whole, whole.part(np.zeros(0, np.int64))
     if not 0 < eval_fraction < 1:
         raise DataError(f"eval_fraction is {eval_fraction}", fix="choose one between 0 and 1")
-    train: list[Item] = []
-    held_out: list[Item] = []
-    for item in items:
-        (held_out if _draw(_prompt_key(item), seed) < eval_fraction else train).append(item)
-    if not train or not held_out:
-        empty = "training" if held_out else "evaluation"
+    out = np.array([_draw(prompt_tokens(item), seed) < eval_fraction for item in items], bool)
+    if out.all() or not out.any():
         raise DataError(
-            f"no prompt of {len(items)} items falls into the {empty} part",
+            f"no prompt of {len(items)} items falls into the {'training' if out.any() else 'evaluation'} part",
             why=f"eval_fraction is {eval_fraction}",
             fix="choose another, or give eval_data",
         )
-    return train, held_out
-
-
-def _prompt_key(item: Prompt | Example | Preference) -> list[int]:
-    if isinstance(item, Prompt):
-        return item.tokens
-    if isinstance(item, Example) and len(item.prompt) <= 1:
-        # Plain text has no prompt but BOS or its own first token: it is told apart by all of it.
-        return item.prompt + item.completion
-    return item.prompt
+    return whole.part(np.flatnonzero(~out)), whole.part(np.flatnonzero(out))
 
 
 def _draw(key: list[int], seed: int) -> float:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from itertools import repeat
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from klimb.data.encode import Encoded, Encoder
@@ -15,6 +18,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 T = TypeVar("T")
+Tools = list[dict[str, Any]] | None
+"""What a row's conversation may call, as JSON schemas, for the chat template to print."""
+TOOL_SETS = 256
 
 
 class Tokens(NamedTuple):
@@ -30,8 +36,8 @@ class Renderer:
 
     Strings are taken as they are: BOS if the tokenizer adds one, the prompt, the completion, EOS. Messages go
     through the chat template, with `system` put before those that have no system message, and `options` for
-    the template (as `enable_thinking`). Methods in the plural take many, with an error in the place of each
-    that failed.
+    the template (as `enable_thinking`). Methods in the plural take many, each with its tools where it has
+    some, with an error in the place of each that failed.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, system: str | None = None, **options: Any) -> None:
@@ -39,7 +45,16 @@ class Renderer:
         self.system = system
         self._options = options
         self._encoder = Encoder(tokenizer)
+        self._with_tools: dict[str, ChatTemplate] = {}
         self._bos, self._eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+
+    @property
+    def identity(self) -> str:
+        """A hash of all but the code that decides how texts become tokens."""
+        tokenizer = self.tokenizer
+        named = [tokenizer.special_tokens_map, sorted(tokenizer.all_special_ids), self._encoder.prefix]
+        how = [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, self.system, self._options]
+        return hashlib.sha256(json.dumps([named, how], sort_keys=True, default=str).encode()).hexdigest()
 
     @cached_property
     def template(self) -> ChatTemplate:
@@ -67,18 +82,23 @@ class Renderer:
 
     # --- many --------------------------------------------------------------------------------------------
 
-    def prompts(self, texts: Sequence[Text]) -> list[list[int] | RenderError]:
+    def prompts(self, texts: Sequence[Text], tools: Sequence[Tools] | None = None) -> list[list[int] | RenderError]:
         conversational = _conversational(texts)
-        written = [_attempt(self._write_prompt, text) for text in texts]
+        written = [_attempt(self._write_prompt, *each) for each in zip(texts, tools or repeat(None))]
         encoded = self._encoded(written, conversational)
         return [_attempt(self._prompt_tokens, item, conversational) for item in encoded]
 
-    def completions(self, pairs: Sequence[tuple[Text, Text]]) -> list[Tokens | RenderError]:
-        written = [_attempt(self._write_completion, prompt, completion) for prompt, completion in pairs]
+    def completions(
+        self, pairs: Sequence[tuple[Text, Text]], tools: Sequence[Tools] | None = None
+    ) -> list[Tokens | RenderError]:
+        written = [_attempt(self._write_completion, *pair, each) for pair, each in zip(pairs, tools or repeat(None))]
         return self._tokens(written, _conversational([prompt for prompt, _ in pairs]))
 
-    def conversations(self, conversations: Sequence[list[Message]]) -> list[Tokens | RenderError]:
-        return self._tokens([_attempt(self._write_conversation, messages) for messages in conversations], True)
+    def conversations(
+        self, conversations: Sequence[list[Message]], tools: Sequence[Tools] | None = None
+    ) -> list[Tokens | RenderError]:
+        each = zip(conversations, tools or repeat(None))
+        return self._tokens([_attempt(self._write_conversation, *pair) for pair in each], True)
 
     def documents(self, texts: Sequence[str]) -> list[Tokens | RenderError]:
         whole = [Written(text, [Content(0, len(text), True)], [(0, len(text))]) for text in texts]
@@ -113,12 +133,23 @@ class Renderer:
 
     # --- text --------------------------------------------------------------------------------------------
 
-    def _write_prompt(self, text: Text) -> Written:
+    def _chat(self, tools: Tools) -> ChatTemplate:
+        """The template with a row's tools in it, kept for the rows that bring the same."""
+        if not tools:
+            return self.template
+        key = json.dumps(tools, sort_keys=True)
+        if key not in self._with_tools:
+            if len(self._with_tools) >= TOOL_SETS:
+                self._with_tools.clear()
+            self._with_tools[key] = self.template.with_tools(tools)
+        return self._with_tools[key]
+
+    def _write_prompt(self, text: Text, tools: Tools = None) -> Written:
         if isinstance(text, str):
             return Written(text, [Content(0, len(text), False)])
-        return self.template.asked(self._with_system(text))
+        return self._chat(tools).asked(self._with_system(text))
 
-    def _write_completion(self, prompt: Text, completion: Text) -> Written:
+    def _write_completion(self, prompt: Text, completion: Text, tools: Tools = None) -> Written:
         if isinstance(prompt, str) and isinstance(completion, str):
             border, end = len(prompt), len(prompt) + len(completion)
             if border == end:
@@ -127,15 +158,15 @@ class Renderer:
             return Written(prompt + completion, contents, [(border, end)], [border])
         if isinstance(prompt, str) or isinstance(completion, str):
             raise RenderError("the prompt and the completion have to be both strings or both messages")
-        return self.template.answered(self._with_system(prompt), completion)
+        return self._chat(tools).answered(self._with_system(prompt), completion)
 
-    def _write_conversation(self, messages: list[Message]) -> Written:
+    def _write_conversation(self, messages: list[Message], tools: Tools = None) -> Written:
         messages = self._with_system(messages)
         roles = [message["role"] for message in messages]
         if "assistant" not in roles:
             raise RenderError("there is no assistant message to train on")
         first = roles.index("assistant")
-        return self.template.answered(messages[:first], messages[first:])
+        return self._chat(tools).answered(messages[:first], messages[first:])
 
     def _with_system(self, messages: list[Message]) -> list[Message]:
         if self.system is None or any(message["role"] == "system" for message in messages):

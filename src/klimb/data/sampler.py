@@ -36,7 +36,7 @@ class Sampler:
                 self.epoch, self.position = self.epoch + 1, 0
                 self._order = self._permutation()
             taken = self._order[self.position : self.position + self.batch_size - len(batch)]
-            batch += taken
+            batch += taken.tolist()
             self.position += len(taken)
         return batch
 
@@ -50,11 +50,11 @@ class Sampler:
         self.seed, self.epoch, self.position = state["seed"], state["epoch"], state["position"]
         self._order = self._permutation()
 
-    def _permutation(self) -> list[int]:
+    def _permutation(self) -> np.ndarray:
         if not self.shuffle:
-            return list(range(self.n))
+            return np.arange(self.n)
         key = _mix(_mix(np.array([self.seed % 2**64], np.uint64)) + np.uint64(self.epoch))
-        return np.argsort(_mix(key + np.arange(self.n, dtype=np.uint64)), kind="stable").tolist()
+        return np.argsort(_mix(key + np.arange(self.n, dtype=np.uint64)), kind="stable")
 
 
 def _mix(x: np.ndarray) -> np.ndarray:

@@ -7,6 +7,8 @@ what surrounds the contents. What cannot be established with certainty is refuse
 
 from __future__ import annotations
 
+import copy
+import json
 import re
 import secrets
 from collections.abc import Collection, Iterable, Sequence
@@ -134,6 +136,17 @@ class ChatTemplate:
         self.end, markers = self._probe(added)
         self.control: frozenset[str] = frozenset(special) | markers
         self._control = re.compile(any_of(self.control))
+
+    def with_tools(self, tools: Sequence[dict[str, Any]]) -> ChatTemplate:
+        """The template with these tools printed in it. Raises RenderError where it prints none."""
+        if match := self._control.search(json.dumps(tools, ensure_ascii=False)):
+            raise RenderError(f"the tools have {match[0]!r} in them", fix="take it out")
+        bound = copy.copy(self)
+        bound._variables, bound._skeletons = {**self._variables, "tools": list(tools)}, {}
+        question = [{"role": "user", "content": _sentinel()}]
+        if bound.render(question)[0] == self.render(question)[0]:
+            raise RenderError("the chat template does not print the row's tools", fix="use one that does")
+        return bound
 
     def _probe(self, added: Collection[str]) -> tuple[str, frozenset[str]]:
         """From one question and answer: what ends the assistant's turn, and what sets turns apart."""

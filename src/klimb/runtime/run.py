@@ -155,6 +155,13 @@ class Run:
             self._replace("manifest.json", manifest.to_json(self.manifest))
         return decisions[key]
 
+    def found(self, key: str, facts: Mapping[str, Any]) -> None:
+        """What the data of `key` held, in the manifest; a resumed run leaves there what it was when it began."""
+        data = self.manifest.setdefault("data", {})
+        if key not in data:
+            data[key] = dict(facts)
+            self._replace("manifest.json", manifest.to_json(self.manifest))
+
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Appends one line to metrics.jsonl. JSON knows no NaN: it becomes null, and an event says so."""
         row = {key: _plain_number(value) for key, value in metrics.items()}

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
+import numpy as np
 import torch
-from pydantic import Field, PlainSerializer, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from klimb import native
 from klimb.config import StageConfig
-from klimb.data.load import Item, Loaded
+from klimb.data.load import Transcripts
+from klimb.data.mix import parts_of
 from klimb.data.render import Renderer
+from klimb.data.report import Loaded
+from klimb.data.store import Chosen, Item
 from klimb.errors import ConfigError, Interrupted
 from klimb.models.load import LoRA, resolve_device, resolve_dtype
 from klimb.models.packing import Budget
@@ -31,45 +33,9 @@ from klimb.runtime.plan import Work
 from klimb.runtime.ranks import gather, rank, share
 from klimb.runtime.run import Run
 from klimb.runtime.signals import Interrupt
+from klimb.stages.given import Data
 from klimb.stages.memory import Target, admitted
-from klimb.stages.progress import Live, live_line
-
-
-def described(value: Any) -> Any:
-    """A value from Python as a config file can hold it, the same in every process: what it is, not where it lies."""
-    if isinstance(value, Mapping):
-        return {str(key): described(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        if value and isinstance(value[0], Mapping) and "reward" not in value[0]:
-            return f"<{len(value)} rows, sha256 {_digest(json.dumps(value, default=str))}>"
-        return [described(inner) for inner in value]
-    if is_dataclass(value) and not isinstance(value, type):
-        return {_code(type(value)): {each.name: described(getattr(value, each.name)) for each in fields(value)}}
-    if isinstance(value, Path):
-        return str(value)
-    if value is None or isinstance(value, str | int | float):
-        return value
-    return _code(value if callable(value) and hasattr(value, "__qualname__") else type(value))
-
-
-def _code(value: Any) -> str:
-    """A function or class by name, with a hash of its text where it is not klimb's own."""
-    module = getattr(value, "__module__", None) or "builtins"
-    name = f"{module}.{value.__qualname__}"
-    if module.startswith("klimb."):
-        return name
-    try:
-        return f"<{name}, sha256 {_digest(inspect.getsource(value))}>"
-    except (OSError, TypeError):  # typed in at a prompt, or not written in Python
-        return f"<{name}>"
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-Given = Annotated[Any, PlainSerializer(described)]
-"""A path, a name or a spec in a recipe; from Python also rows, functions and values themselves."""
+from klimb.stages.progress import Live, Preparing, live_line
 
 
 class RunConfig(StageConfig):
@@ -77,6 +43,9 @@ class RunConfig(StageConfig):
 
     model: str = Field(description="directory or hub name; an existing path wins")
     columns: dict[str, str] = Field({}, description="names of your columns: {prompt: question}")
+    transcripts: Transcripts = Field(
+        "text", description="chat: texts of Human: and Assistant: turns are messages, for the chat template"
+    )
     on_bad: Literal["error", "drop"] = Field(
         "error", description="rows that cannot be used stop the run, or go, counted"
     )
@@ -115,7 +84,7 @@ class RunConfig(StageConfig):
 class TrainConfig(RunConfig):
     """Settings that all training stages share."""
 
-    data: Given
+    data: Data
     lora: LoRA | None = None
     optimizer: Optimizer = Optimizer()
     checkpointing: Literal["auto", "on", "off"] = Field(
@@ -132,7 +101,7 @@ class SupervisedConfig(TrainConfig):
     steps: int | None = Field(None, ge=1, description="default: `epochs` passes over the data")
     epochs: float = Field(1.0, gt=0)
     max_tokens: int | None = Field(None, ge=1, description="longest row; default: the model's context")
-    eval_data: Given = None
+    eval_data: Data = None
     eval_fraction: float = Field(0.0, ge=0, lt=1, description="share of the prompts held out, by hash")
     eval_every: int = Field(50, ge=1)
 
@@ -197,6 +166,7 @@ class Session:
     live: Live | None = None
     """Where progress is drawn, if it is: on a terminal, for who is told by `say_aside`."""
     _shown: float = 0.0
+    _trained_on: np.ndarray | None = None
 
     @staticmethod
     def begin(config: RunConfig, run: Run, interrupt: Interrupt, say: Callable[[str], None]) -> Session:
@@ -236,15 +206,34 @@ class Session:
         return self.learners[name]
 
     def read(
-        self, load: Callable[..., Loaded[Item]], source: Any, config: RunConfig, renderer: Renderer, max_length: int
-    ) -> Loaded[Item]:
-        """Data through one of `klimb.data.load`; what was found is said, what was dropped is kept as events."""
-        data = load(source, renderer, max_length=max_length, columns=config.columns, on_bad=config.on_bad)
+        self, load: Callable[..., Loaded[Item]], source: Any, config: RunConfig, renderer: Renderer, max_length: int,
+        key: str = "data",
+    ) -> Loaded[Item]:  # fmt: skip
+        """Data through one of `klimb.data.load`. What was found is said, and stands in the manifest under `key`; what
+        was dropped is kept as events."""
+        progress = Preparing(f"{self.live.name}: {key}" if self.live else key, self.live, self.say)
+        data = load(
+            source, renderer, max_length=max_length, columns=config.columns, on_bad=config.on_bad,
+            transcripts=config.transcripts, cache=True, progress=progress,
+        )  # fmt: skip
         self.run.decide("conversational", lambda: data.conversational)  # how the model is asked from then on
         self.say(str(data.report))
         for problem in data.report.dropped:
             self.run.event("row_dropped", str(problem))
+        self.run.found(key, {**data.report.facts(), **self.overlap(key, data.items)})
         return data
+
+    def overlap(self, key: str, items: Chosen[Item]) -> dict[str, int]:
+        """How many of the prompts that something is measured on are trained on, too: said, and for the manifest."""
+        if key == "data":
+            self._trained_on = items.keys()
+            return {}
+        if self._trained_on is None or key == "reference":
+            return {}
+        shared = int(np.isin(items.keys(), self._trained_on).sum())
+        if shared:
+            self.say(f"  {shared:,} of the {len(items):,} prompts of {key} are in the training data, too")
+        return {"also_trained_on": shared}
 
     def steps(self, start: int, total: int) -> Iterator[int]:
         """The numbers of the steps that are left; events carry that of the step in progress."""
@@ -354,6 +343,11 @@ def say_aside(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
+def _paths(value: Any) -> list[Any]:
+    """Those of several sources that are mixed."""
+    return [path for path, _ in parts_of(value) or []]
+
+
 def inputs_of(config: RunConfig, *further: Any) -> dict[str, Path | str]:
     """The files and folders that a config points at, for hashes; each once."""
     inputs: dict[str, Path | str] = {}
@@ -361,9 +355,11 @@ def inputs_of(config: RunConfig, *further: Any) -> dict[str, Path | str]:
         holder = getattr(config, section, None) if section else config
         for key in ("model", "data", "eval_data", "reference"):
             value = getattr(holder, key, None)
-            source = Path(value) if isinstance(value, str) and Path(value).exists() else value
-            if isinstance(source, str | Path) and source not in inputs.values():
-                inputs[f"{section}.{key}".lstrip(".")] = source
+            paths = [value] if isinstance(value, str | Path) or key in ("model", "reference") else _paths(value)
+            for number, path in enumerate(paths):
+                source = Path(path) if isinstance(path, str) and Path(path).exists() else path
+                if isinstance(source, str | Path) and source not in inputs.values():
+                    inputs[f"{section}.{key}".lstrip(".") + (f"[{number}]" if path is not value else "")] = source
     for path in further:
         inputs[f"file:{path}"] = Path(path)
     return inputs

@@ -28,7 +28,8 @@ from klimb.rollout.sampling import SamplingParams
 from klimb.runtime.plan import Work
 from klimb.runtime.run import Run
 from klimb.runtime.signals import Interrupt
-from klimb.stages.common import Given, RunConfig, Session, stream_seed
+from klimb.stages.common import RunConfig, Session, stream_seed
+from klimb.stages.given import Data, Given
 from klimb.stages.memory import of_measuring
 from klimb.stages.models import Loaded, load_policy, load_reference, load_reward_model, prompt_room
 from klimb.types import Group, Prompt, Sample
@@ -41,7 +42,7 @@ _SHOWN_SAMPLES = 2
 class Measurement(StageConfig):
     """How a policy is measured: what it is asked, how often, and who judges the answers."""
 
-    data: Given = Field(description="prompts")
+    data: Data = Field(description="prompts")
     reward: Given = Field(None, description="the proxy: what training climbs")
     gold: Given = Field(None, description="the held-out judge of quality that training never sees")
     samples_per_prompt: int = Field(16, ge=1)
@@ -78,7 +79,7 @@ class Judges:
     config: Measurement
     session: Session
     loaded: Loaded
-    prompts: list[Prompt]
+    prompts: Sequence[Prompt]
     proxy: Reward | None
     gold: Reward | None
     seed: int
@@ -90,6 +91,8 @@ class Judges:
             return None
         room = prompt_room(loaded.backbone.context, config.max_tokens)
         prompts = load_prompts(config.data, loaded.renderer, max_length=room).items
+        if shared := session.overlap("measure.data", prompts):
+            session.run.found("measure.data", shared)
         proxy = None if config.reward is None else open_reward(config.reward, session, loaded.renderer)
         gold = None if config.gold is None else open_reward(config.gold, session, loaded.renderer)
         return Judges(config, session, loaded, prompts, proxy, gold, seed, session.scoring)

@@ -52,7 +52,9 @@ class Loaded:
 
     def stop_tokens(self, prompts: Sequence[Prompt]) -> frozenset[int]:
         """Where generation ends: the tokens that training on texts of this form teaches as the last."""
-        return self.renderer.stop_tokens(any(isinstance(prompt.text, list) for prompt in prompts))
+        return self.renderer.stop_tokens(
+            any(isinstance(prompt.text, list) for prompt in prompts[:1])
+        )  # all are of one form
 
     def all_stop_tokens(self) -> list[int]:
         """For the generation config: of strings, and of conversations where there is a template."""

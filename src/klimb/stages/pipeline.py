@@ -17,7 +17,8 @@ from klimb.report.page import write_report
 from klimb.runtime.durable import content_hash, replace_file
 from klimb.runtime.ranks import rank, share
 from klimb.runtime.run import Fresh, OtherRun
-from klimb.stages.common import described, say_aside
+from klimb.stages.common import say_aside
+from klimb.stages.given import described, with_known_rows
 from klimb.stages.registry import run_stage, stage_config
 from klimb.stages.seeds import keep_config, open_root, over_seeds, rows_of
 
@@ -36,9 +37,9 @@ def run(
     if isinstance(recipe, str):
         name, _, values = load_recipe(recipe)
     else:
-        name, values = str(recipe.get("name", "recipe")), dict(recipe)
+        name, values = str(recipe.get("name", "recipe")), dict(with_known_rows(recipe))
     for key, value in overrides.items():
-        _set(values, key, value)
+        _set(values, key, with_known_rows(value, key.split(".")[-1]))
     return run_pipeline(name, values, fresh=fresh, say=say)
 
 

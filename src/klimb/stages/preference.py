@@ -22,8 +22,9 @@ from klimb.objective.preference import PreferenceLoss, known_start, parse_prefer
 from klimb.runtime.plan import Work
 from klimb.runtime.run import Run
 from klimb.runtime.signals import Interrupt
-from klimb.stages.common import Given, Session, SupervisedConfig
+from klimb.stages.common import Session, SupervisedConfig
 from klimb.stages.evaluate import Judges, Measurement
+from klimb.stages.given import Given
 from klimb.stages.memory import of_pairs
 from klimb.stages.models import load_policy, load_reference
 from klimb.stages.reward import batch_of
@@ -84,7 +85,9 @@ def train(config: PreferenceConfig, run: Run, interrupt: Interrupt, say: Any) ->
     loaded.conversational = data.conversational
     training, held_out = split_by_prompt(data.items, config.eval_fraction, config.seed)
     if config.eval_data is not None:
-        held_out = session.read(load_preferences, config.eval_data, config, loaded.renderer, max_length).items
+        held_out = session.read(
+            load_preferences, config.eval_data, config, loaded.renderer, max_length, "eval_data"
+        ).items
     steps = config.steps or max(1, round(config.epochs * len(training) / config.batch_size))
     learner = session.learner("policy", "preference", loaded.policy.trainable(), config, config.optimizer, steps)
     sampler = Sampler(len(training), config.batch_size, config.seed)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from klimb.runtime.ranks import rank
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
 
 _REFRESHES = 1
 """Redraws a second, by a thread of rich's, 1.5 ms each; what is counted in between costs one addition."""
+_PATIENCE = 10.0
+"""Seconds between lines about a preparation, where no live line moves."""
 _SETTLED = 0.5
 """Seconds from which on the rate of what is going on says more than that of the last step."""
 
@@ -40,7 +43,7 @@ class Live:
 
         class Figures(ProgressColumn):
             def render(column, task: Task) -> Text:
-                steps = task.total and (int(task.completed), int(task.total))
+                steps = (int(task.completed), int(task.total)) if task.total and self._counts_steps else None
                 return Text(self.text(steps), no_wrap=True, overflow="ellipsis")  # what a narrow terminal goes without
 
         self.name = name
@@ -49,6 +52,7 @@ class Live:
         self._phase_began = time.perf_counter()
         self._rate: float | None = None
         self._figures = ""
+        self._counts_steps = True
         console = Console(stderr=True, highlight=False)
         self._progress = Progress(
             TextColumn("{task.description}", markup=False), BarColumn(16), Figures(),
@@ -58,10 +62,11 @@ class Live:
         self._progress.start()
         console.show_cursor(True)  # a process that is killed could not give it back
 
-    def begin(self, what: str, *, done: int = 0, total: int | None = None) -> None:
-        """What the line is about from now on: steps of a known number, or work of unknown length (total None)."""
+    def begin(self, what: str, *, done: int = 0, total: int | None = None, steps: bool = True) -> None:
+        """What the line is about from now on: steps of a known number, other work, or one of unknown length (None)."""
         for task in self._progress.task_ids:
             self._progress.remove_task(task)
+        self._counts_steps = steps
         self._rate, self._figures = None, ""
         self.phase()
         self._progress.add_task(what, completed=done, total=total)
@@ -74,7 +79,7 @@ class Live:
         """For an engine's `on_tokens`."""
         self.tokens += tokens
 
-    def step(self, step: int, rate: float | None, figures: str) -> None:
+    def step(self, step: float, rate: float | None, figures: str) -> None:
         """A step is done: tokens a second of its rollout (else of its training), and what it measured."""
         self._rate, self._figures = rate, figures
         self.phase()
@@ -90,3 +95,24 @@ class Live:
 
     def close(self) -> None:
         self._progress.stop()
+
+
+class Preparing:
+    """How far the preparation of a source is, for `progress` of `klimb.data.load`: the live line, else a line now and
+    then. Where it is done within a moment, nothing is said."""
+
+    def __init__(self, what: str, live: Live | None, say: Callable[[str], None]) -> None:
+        self._what, self._live, self._say = what, live, say
+        self._told = time.monotonic()
+        self._begun = False
+
+    def __call__(self, rows: int, fraction: float | None) -> None:
+        if self._live is not None:
+            if not self._begun:
+                self._live.begin(self._what, total=1 if fraction is not None else None, steps=False)
+                self._begun = True
+            self._live.step(fraction or 0.0, None, f"{rows:,} rows")
+        elif time.monotonic() - self._told > _PATIENCE:
+            self._told = time.monotonic()
+            share = f" ({fraction:.0%})" if fraction is not None else ""
+            self._say(f"  {self._what}: {rows:,} rows prepared{share}")

@@ -24,7 +24,8 @@ from klimb.runtime.plan import Work
 from klimb.runtime.ranks import rank
 from klimb.runtime.run import Run
 from klimb.runtime.signals import Interrupt
-from klimb.stages.common import Given, Session, SupervisedConfig
+from klimb.stages.common import Session, SupervisedConfig
+from klimb.stages.given import Given
 from klimb.stages.memory import of_pairs
 from klimb.stages.models import load_reward_model, model_folder
 from klimb.types import Preference
@@ -83,7 +84,7 @@ def train(config: RewardConfig, run: Run, interrupt: Interrupt, say: Any) -> dic
         tokenizer.chat_template = renderer.template.source
     training, held_out = split_by_prompt(data.items, config.eval_fraction, config.seed)
     if config.eval_data is not None:
-        held_out = session.read(load_preferences, config.eval_data, config, renderer, max_length).items
+        held_out = session.read(load_preferences, config.eval_data, config, renderer, max_length, "eval_data").items
     steps = config.steps or max(1, round(config.epochs * len(training) / config.batch_size))
     learner = session.learner("reward", "reward", model.trainable(), config, config.optimizer, steps)
     sampler = Sampler(len(training), config.batch_size, config.seed)
@@ -140,7 +141,7 @@ def _normalisation(
         from klimb.data.load import load_examples
         from klimb.stages.sft import batch_of as examples_batch
 
-        examples = session.read(load_examples, config.reference, config, renderer, max_length)
+        examples = session.read(load_examples, config.reference, config, renderer, max_length, "reference")
         batch = examples_batch(examples.items)
     scores = reward_scores(model, batch, budget=session.scoring).double()
     std = float(scores.std())

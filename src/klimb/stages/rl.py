@@ -40,8 +40,9 @@ from klimb.runtime.plan import Work
 from klimb.runtime.run import Run
 from klimb.runtime.samples import sample_records
 from klimb.runtime.signals import Interrupt
-from klimb.stages.common import Given, Session, TrainConfig, stream_seed
+from klimb.stages.common import Session, TrainConfig, stream_seed
 from klimb.stages.evaluate import Judges, Measurement, add_gold, batch_of, local_engine, open_reward
+from klimb.stages.given import Given
 from klimb.stages.memory import of_rl
 from klimb.stages.mismatch import Mismatch
 from klimb.stages.models import Loaded, load_critic, load_policy, load_reference, load_texts, prompt_room
@@ -110,7 +111,7 @@ class Actors:
     loaded: Loaded
     reference: Policy | None
     critic: Critic | None
-    prompts: list[Prompt]
+    prompts: Sequence[Prompt]
     sampler: Sampler
     engine: RolloutEngine
     scorer: Scorer

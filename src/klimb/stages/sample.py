@@ -19,8 +19,9 @@ from klimb.runtime.plan import Work
 from klimb.runtime.ranks import rank
 from klimb.runtime.run import Run
 from klimb.runtime.signals import Interrupt
-from klimb.stages.common import Given, RunConfig, Session, stream_seed
+from klimb.stages.common import RunConfig, Session, stream_seed
 from klimb.stages.evaluate import local_engine, open_reward
+from klimb.stages.given import Data, Given
 from klimb.stages.memory import of_measuring
 from klimb.stages.models import load_policy, prompt_room
 from klimb.types import Group
@@ -29,7 +30,7 @@ from klimb.types import Group
 class SampleConfig(RunConfig):
     """`pairs`: samples 0 and 1 of a prompt, 2 and 3, … are compared by their scores; ties are left out."""
 
-    data: Given
+    data: Data
     samples_per_prompt: int = Field(1, ge=1)
     max_tokens: int = Field(256, ge=1)
     temperature: float = Field(1.0, ge=0)

@@ -21,8 +21,9 @@ from klimb.objective import supervised
 from klimb.runtime.plan import Work
 from klimb.runtime.run import Run
 from klimb.runtime.signals import Interrupt
-from klimb.stages.common import Given, Session, SupervisedConfig
+from klimb.stages.common import Session, SupervisedConfig
 from klimb.stages.evaluate import Judges, Measurement, answer_score
+from klimb.stages.given import Data, Given
 from klimb.stages.memory import of_supervised
 from klimb.stages.models import Loaded, load_policy
 from klimb.types import Example
@@ -31,7 +32,7 @@ from klimb.types import Example
 class Until(StageConfig):
     """Stop early, when sampled answers to the prompts of `data` score at least `at_least` on average."""
 
-    data: Given
+    data: Data
     reward: Given = "exact"
     at_least: float
     every: int = Field(25, ge=1)
@@ -68,7 +69,7 @@ def train(config: SftConfig, run: Run, interrupt: Interrupt, say: Any) -> dict[s
     loaded.conversational = data.conversational
     training, held_out = split_by_prompt(data.items, config.eval_fraction, config.seed)
     if config.eval_data is not None:
-        held_out = session.read(load_examples, config.eval_data, config, loaded.renderer, max_length).items
+        held_out = session.read(load_examples, config.eval_data, config, loaded.renderer, max_length, "eval_data").items
     steps = config.steps or max(1, round(config.epochs * len(training) / config.batch_size))
 
     learner = session.learner("policy", "sft", loaded.policy.trainable(), config, config.optimizer, steps)
