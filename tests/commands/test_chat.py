@@ -147,17 +147,24 @@ def terminal(*arguments: str, keys: list[str]) -> tuple[int, str]:
     if pid == 0:
         os.environ |= {"TERM": "xterm", "COLUMNS": "80", "OMP_NUM_THREADS": "1"}
         os.execv(sys.executable, [sys.executable, "-m", "klimb", "chat", *arguments])
-    seen, fresh, waiting = "", "", list(keys)
-    while select.select([screen], [], [], 60)[0]:
+    seen, fresh, waiting, last = "", "", list(keys), ""
+    while True:
+        if not select.select([screen], [], [], 10 if last == "\x03" else 60)[0]:
+            if last != "\x03":
+                os.kill(pid, signal.SIGKILL)
+                break
+            # Python's readline notices a Ctrl-C between its prompt and its wait for input with the next key only.
+            last = ""
+            os.write(screen, b"\x03")
+            continue
         try:
             fresh += os.read(screen, 4096).decode(errors="replace")
         except OSError:  # it has left
             break
         if waiting and fresh.endswith("> "):
-            os.write(screen, waiting.pop(0).encode())
+            last = waiting.pop(0)
+            os.write(screen, last.encode())
             seen, fresh = seen + fresh, ""
-    else:
-        os.kill(pid, signal.SIGKILL)
     seen += fresh
     os.close(screen)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), seen

@@ -69,7 +69,8 @@ def test_log_probs_and_gradients_are_those_of_torch(family: str) -> None:
         assert (gradient - expected[name]).norm() <= 1e-4 * expected[name].norm() + 1e-6, name
 
 
-def test_layers_that_only_look_alike_are_left_alone() -> None:
+@pytest.mark.parametrize("on", [True, False])
+def test_layers_that_only_look_alike_are_left_alone(on: bool) -> None:
     class CenteredRMSNorm(nn.Module):
         """Named like one, with its parts, and it subtracts the mean."""
 
@@ -81,8 +82,10 @@ def test_layers_that_only_look_alike_are_left_alone() -> None:
             return nn.functional.layer_norm(x, x.shape[-1:], eps=self.eps) * self.weight
 
     model = nn.Sequential(CenteredRMSNorm())
+    native.use(on)
     fused.take_over(model)
     assert not taken(model)
+    assert native.use(on) is on
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

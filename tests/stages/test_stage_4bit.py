@@ -81,7 +81,7 @@ def test_a_killed_run_ends_with_the_bits_of_the_uninterrupted_one(
 
 
 def test_the_reference_is_the_base_that_is_already_there(world: World) -> None:
-    policy = loaded(world.model, LoRA(rank=4, base="4bit"))
+    policy = loaded(world.model, LoRA(**LORA))
     before = held(policy.backbone)
     references = [load_reference(None, policy, named) for named in (None, world.model)]  # type: ignore[arg-type]
     start = logps(policy.policy)
@@ -94,7 +94,7 @@ def test_the_reference_is_the_base_that_is_already_there(world: World) -> None:
 
 
 def test_critic_and_reference_of_an_adapter_are_further_ones_on_the_same_base(tuned: Played) -> None:
-    policy = loaded(tuned.model, LoRA(rank=4, base="4bit"))
+    policy = loaded(tuned.model, LoRA(**LORA))
     before = held(policy.backbone)
     reference = load_reference(None, policy)  # type: ignore[arg-type]
     critic = load_critic(None, policy, None)  # type: ignore[arg-type]
@@ -107,7 +107,7 @@ def test_critic_and_reference_of_an_adapter_are_further_ones_on_the_same_base(tu
 
 def test_merged_it_is_the_model_that_was_trained(world: World, tuned: Played) -> None:
     """Without lora (evaluation, sampling, full training) the adapter lies on the rounded base, in fp32: same sums."""
-    trained = logps(loaded(tuned.model, LoRA(rank=4, base="4bit")).policy)
+    trained = logps(loaded(tuned.model, LoRA(**LORA)).policy)
     merged = loaded(tuned.model, None)
     assert merged.backbone.peft is None
     assert torch.allclose(logps(merged.policy), trained, atol=1e-4)
@@ -125,7 +125,7 @@ def test_transformers_and_peft_load_the_same_from_the_note(world: World, tuned: 
     theirs = PeftModel.from_pretrained(base, tuned.model).eval()
     ids = torch.tensor([[14, 1, 0, 9, 10, 1, 11, 15]])
     expected = theirs(ids).logits.float().log_softmax(-1)[0, 2:7].gather(1, ids[0, 3:, None]).squeeze(1)
-    mine = logps(loaded(tuned.model, LoRA(rank=4, base="4bit")).policy)[0]
+    mine = logps(loaded(tuned.model, LoRA(**LORA)).policy)[0]
     assert torch.allclose(expected, mine, atol=1e-4)
 
 

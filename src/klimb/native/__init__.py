@@ -21,10 +21,11 @@ _GRAIN = 16_384  # numbers that a thread should have, or it is not worth waking
 _on = True
 
 
-def use(on: bool) -> None:
-    """For the whole process, as torch.set_num_threads."""
+def use(on: bool) -> bool:
+    """For the whole process, as torch.set_num_threads. Returns how it was."""
     global _on
-    _on = on
+    was, _on = _on, on
+    return was
 
 
 def made_of() -> str | None:
