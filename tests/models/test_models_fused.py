@@ -16,17 +16,17 @@ from klimb.models.faces import Policy
 
 pytestmark = pytest.mark.skipif(native.why_not() is not None, reason=f"no kernels: {native.why_not()}")
 
-# What of each family's two layers is taken over: norms, gated MLPs, attentions by their rotary positions.
+# What of each family's two layers is taken over: norms, gated MLPs, attentions by their rotary positions, GELUs.
 TAKEN = {
-    "llama": (5, 2, 2),
-    "llama-tied": (5, 2, 2),
-    "qwen2": (5, 2, 2),
-    "qwen3": (9, 2, 2),
-    "mistral-window": (5, 2, 2),
-    "gemma2": (9, 0, 2),
-    "gemma3": (13, 0, 2),
-    "cohere-scaled": (0, 2, 0),
-    "gpt2": (0, 0, 0),
+    "llama": (5, 2, 2, 0),
+    "llama-tied": (5, 2, 2, 0),
+    "qwen2": (5, 2, 2, 0),
+    "qwen3": (9, 2, 2, 0),
+    "mistral-window": (5, 2, 2, 0),
+    "gemma2": (9, 0, 2, 2),
+    "gemma3": (13, 0, 2, 2),
+    "cohere-scaled": (0, 2, 0, 0),
+    "gpt2": (0, 0, 0, 2),
 }
 
 
@@ -45,7 +45,9 @@ def taken(model: nn.Module) -> list[nn.Module]:
 def test_what_is_taken_over(family: str) -> None:
     model = tiny(family)
     modules = taken(model)
-    kinds = [sum(word in type(module).__name__ for module in modules) for word in ("RMSNorm", "MLP", "Attention")]
+    kinds = [
+        sum(word in type(module).__name__ for module in modules) for word in ("RMSNorm", "MLP", "Attention", "GELU")
+    ]
     assert tuple(kinds) == TAKEN[family]
     assert len(modules) == sum(kinds)
 

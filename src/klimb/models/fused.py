@@ -26,12 +26,12 @@ Forward = Callable[..., Any]
 
 
 def take_over(model: nn.Module) -> None:
-    """RMSNorms, gated MLPs and rotary positions of a model, each if it proves equal. Needs the kernels."""
+    """RMSNorms, gated MLPs, GELUs and rotary positions of a model, each if it proves equal. Needs the kernels."""
     was = native.use(True)  # a layer's own way would prove nothing
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         for module in model.modules():
-            forward = _rms_norm_of(module) or _gated_mlp_of(module) or _with_rotary(module)
+            forward = _rms_norm_of(module) or _gated_mlp_of(module) or _gelu_of(module) or _with_rotary(module)
             if forward is not None:
                 module.forward = MethodType(forward, module)
     native.use(was)
@@ -125,6 +125,22 @@ class _SwiGLU(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
         return native.swiglu_backward(gate, up, grad.contiguous())
+
+
+# GELU by tanh (Hendrycks & Gimpel 2016, section 2) --------------------------------------------------------------------
+
+
+def _gelu_of(module: nn.Module) -> Forward | None:
+    """One operator of torch where a family writes the formula out."""
+    if "GELU" not in type(module).__name__ or module._parameters or module._modules:
+        return None
+    return _gelu if _proven(module, _gelu, torch.linspace(-6, 6, 49), {}) else None
+
+
+def _gelu(self: nn.Module, x: Tensor) -> Tensor:
+    if not native.takes(x):
+        return type(self).forward(self, x)
+    return nn.functional.gelu(x, approximate="tanh")
 
 
 # Rotary positions (Su et al. 2021, eq. 34) ----------------------------------------------------------------------------
