@@ -240,6 +240,7 @@ CASES: dict[str, list[Bad]] = {
         Bad("two lengths of training", "SFT epochs=2", ("steps", "epochs")),
         Bad("evaluation of nothing", "SFT eval_every=3", ("eval_every",)),
         Bad("an accuracy of nothing", "REWARD min_accuracy=0.6", ("min_accuracy",)),
+        Bad("to train until nothing is right", "REWARD until_accuracy=0.9", ("until_accuracy", "eval_data")),
         Bad("pairs without a reward", "SAMPLE pairs=true samples_per_prompt=2", ("pairs", "reward")),
         Bad("best-of-n without a proxy", "EVALUATE best_of=[1,2]", ("best_of", "measure.reward")),
         Bad("more of n than samples", "EVALUATE measure.reward=rewards.py:count best_of=[64]", ("best_of", "samples_per_prompt=16")),

@@ -83,6 +83,23 @@ def test_preferences_are_measured_on_held_out_pairs(world: World, tmp_path: Path
     assert measured[-1]["eval/loss"] < math.log(2)
 
 
+def test_a_reward_model_is_trained_until_it_is_right_often_enough(world: World, tmp_path: Path) -> None:
+    given = {"model": world.model, "data": world.preferences, "steps": 12, "batch_size": 9,
+             "eval_every": 4, "checkpoint_every": 1, "until_accuracy": 0.95}  # fmt: skip
+    turned = [{**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in lines(Path(world.preferences))]
+    never = play("reward", tmp_path / "never", eval_data=write(tmp_path / "turned.jsonl", turned), **given)
+    assert len(never.rows) == 12
+    run = tmp_path / "run"
+    done = play("reward", run, eval_data=world.preferences, **given)
+    assert len(done.rows) == 4  # "yes" and "no" decide: one look is enough
+    assert done.rows[-1]["eval/accuracy"] >= 0.95
+    assert "stopped at step 4: the wanted accuracy is reached" in done.said
+    weights = (Path(done.model) / "model.safetensors").read_bytes()
+    (run / "result.json").unlink()  # as if it had been killed after its last checkpoint
+    assert len(play("reward", run, eval_data=world.preferences, **given).rows) == 4
+    assert (Path(done.model) / "model.safetensors").read_bytes() == weights
+
+
 def test_reward_model_separates_pairs_and_transformers_gives_its_scores(world: World, tmp_path: Path) -> None:
     done = play(
         "reward", tmp_path / "run", model=world.model, data=world.preferences, steps=30, batch_size=9, eval_fraction=0.4

@@ -39,13 +39,18 @@ class RewardConfig(SupervisedConfig):
     reference: Given = Field(None, description="prompts with completions: scores are scaled to mean 0, std 1 on them")
     min_accuracy: float = Field(0.0, ge=0, le=1, description="stop here when held-out accuracy is below")
 
+    until_accuracy: float | None = Field(
+        None, gt=0.5, le=1, description="training ends when held-out accuracy reaches it, every `eval_every` steps"
+    )
+
     def work(self, context: int) -> Work:
         return of_pairs(self, context, classifier=True)
 
     def contradictions(self) -> Iterator[str]:
         yield from super().contradictions()
-        if self.given("min_accuracy") and not (self.given("eval_data") or self.given("eval_fraction")):
-            yield "min_accuracy: nothing is held out to measure it on; give eval_data or eval_fraction"
+        for key in ("min_accuracy", "until_accuracy"):
+            if self.given(key) and not (self.given("eval_data") or self.given("eval_fraction")):
+                yield f"{key}: nothing is held out to measure it on; give eval_data or eval_fraction"
         if self.lora is not None and self.lora.base == "4bit":
             yield ("lora.base=4bit: a reward model is saved merged, and its weights in 4 bits would be rounded again; "
                    "leave it out, checkpointing=on and a smaller token_budget save memory too")  # fmt: skip
@@ -88,21 +93,28 @@ def train(config: RewardConfig, run: Run, interrupt: Interrupt, say: Any) -> dic
     steps = config.steps or max(1, round(config.epochs * len(training) / config.batch_size))
     learner = session.learner("reward", "reward", model.trainable(), config, config.optimizer, steps)
     sampler = Sampler(len(training), config.batch_size, config.seed)
-    start = 0
+    start, reached = 0, None
     if found := session.resume():
-        start = found.step
+        start, reached = found.step, found.state["stage"]["reached"]
         sampler.restore(found.state["stage"]["sampler"])
 
     for step in session.steps(start, steps):
+        if reached is not None:
+            break
         batch = batch_of([training[i] for i in sampler.next_batch()])
         with session.timed("train"):
             measured = learner.step(batch, lambda micro, totals: pair_loss(model, micro, totals, config.centering))
         measured["tokens"] = metrics.total(batch.totals.tokens)
         if held_out and (step % config.eval_every == 0 or step == steps):
-            measured["eval/accuracy"] = _accuracy(model, held_out, session.scoring)
+            measured["eval/accuracy"] = found_accuracy = _accuracy(model, held_out, session.scoring)
+            if config.until_accuracy is not None and found_accuracy.result() >= config.until_accuracy:
+                reached = step
         session.end_step(
-            step, steps, metrics.results(measured), every=config.checkpoint_every, state={"sampler": sampler.state()}
-        )
+            step, steps, metrics.results(measured), every=config.checkpoint_every,
+            state={"sampler": sampler.state(), "reached": reached},
+        )  # fmt: skip
+    if reached is not None:
+        say(f"stopped at step {reached}: the wanted accuracy is reached")
 
     accuracy = _accuracy(model, held_out, session.scoring).result() if held_out else None
     if accuracy is not None and accuracy < config.min_accuracy:
