@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from world import SMALL_RL, Played, World, play
+from world import SMALL_RL, Played, World, play, tuned_adapter
 
 from klimb.batch import Row, TokenBatch
 from klimb.models.backbone import Backbone
@@ -25,10 +25,7 @@ CPU, FLOAT = torch.device("cpu"), torch.float32
 @pytest.fixture(scope="module")
 def tuned(world: World, tmp_path_factory: pytest.TempPathFactory) -> Played:
     """SFT of an adapter: where the further stages start from."""
-    out = tmp_path_factory.mktemp("tuned") / "sft"
-    done = play("sft", out, model=world.model, data=world.demonstrations, steps=30, batch_size=8, lora=LORA)
-    assert done.rows[-1]["loss"] < done.rows[0]["loss"] - 1
-    return done
+    return tuned_adapter(world, tmp_path_factory.mktemp("tuned") / "sft", LORA)
 
 
 def weights(model: str) -> dict[str, Tensor]:

@@ -172,3 +172,10 @@ def klimb(*arguments: str) -> Said:
 
 def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def tuned_adapter(world: World, out: Path, lora: dict[str, Any]) -> Played:
+    """SFT of an adapter that has learnt something."""
+    done = play("sft", out, model=world.model, data=world.demonstrations, steps=30, batch_size=8, lora=lora)
+    assert done.rows[-1]["loss"] < done.rows[0]["loss"] - 1
+    return done
