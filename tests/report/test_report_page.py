@@ -17,6 +17,7 @@ import pytest
 from parsed import Page
 
 from klimb.report import write_report
+from klimb.report.charts import span, span_above
 from klimb.report.load import load
 from klimb.report.page import HERE
 
@@ -150,6 +151,22 @@ def test_picture_puts_marks_where_the_rows_are(page: str) -> None:
     # Triangles and the like are centred too: their corners are regular around the point.
     unit = (centres["GRPO β=0"] - centres["SFT"]) / 32**0.5
     assert (centres["DPO β=0.1"] - centres["SFT"]) / unit == pytest.approx(2.63**0.5, abs=2e-3)  # rounded to 0.1 px
+
+
+def test_one_policy_that_fell_very_far_does_not_press_the_others_into_a_line(tmp_path: Path) -> None:
+    fake_run.pipeline(tmp_path)
+    told = json.loads((tmp_path / "summary.json").read_text())
+    free = next(row for row in told["rows"] if row["method"] == "GRPO β=0")
+    free |= {"gold": -48.39, "gold_low": -48.63, "gold_high": -48.14}
+    fake_run.as_json(tmp_path / "summary.json", told)
+    page = write_report(tmp_path).read_text(encoding="utf-8")
+    assert "GRPO β=0 −48.39 ▼" in page  # its mark lies on the lower edge and says how far down it is
+    assert page.count("◀ off the scale") == 1
+    golds = [row["gold"] for row in told["rows"] if row["gold"] is not None and row["method"] != "GRPO β=0"]
+    low, high = span_above([*golds, -48.39], fake_run.SFT_GOLD)
+    assert low < fake_run.SFT_GOLD < max(golds) < high
+    assert (high - fake_run.SFT_GOLD) / (high - low) == pytest.approx(0.2, abs=0.05)
+    assert span_above(golds, fake_run.SFT_GOLD) == span(golds)  # nothing is cut where nothing fell
 
 
 def test_same_colour_for_a_method_everywhere(page: str) -> None:

@@ -68,6 +68,15 @@ def span(values: Iterable[float], pad: float = 0.05) -> tuple[float, float]:
     return low - pad * (high - low), high + pad * (high - low)
 
 
+def span_above(values: Iterable[float], base: float | None, pad: float = 0.05) -> tuple[float, float]:
+    """As `span`, but no deeper than leaves a fifth of the axis for what lies above `base`: one policy that fell
+    very far would else press all others into a line. Whoever draws says what lies below.
+    """
+    found = list(values)
+    above = max(found, default=0.0) - base if base is not None else 0.0
+    return span((max(value, base - 4 * above) for value in found) if base is not None and above > 0 else found, pad)
+
+
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
     """Round numbers inside [low, high], about `count` of them."""
     rough = (high - low) / count
@@ -191,12 +200,17 @@ def interval_bar(
     parts, ends = [], ""
     if base is not None and base.gold is not None:
         parts.append(tag("path", d=f"M{frame.px(base.gold):.1f} 0V24", class_="reference"))
+    if row.gold is not None and row.gold < scale[0]:
+        parts.append(tag("text", "◀ off the scale", x=frame.left, y=16.0, class_="tick"))
+        return svg(parts, 260, 24, f"gold {number(row.gold)}, off the scale", "interval")
     if row.gold_low is not None and row.gold_high is not None:
         low, high = frame.px(row.gold_low), frame.px(row.gold_high)
         bar = f"M{low:.1f} 12H{high:.1f}M{low:.1f} 7v10M{high:.1f} 7v10"
         parts.append(tag("path", d=bar, class_=f"stroke c{colour}"))
         ends = f" [{number(row.gold_low)}, {number(row.gold_high)}]"
-    parts += [tag("circle", cx=frame.px(seed), cy=20, r=1.8, class_=f"mark c{colour}") for seed in seeds]
+    parts += [
+        tag("circle", cx=frame.px(seed), cy=20, r=1.8, class_=f"mark c{colour}") for seed in seeds if seed >= scale[0]
+    ]
     if row.gold is not None:
         parts.append(marker(frame.px(row.gold), 12, colour, 2.8))
     return svg(parts, 260, 24, f"gold {number(row.gold)}{ends}", "interval")

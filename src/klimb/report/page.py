@@ -147,7 +147,8 @@ def _table(records: Records, base: Row | None, colours: dict[str, int]) -> list[
     rows, paired = records.rows, paired_differences(records.summary)
     seeds = [row for row in records.seed_rows if row.gold is not None]
     ends = [value for row in rows for value in (row.gold, row.gold_low, row.gold_high) if value is not None]
-    scale = charts.span([*ends, *(row.gold for row in seeds if row.gold is not None)])
+    golds = [*ends, *(row.gold for row in seeds if row.gold is not None)]
+    scale = charts.span_above(golds, None if base is None else base.gold)
     table = []
     for row in rows:
         result = verdict(row, base, paired)

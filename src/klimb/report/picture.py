@@ -38,7 +38,7 @@ def picture(records: Records, colours: dict[str, int], base: Row | None, narrow:
     x_range = (-0.015 * farthest, 1.04 * farthest)
     parts, top = [], 30.0
     for quantity in shown:
-        y_range = _height(quantity, paths, rows)
+        y_range = _height(quantity, paths, rows, base)
         frame = Frame(left, top, width - left - 14, heights[quantity], x_range, y_range)
         parts.append(_panel(frame, quantity, paths, rows, base, narrow, last=quantity == shown[-1]))
         top += heights[quantity] + gap
@@ -51,12 +51,14 @@ def _worth_showing(quantity: Quantity, paths: Sequence[Path], rows: Sequence[Row
     return drawn or sum(getattr(row, quantity) is not None for row in rows) > 1
 
 
-def _height(quantity: Quantity, paths: Sequence[Path], rows: Sequence[Row]) -> tuple[float, float]:
+def _height(quantity: Quantity, paths: Sequence[Path], rows: Sequence[Row], base: Row | None) -> tuple[float, float]:
     values = [y for path in paths for line in path.lines(quantity) for _, y in line]
     for row in rows:
         ends = (row.proxy,) if quantity == "proxy" else (row.gold, row.gold_low, row.gold_high)
         values += [value for value in ends if value is not None]
-    return charts.span(values, 0.08)
+    if quantity == "proxy":
+        return charts.span(values, 0.08)
+    return charts.span_above(values, None if base is None else base.gold, 0.08)
 
 
 def _panel(
@@ -150,6 +152,8 @@ def _end(space: Space, quantity: Quantity, row: Row, colour: int) -> list[Markup
         return []
     frame = space.frame
     x, y = frame.px(math.sqrt(max(row.kl, 0.0))), frame.py(value)
+    if value < frame.y[0]:
+        return _below(space, row, x, f"{row.method} {number(value)} ▼", colour)
     parts, ends = [], ""
     if quantity == "gold" and row.gold_low is not None and row.gold_high is not None:
         low, high = frame.py(row.gold_low), frame.py(row.gold_high)
@@ -162,6 +166,14 @@ def _end(space: Space, quantity: Quantity, row: Row, colour: int) -> list[Markup
     space.taken.append(around(x, y, 7))
     space.labels.append(Label(x, y, row.method, colour))
     return parts
+
+
+def _below(space: Space, row: Row, x: float, name: str, colour: int) -> list[Markup]:
+    """A policy under the panel's floor: its mark lies on the lower edge, and its name says how far down it is."""
+    y = space.frame.top + space.frame.height - 6
+    space.taken.append(around(x, y, 7))
+    space.labels.append(Label(x, y, name, colour))
+    return [charts.marker(x, y, colour, 5.5, f"{name}, below the axis, at KL {number(row.kl)}")]
 
 
 def _curve_marks(space: Space, quantity: Quantity, path: Path) -> list[Markup]:
