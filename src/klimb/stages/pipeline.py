@@ -22,7 +22,11 @@ from klimb.stages.given import described, with_known_rows
 from klimb.stages.registry import run_stage, stage_config
 from klimb.stages.seeds import keep_config, open_root, over_seeds, rows_of
 
-WORLDS: Mapping[str, str] = {"clerk": "klimb.lab.clerk", "digits": "klimb.lab.digits"}
+WORLDS: Mapping[str, str] = {
+    "clerk": "klimb.lab.clerk",
+    "digits": "klimb.lab.digits",
+    "countdown": "klimb.lab.countdown",
+}
 _KEYS = ("name", "world", "data", "seed", "device", "out", "stages", "threads", "token_budget", "simulated_labels")
 
 
