@@ -234,13 +234,13 @@ def shipped_recipes() -> dict[str, Path]:
     return {}
 
 
-_REFERENCE = re.compile(r"\$\{([^{}]*)\}")
+REFERENCE = re.compile(r"\$\{([^{}]*)\}")
 
 
 def find_references(value: Any) -> list[str]:
     """The `stage.key` of every `${stage.key}` in a value and all that it holds."""
     found: list[str] = []
-    _map_text(value, lambda text: found.extend(_REFERENCE.findall(text)))
+    map_text(value, lambda text: found.extend(REFERENCE.findall(text)))
     return found
 
 
@@ -251,14 +251,14 @@ def resolve_references(value: Any, results: Mapping[str, Mapping[str, Any]], whe
     """
 
     def resolve(text: str) -> Any:
-        if whole := _REFERENCE.fullmatch(text):
+        if whole := REFERENCE.fullmatch(text):
             return _look_up(whole[1], results, where)
-        resolved = _REFERENCE.sub(lambda match: str(_look_up(match[1], results, where)), text)
-        if "${" in _REFERENCE.sub("", text):
+        resolved = REFERENCE.sub(lambda match: str(_look_up(match[1], results, where)), text)
+        if "${" in REFERENCE.sub("", text):
             raise ConfigError(f"'${{' without its '}}' in {text!r}", where=where)
         return resolved
 
-    return _map_text(value, resolve)
+    return map_text(value, resolve)
 
 
 def _look_up(reference: str, results: Mapping[str, Mapping[str, Any]], where: str) -> Any:
@@ -278,13 +278,13 @@ def _look_up(reference: str, results: Mapping[str, Mapping[str, Any]], where: st
     return value
 
 
-def _map_text(value: Any, change: Callable[[str], Any]) -> Any:
+def map_text(value: Any, change: Callable[[str], Any]) -> Any:
     if isinstance(value, str):
         return change(value)
     if isinstance(value, Mapping):
-        return {key: _map_text(inner, change) for key, inner in value.items()}
+        return {key: map_text(inner, change) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_map_text(inner, change) for inner in value]
+        return [map_text(inner, change) for inner in value]
     return value
 
 

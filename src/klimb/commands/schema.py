@@ -71,6 +71,7 @@ def _recipe() -> dict[str, Any]:
         found["properties"] = {"stage": {"const": stage}, **found["properties"]}
         found["required"] = ["stage", *found.get("required", [])]
         stages.append(_with_references(found))
+    stages.append(_rounds([*stages]))
     top = {
         "name": {"type": "string"},
         "world": {"description": "what the stages start from: a world of klimb's, or my_world.py:prepare"},
@@ -85,6 +86,20 @@ def _recipe() -> dict[str, Any]:
         "title": "klimb recipe", "type": "object", "properties": top, "required": ["stages"],
         "additionalProperties": False,
         "$defs": {name: _with_references(section) for name, section in sections.items()},
+    }  # fmt: skip
+
+
+def _rounds(stages: list[dict[str, Any]]) -> dict[str, Any]:
+    """A block of stages that is repeated."""
+    carried = {"type": "object", "additionalProperties": {"type": "string"}}
+    return {
+        "title": "rounds", "type": "object", "required": ["repeat", "stages"], "additionalProperties": False,
+        "properties": {
+            "repeat": {"type": "integer", "minimum": 1, "description": "how many rounds"},
+            "first": {**carried, "description": "what ${this block.KEY} is in the first round"},
+            "then": {**carried, "description": "and in the others, from the round before"},
+            "stages": {"type": "object", "additionalProperties": {"oneOf": stages}, "minProperties": 1},
+        },
     }  # fmt: skip
 
 

@@ -20,6 +20,7 @@ from klimb.runtime.run import Fresh, OtherRun
 from klimb.stages.common import say_aside
 from klimb.stages.given import described, with_known_rows
 from klimb.stages.registry import run_stage, stage_config
+from klimb.stages.rounds import unroll
 from klimb.stages.seeds import keep_config, open_root, over_seeds, rows_of
 
 WORLDS: Mapping[str, str] = {
@@ -27,6 +28,8 @@ WORLDS: Mapping[str, str] = {
     "digits": "klimb.lab.digits",
     "countdown": "klimb.lab.countdown",
 }
+_ROUNDS_APART = 10_000
+"""Seeds between two rounds, so that no two rounds of a recipe's few seeds meet."""
 _KEYS = ("name", "world", "data", "seed", "device", "out", "stages", "threads", "token_budget", "simulated_labels")
 
 
@@ -68,7 +71,7 @@ def run_pipeline(
     name: str, values: Mapping[str, Any], *, fresh: Fresh = False, say: Callable[[str], None] = say_aside
 ) -> dict[str, Any]:
     """All seeds of a recipe, one after the other; returns what summary.json holds."""
-    check_recipe(name, values)
+    values = check_recipe(name, values)
     seeds = parse_seeds(values.get("seed", 0))
     root = Path(share(str(open_root(name, described(values), say)) if rank() == 0 else None))
     summaries = {}
@@ -83,8 +86,8 @@ def run_pipeline(
     return {**summary, "out": str(root)}
 
 
-def check_recipe(name: str, values: Mapping[str, Any]) -> None:
-    """What can be said before anything runs: keys of the recipe, stages and their configs."""
+def check_recipe(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe with its rounds written out, after what can be said before anything runs: keys, stages, configs."""
     for key in values:
         if key not in _KEYS:
             known = [*_KEYS, *(values.get("stages") or {})]
@@ -92,12 +95,14 @@ def check_recipe(name: str, values: Mapping[str, Any]) -> None:
     stages = values.get("stages")
     if not isinstance(stages, Mapping) or not stages:
         raise ConfigError("no stages", where=name, fix="give stages: {sft: {stage: sft, model: …, data: …}}")
+    stages = unroll(stages, name)
     for stage, settings in stages.items():
         if not isinstance(settings, Mapping) or "stage" not in settings:
             raise ConfigError("which kind of stage is it?", where=f"{name}: stages.{stage}",
                               fix="add stage: sft, reward, rl, preference, sample or evaluate")  # fmt: skip
         _stage_config(name, stage, settings, values, seed=0)
         _check_references(f"{name}: stages.{stage}", settings, [*stages][: [*stages].index(stage)], "world" in values)
+    return {**values, "stages": stages}
 
 
 def _check_references(where: str, settings: Mapping[str, Any], before: Sequence[str], has_world: bool) -> None:
@@ -112,7 +117,8 @@ def _check_references(where: str, settings: Mapping[str, Any], before: Sequence[
 
 def _stage_config(name: str, stage: str, settings: Mapping[str, Any], recipe: Mapping[str, Any], seed: int) -> Any:
     shared = {key: recipe[key] for key in ("device", "threads", "token_budget") if key in recipe}
-    own = {key: value for key, value in settings.items() if key != "stage"}
+    own = {key: value for key, value in settings.items() if key not in ("stage", "round")}
+    seed += _ROUNDS_APART * (settings.get("round", 1) - 1)
     return stage_config(settings["stage"], {**shared, "seed": seed, **own}, where=f"{name}: stages.{stage}")
 
 

@@ -1,4 +1,4 @@
-"""Sampling: completions of a model to a file, scored if wanted, and paired into comparisons if wanted."""
+"""Sampling: completions of a model to a file, scored if wanted, and made into comparisons or demonstrations."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from typing import Any
 
 from pydantic import Field
 
+from klimb.config import StageConfig
 from klimb.data.load import load_prompts
+from klimb.errors import RewardError
 from klimb.rewards.scorer import Scorer
 from klimb.rollout.engine import Request, generate
 from klimb.rollout.sampling import SamplingParams
@@ -27,6 +29,13 @@ from klimb.stages.models import load_policy, prompt_room
 from klimb.types import Group
 
 
+class Keep(StageConfig):
+    """Rejection sampling (RAFT, arXiv 2304.06767; best-of-n as demonstrations, arXiv 2307.09288, section 3.2.3)."""
+
+    best: int = Field(1, ge=1, description="demonstrations of a prompt at most: the highest scored, each text once")
+    at_least: float | None = Field(None, description="the score that a demonstration needs")
+
+
 class SampleConfig(RunConfig):
     """`pairs`: samples 0 and 1 of a prompt, 2 and 3, … are compared by their scores; ties are left out."""
 
@@ -39,6 +48,7 @@ class SampleConfig(RunConfig):
     repetition_penalty: float = Field(1.0, gt=0)
     reward: Given = None
     pairs: bool = False
+    keep: Keep | None = Field(None, description="write the best completions as demonstrations")
     label_noise: float = Field(0.0, ge=0, lt=0.5, description="share of comparisons turned round, as by erring people")
 
     def work(self, context: int) -> Work:
@@ -48,6 +58,8 @@ class SampleConfig(RunConfig):
         yield from super().contradictions()
         if self.pairs and (self.reward is None or self.samples_per_prompt < 2):
             yield "pairs: comparing needs a reward, and samples_per_prompt of 2 or more"
+        if self.keep is not None and self.reward is None:
+            yield "keep: a reward has to say which completions are the best; give one"
 
 
 def train(config: SampleConfig, run: Run, interrupt: Interrupt, say: Any) -> dict[str, Any]:
@@ -77,7 +89,34 @@ def train(config: SampleConfig, run: Run, interrupt: Interrupt, say: Any) -> dic
             "pairs": len(pairs),
             "left_out": compared - len(pairs),
         }
+    if config.keep is not None:
+        kept = list(demonstrations(groups, config.keep))
+        if not kept:
+            raise RewardError(
+                "no completion is worth a demonstration", where="keep",
+                why=f"none of {sum(len(g.samples) for g in groups):,} ended by itself with a score"
+                + ("" if config.keep.at_least is None else f" of {config.keep.at_least:g} or more"),
+                fix="draw more samples_per_prompt, lower keep.at_least, or start from a better model",
+            )  # fmt: skip
+        say(f"{len(kept):,} demonstrations kept, out of {sum(len(g.samples) for g in groups):,} completions")
+        result |= {"demonstrations": _write(run.path / "demonstrations.jsonl", kept), "kept": len(kept)}
     return {**result, "model": config.model, "evaluation": None}
+
+
+def demonstrations(groups: Sequence[Group], keep: Keep) -> Iterator[dict[str, Any]]:
+    """The best scored completions of each prompt, no text twice. What was cut off shows no one how to end."""
+    for group in groups:
+        scored = [(s.score, s) for s in group.samples if s.score is not None and s.finish == "stop" and s.text]
+        best = sorted(scored, key=lambda pair: -pair[0])  # stable: of equals the first drawn
+        texts: list[Any] = []
+        for score, sample in best:
+            if (
+                len(texts) < keep.best
+                and sample.text not in texts
+                and (keep.at_least is None or score >= keep.at_least)
+            ):
+                texts.append(sample.text)
+                yield {"prompt": group.prompt.text, "completion": sample.text, "score": score}
 
 
 def comparisons(groups: Sequence[Group], noise: float, stream: random.Random) -> Iterator[dict[str, Any]]:
