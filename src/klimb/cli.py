@@ -116,6 +116,12 @@ def preference(
 
 
 @app.command()
+def distill(arguments: Arguments = None, as_json: Json = False, dry_run: DryRun = False, fresh: Fresh = False) -> None:
+    """Follow a teacher's distribution on the student's own samples, or on written texts."""
+    _stage("distill", "distill", arguments or [], {}, as_json, dry_run, fresh)
+
+
+@app.command()
 def sample(arguments: Arguments = None, as_json: Json = False, dry_run: DryRun = False, fresh: Fresh = False) -> None:
     """Completions of a model to a file, scored and paired if wanted."""
     _stage("sample", "sample", arguments or [], {}, as_json, dry_run, fresh)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch.nn import functional
@@ -9,6 +11,7 @@ from torch.nn import functional
 from klimb.batch import BatchTotals
 from klimb.metrics import results
 from klimb.objective import forward_kl, reverse_kl, sft_loss
+from klimb.objective.supervised import distillation_loss, generalised_jsd
 
 
 def distributions(seed=0):
@@ -51,3 +54,44 @@ def test_a_token_that_the_teacher_rules_out_leaves_no_nan():
     assert student.grad.isfinite().all()
     expected = (teacher.exp()[:, 1:] * (teacher - student)[:, 1:]).sum(-1)
     assert torch.allclose(loss, expected)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.1, 0.5, 0.9, 1.0])
+@pytest.mark.filterwarnings("ignore:You are importing from 'trl.experimental'")
+def test_generalised_jsd_is_trls_with_its_gradient(beta: float) -> None:
+    gkd = pytest.importorskip("trl.experimental.gkd.gkd_trainer").GKDTrainer
+    teacher, logits = torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    ours = logits.clone().requires_grad_()
+    theirs = logits.clone().requires_grad_()
+    found = generalised_jsd(teacher.log_softmax(-1), ours.log_softmax(-1), beta).mean()
+    expected = gkd.generalized_jsd_loss(theirs, teacher, beta=beta, reduction="sum") / 5
+    found.backward()
+    expected.backward()
+    assert found.item() == pytest.approx(expected.item(), rel=1e-12)
+    assert torch.allclose(ours.grad, theirs.grad, atol=1e-14)
+
+
+def test_generalised_jsd_is_bounded_symmetric_at_a_half_and_zero_for_equals() -> None:
+    teacher, student = distributions()
+    half = generalised_jsd(teacher, student, 0.5)
+    assert torch.allclose(half, generalised_jsd(student, teacher, 0.5))
+    assert (half > 0).all()
+    far = torch.full((2, 4), -40.0, dtype=torch.float64)
+    far[0, 0] = far[1, 3] = 0.0
+    assert generalised_jsd(*far.log_softmax(-1)[:, None], 0.5).item() == pytest.approx(math.log(2), abs=1e-9)
+    for beta in (0.0, 0.3, 1.0):
+        assert generalised_jsd(teacher, teacher, beta).abs().max() < 1e-12
+    # Near its ends, divided by β or by 1 − β, it is the divergence that stands there.
+    assert torch.allclose(generalised_jsd(teacher, student, 1e-6) / 1e-6, forward_kl(teacher, student), rtol=1e-4)
+    assert torch.allclose(generalised_jsd(teacher, student, 1 - 1e-6) / 1e-6, reverse_kl(teacher, student), rtol=1e-4)
+
+
+def test_distillation_is_a_mean_over_the_updates_tokens_however_it_is_split() -> None:
+    mask = torch.tensor([[True, True, False], [True, False, False]])
+    divergence = torch.tensor([[0.3, 0.5, torch.nan], [1.0, torch.nan, torch.nan]], dtype=torch.float64)
+    totals = BatchTotals.of(mask, torch.arange(2))
+    loss, found = distillation_loss(divergence, mask, totals)
+    assert loss.item() == pytest.approx(0.6)
+    assert results(found)["loss"] == pytest.approx(0.6)
+    parts = [distillation_loss(divergence[i : i + 1], mask[i : i + 1], totals)[0] for i in range(2)]
+    assert sum(parts).item() == pytest.approx(0.6)

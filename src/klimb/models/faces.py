@@ -5,7 +5,7 @@ Each takes a `TokenBatch` and answers in its [B, T] or [B]; how rows are packed 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from klimb.batch import TokenBatch
 from klimb.models.backbone import Backbone
 from klimb.models.load import score_head
-from klimb.models.logprobs import Head, full_kl, precision, token_logps
+from klimb.models.logprobs import Head, full_divergence, full_kl, precision, token_logps
 from klimb.models.packing import Budget, Packed, in_parts, pack
 
 
@@ -163,6 +163,20 @@ def sequence_kl(
     for part, found in in_parts(batch, budget, forward):
         kls[part] = found.cpu()
     return kls
+
+
+def divergence(
+    policy: Policy, teacher: Policy, batch: TokenBatch, measure: Callable[[Tensor, Tensor], Tensor],
+    temperature: float = 1.0,
+) -> Tensor:  # fmt: skip
+    """`measure` of the teacher's and the policy's whole distributions before each marked token, [B, T], with the
+    policy's gradient.
+    """
+    packed = pack(batch, policy.backbone.device)
+    with torch.no_grad():
+        teacher_head, teacher_states = teacher.predictions(packed)
+    head, states = policy.predictions(packed)
+    return _scatter(full_divergence(head, states, teacher_head, teacher_states, measure, temperature), batch)
 
 
 def _join(parts: Sequence[Tensor], indices: Sequence[list[int]], batch: TokenBatch) -> Tensor:

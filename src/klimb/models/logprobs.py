@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 _CHUNK_ELEMENTS = 1 << 20  # logits held at once: 4 MB in fp32 stay in a core's cache
 _CHUNK_ROWS = 128  # but never fewer rows: each chunk reads the whole weight
@@ -73,6 +74,29 @@ def full_kl(
             reference = (reference_head.logits(reference_hidden[part]) / temperature).log_softmax(-1)
             kls.append((logps.exp() * (logps - reference)).sum(-1))
     return torch.cat(kls) if kls else hidden.new_zeros(0)
+
+
+def full_divergence(
+    head: Head, hidden: Tensor, teacher_head: Head, teacher_hidden: Tensor,
+    divergence: Callable[[Tensor, Tensor], Tensor], temperature: float = 1.0,
+) -> Tensor:  # fmt: skip
+    """`divergence` of the teacher's and the student's log-probs [m, V] at each of M states: [M], with the student's
+    gradient. The backward pass computes the logits anew, chunk by chunk. Where one head has rows for tokens that the
+    other does not know (padding of the vocabulary), both leave them out.
+    """
+
+    def of(states: Tensor, teacher_states: Tensor) -> Tensor:
+        logits, teacher_logits = head.logits(states), teacher_head.logits(teacher_states)
+        known = min(logits.shape[1], teacher_logits.shape[1])
+        teacher_logps = (teacher_logits[:, :known].to(logits.dtype) / temperature).log_softmax(-1)
+        return divergence(teacher_logps.detach(), (logits[:, :known] / temperature).log_softmax(-1))
+
+    vocabulary = hidden.shape[1] if head.weight is None else head.weight.shape[0]
+    parts = [
+        checkpoint(of, hidden[part], teacher_hidden[part], use_reentrant=False)
+        for part in _chunks(len(hidden), vocabulary)
+    ]
+    return torch.cat(parts) if parts else hidden.sum(-1)
 
 
 def precision(states: Tensor) -> torch.dtype:

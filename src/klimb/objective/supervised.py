@@ -32,6 +32,27 @@ def reverse_kl(teacher_logps: Tensor, student_logps: Tensor) -> Tensor:
     return _kl(student_logps, teacher_logps)
 
 
+def generalised_jsd(teacher_logps: Tensor, student_logps: Tensor, beta: float) -> Tensor:
+    """β KL(T ‖ M) + (1 − β) KL(S ‖ M) with M = βT + (1 − β)S: [N, V], [N, V] → [N] (GKD, arXiv 2306.13649, section 3).
+
+    Bounded by ln 2, and symmetric at β = ½. At its ends it vanishes, so that there stand what its slopes tend to:
+    `forward_kl` at 0 and `reverse_kl` at 1.
+    """
+    if beta == 0:
+        return forward_kl(teacher_logps, student_logps)
+    if beta == 1:
+        return reverse_kl(teacher_logps, student_logps)
+    weights = student_logps.new_tensor([beta, 1 - beta]).log()
+    mixture = torch.logsumexp(torch.stack([teacher_logps + weights[0], student_logps + weights[1]]), dim=0)
+    return beta * _kl(teacher_logps, mixture) + (1 - beta) * _kl(student_logps, mixture)
+
+
+def distillation_loss(divergence: Tensor, mask: Tensor, totals: BatchTotals) -> tuple[Tensor, Metrics]:
+    """Mean over the update's tokens of a divergence from the teacher, [B, T], in nats."""
+    per_token = torch.where(mask, divergence, 0.0)
+    return token_mean(per_token, mask, totals), {"loss": metrics.mean(per_token, mask)}
+
+
 def _kl(p: Tensor, q: Tensor) -> Tensor:
     # 0 · log 0 = 0; written so that a token of probability zero leaves no NaN in the gradient either.
     possible = p > -torch.inf

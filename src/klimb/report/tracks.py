@@ -51,6 +51,11 @@ PANELS: dict[str, tuple[Panel, ...]] = {
             "nats",
         ),
     ),
+    "distill": (
+        Panel("Divergence from the teacher", ("loss",), "what training lowers", "nats per token"),
+        Panel("Length", ("length/mean",), "mean completion", "tokens"),
+        Panel("Gradient norm", ("grad_norm",), "before clipping"),
+    ),
     "reward": (
         Panel("Accuracy", ("accuracy", "eval/accuracy"), "pairs in the right order"),
         Panel("Loss", ("loss", "eval/loss"), "Bradley–Terry, nats per pair"),

@@ -27,7 +27,7 @@ from klimb.runtime.adam8bit import AdamW8bit
 from klimb.runtime.ranks import gather, rank, world
 
 Loss = Callable[[TokenBatch, BatchTotals], tuple[Tensor, Metrics]]
-Stage = Literal["sft", "reward", "preference", "rl", "critic"]
+Stage = Literal["sft", "reward", "preference", "rl", "critic", "distill"]
 
 LEARNING_RATES: dict[Stage, tuple[float, float]] = {
     "sft": (2e-5, 2e-4),
@@ -35,6 +35,7 @@ LEARNING_RATES: dict[Stage, tuple[float, float]] = {
     "preference": (1e-6, 1e-5),
     "rl": (1e-6, 1e-5),
     "critic": (1e-5, 1e-4),
+    "distill": (1e-5, 1e-4),
 }
 """Starting points for pretrained models of 0.5–8 B parameters, (all weights, LoRA); LoRA takes about ten times the
 rate of full training (Schulman et al. 2025, "LoRA without regret"). A model from scratch wants 10–100 times more."""

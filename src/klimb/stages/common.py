@@ -353,9 +353,11 @@ def inputs_of(config: RunConfig, *further: Any) -> dict[str, Path | str]:
     inputs: dict[str, Path | str] = {}
     for section in ("", "measure", "until", "critic"):
         holder = getattr(config, section, None) if section else config
-        for key in ("model", "data", "eval_data", "reference"):
+        for key in ("model", "data", "eval_data", "reference", "teacher"):
             value = getattr(holder, key, None)
-            paths = [value] if isinstance(value, str | Path) or key in ("model", "reference") else _paths(value)
+            paths = (
+                [value] if isinstance(value, str | Path) or key in ("model", "reference", "teacher") else _paths(value)
+            )
             for number, path in enumerate(paths):
                 source = Path(path) if isinstance(path, str) and Path(path).exists() else path
                 if isinstance(source, str | Path) and source not in inputs.values():

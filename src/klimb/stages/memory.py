@@ -58,6 +58,17 @@ def of_rl(config: Any, needs: Any, context: int) -> Work:
     )  # fmt: skip
 
 
+def of_distilling(config: Any, context: int) -> Work:
+    prompt = min(config.max_prompt_tokens or TYPICAL // 2, max(context - config.max_tokens, 1))
+    sampled = (Sampled(min(_ENGINE_ROWS, config.prompts_per_step), prompt, config.max_tokens, 1),)
+    frozen = (("teacher", Learning(config.teacher)), *_judges(config))
+    return Work(
+        _learning(config), Shape(prompt, config.max_tokens), frozen=frozen,
+        sampled=(*sampled, *_measured(config, context)),
+        compared_at_the_end=config.model if config.measure is not None else None,
+    )  # fmt: skip
+
+
 def of_measuring(config: Any, context: int) -> Work:
     """Stages that train nothing."""
     sampled = _measured(config, context)

@@ -23,6 +23,7 @@ STAGES: Mapping[str, tuple[str, str]] = {
     "reward": ("klimb.stages.reward", "RewardConfig"),
     "rl": ("klimb.stages.rl", "RlConfig"),
     "preference": ("klimb.stages.preference", "PreferenceConfig"),
+    "distill": ("klimb.stages.distill", "DistillConfig"),
     "sample": ("klimb.stages.sample", "SampleConfig"),
     "evaluate": ("klimb.stages.evaluate", "EvaluateConfig"),
 }
