@@ -9,7 +9,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from klimb.lab.countdown import OPERATIONS, WORDS, Question, part_of, prepare, questions, solved, value
+from klimb.lab.countdown import (
+    OPERATIONS,
+    WORDS,
+    Question,
+    attempts,
+    part_of,
+    prepare,
+    questions,
+    readable,
+    solved,
+    value,
+)
 
 KNOWN = questions()
 
@@ -82,3 +93,22 @@ def test_no_triple_is_in_two_parts(tmp_path: Path) -> None:
     assert {tuple(row["prompt"].split()[:3]) for row in shown} <= triples["prompts"]
     again = prepare(tmp_path / "again", seed=3)
     assert Path(again["demonstrations"]).read_bytes() == Path(made["demonstrations"]).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("expression", "score"),
+    [("7 * 4 - 3", 1.0), ("4 * 7 - 3", 0.0), ("7 - 3 * 4", 1.0), ("7 - 20 + 4", 0.0), ("9 + 3 - 4", 1.0),
+     ("3 - 3 * 3", 1.0), ("2 - 1 - 2", 1.0), ("20 - 19 - 5", 1.0), ("tea", 0.0)],
+)  # fmt: skip
+def test_what_people_would_rather_read(expression: str, score: float) -> None:
+    assert readable(["3 4 7 > 25 >"], [expression]) == [score]
+
+
+def test_attempts_have_the_form_and_no_skill() -> None:
+    rows = attempts(2000, seed=0)
+    assert all(value(row["completion"]) is not None for row in rows)
+    asked = [tuple(map(int, row["prompt"].split()[:3])) for row in rows]
+    assert [value(row["completion"])[0] for row in rows] == asked
+    right = sum(solved([row["prompt"] for row in rows], [row["completion"] for row in rows])) / len(rows)
+    assert 0.01 < right < 0.2
+    assert {part_of(numbers) for numbers in asked} == {"train"}

@@ -64,6 +64,25 @@ def solved(prompts: Sequence[str], completions: Sequence[str], **columns: Any) -
     return [float(value(completion) == _asked(prompt)) for prompt, completion in zip(prompts, completions, strict=True)]
 
 
+def readable(prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list[float]:
+    """1 where the first number is the largest and the first step not below zero, else 0: a stand-in for what people
+    would rather read, right or wrong. A reward function.
+    """
+    return [float(_is_readable(completion)) for completion in completions]
+
+
+def attempts(n: int, seed: int) -> list[dict[str, str]]:
+    """`n` expressions of the right numbers for a random target, seldom right: the form of the game and no skill."""
+    stream = random.Random(f"countdown attempts {seed}")
+    asked = [question for question in questions() if part_of(question.numbers) == "train"]
+    rows = []
+    for question in stream.choices(asked, k=n):
+        a, b, c = stream.sample(question.numbers, 3)
+        first, second = stream.choices(OPERATIONS, k=2)
+        rows.append({"prompt": question.prompt, "completion": f"{a} {first} {b} {second} {c}"})
+    return rows
+
+
 def questions() -> dict[Question, list[str]]:
     """Every question with all its answers: 8,119 questions of 1,540 triples."""
     found: dict[Question, list[str]] = {}
@@ -87,9 +106,10 @@ def part_of(numbers: tuple[int, int, int]) -> Part:
 def prepare(out: Path, *, seed: int) -> dict[str, str]:
     """Writes the task into `out`: data of every part and an untrained model of 0.34 M parameters.
 
-    Returns the paths "model", "demonstrations" (a random answer to each of 6,500 training questions), "prompts"
-    (all training questions, to be asked), "validation" and "test", and "reward", the verifier as FILE.py:NAME. The
-    split does not depend on `seed`.
+    Returns the paths "model", "demonstrations" (a random answer to each of 6,500 training questions), "cold_start" (200
+    of them), "attempts" (20,000 expressions that are seldom right), "prompts" (all training questions, to be asked),
+    "validation" and "test", and "reward" and "readable", the verifier and a rule of taste as FILE.py:NAME. The split
+    does not depend on `seed`.
     """
     from klimb.lab.scratch import make_model, word_tokenizer
 
@@ -109,16 +129,29 @@ def prepare(out: Path, *, seed: int) -> dict[str, str]:
     return {
         "model": str(model),
         "demonstrations": _write(out, "demonstrations", answered),
+        "cold_start": _write(out, "cold_start", answered[:200]),
+        "attempts": _write(out, "attempts", attempts(20_000, seed)),
         "prompts": _write(out, "prompts", asked["train"]),
         "validation": _write(out, "validation", asked["validation"]),
         "test": _write(out, "test", asked["test"]),
         "reward": f"{__file__}:solved",
+        "readable": f"{__file__}:readable",
         "summary": ", ".join(f"{len(items):,} {part} questions" for part, items in parts.items()),
     }
 
 
 def _apply(left: int, operation: str, right: int) -> int:
     return {"+": left + right, "-": left - right, "*": left * right}[operation]
+
+
+def _is_readable(expression: str) -> bool:
+    if value(expression) is None:
+        return False
+    words = expression.split()
+    (a, b, c), (first, second) = map(int, words[::2]), words[1::2]
+    product_first = second == "*" and first != "*"
+    step = b * c if product_first else _apply(a, first, b)
+    return a == max(a, b, c) and step >= 0
 
 
 def _asked(prompt: str) -> tuple[tuple[int, ...], int]:
