@@ -274,5 +274,6 @@ def train(config: EvaluateConfig, run: Run, interrupt: Interrupt, say: Any) -> d
     if config.best_of:
         result["curve"] = best_of_curve(groups, config.best_of)
         n = config.report_n or config.best_of[-1]
-        result["evaluation"] |= best_of_row(groups, n) | {"replies": best_replies(groups, n)}
+        if n > 1:  # best-of-1 is the policy itself
+            result["evaluation"] |= best_of_row(groups, n) | {"replies": best_replies(groups, n)}
     return result
