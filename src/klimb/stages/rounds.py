@@ -1,4 +1,6 @@
-"""Rounds of a recipe: the same stages again and again, each round starting from what the one before made::
+"""Rounds of a recipe: the same stages again and again, each round starting from what the one before made.
+
+::
 
     stages:
       sft: {stage: sft, …}
