@@ -9,6 +9,8 @@ from klimb.data.source import BadRow
 from klimb.types import Message, Text
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
+SETTINGS = ("system", "developer")
+"""Roles that say how to answer, and ask nothing."""
 
 
 def tools_of(value: Any) -> list[dict[str, Any]]:
@@ -53,6 +55,8 @@ def _prompt(value: Any, name: str) -> Text:
     text = _text(value, name)
     if isinstance(text, list) and text[-1]["role"] == "assistant":
         raise BadRow(f"{name} ends with an assistant message, so there is nothing to answer")
+    if isinstance(text, list):
+        _require_question(text, name)
     return text
 
 
@@ -69,6 +73,14 @@ def _reply(value: Any, name: str) -> Text:
     return text
 
 
+def _require_question(messages: list[Message], name: str) -> None:
+    first = next((message["role"] for message in messages if message["role"] not in SETTINGS), None)
+    if first is None:
+        raise BadRow(f"{name} has only a {messages[0]['role']} message, so there is nothing to answer")
+    if first == "assistant":
+        raise BadRow(f"{name} starts with an assistant message, there has to be something to answer")
+
+
 def _require_content(messages: list[Message], name: str) -> None:
     for index, message in enumerate(messages):
         # A message with further fields (a call of a tool, say) may do without words.
@@ -82,8 +94,7 @@ def _conversation(value: Any, name: str) -> list[Message]:
     messages = _messages(value, name)
     if not any(message["role"] == "assistant" for message in messages):
         raise BadRow(f"{name} has no assistant message, so there is nothing to learn")
-    if messages[0]["role"] == "assistant":
-        raise BadRow(f"{name} starts with an assistant message, there has to be something to answer")
+    _require_question(messages, name)
     _require_content(messages, name)
     return messages
 

@@ -225,6 +225,8 @@ class Preparation(Generic[Item]):
         rendered: Iterator[Any] = iter(())
         if records:
             assert self._detector.kind is not None  # there are records
+            if self._detector.conversational:
+                self._renderer.template  # noqa: B018  what is wrong with it is wrong with no row
             rendered = iter(self._task.render(self._renderer, self._detector.kind, records))
         items = []
         for each in piece:

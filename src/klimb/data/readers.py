@@ -310,7 +310,8 @@ def _header(next_line: Callable[[], str], name: str) -> tuple[list[str], str]:
         head = next_line()
     except BadRow as error:
         raise DataError(str(error), where=f"{name}:1", fix="the first line has to name the columns") from None
-    separator = max(",;\t", key=head.count)
+    usual = "\t,;" if name.lower().removesuffix(".gz").endswith(".tsv") else ",;\t"
+    separator = max(usual, key=head.count)
     header = [cell.strip() for cell in next(csv.reader([head], delimiter=separator), [])]
     named = [cell for cell in header if cell]
     if len({*named}) < len(named):
