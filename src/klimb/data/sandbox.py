@@ -1,8 +1,8 @@
 """The sandbox in which chat templates run: what one rendering may cost, beside what jinja's own forbids.
 
 jinja keeps a template away from Python's insides, and lets it run for ever: loops within loops, macros that call
-themselves, texts that double. Here a turn of a loop, a call, a filter and an operator are a step each, and values cost
-by their length. It is counted and not timed, so a template ends at the same place in any thread and on any machine.
+themselves, texts that double. Here a turn of a loop and a call are a step each, and filters and operators cost by
+the lengths of their values. It is counted and not timed, so a template ends at the same place in any thread and on any machine.
 Not bounded is what one operation does that is cheap to write down, as printing a list that is nested in itself.
 """
 
@@ -22,6 +22,8 @@ from jinja2.visitor import NodeTransformer
 STEPS = 1_000_000
 """A second or two. A conversation of a thousand messages takes some ten thousand, and a million where the template
 looks at each of them from each."""
+SMALL = 4096
+"""Characters of a text that one filter or operator may handle for nothing."""
 SIZES: dict[type, int] = {str: 1024, list: 64, tuple: 64, dict: 64, range: 64}
 """How many characters or elements cost a step."""
 
@@ -53,6 +55,8 @@ def _spend(*values: object) -> None:
 def _paid(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(function)  # jinja keeps notes on its filters, which are copied with the name
     def paid(*arguments: Any, **named: Any) -> Any:
+        if len(arguments) == 1 and not named and type(arguments[0]) is str and len(arguments[0]) < SMALL:
+            return function(*arguments)  # the usual case: 'a' | trim
         _spend(*arguments)
         if name not in ("default", "d"):
             _spend(*map(_width, [*arguments[1:], *named.values()]))
@@ -119,6 +123,11 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         return result
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        if operator == "+":  # the usual one
+            result = left + right
+            if type(result) is not str or len(result) > SMALL:
+                _spend(result)
+            return result
         if operator == "*":
             for one, other in ((left, right), (right, left)):
                 if type(one) in SIZES and isinstance(other, int):
