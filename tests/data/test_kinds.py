@@ -60,7 +60,7 @@ def test_further_columns_stay_with_the_row() -> None:
         ({"prompt": "q", "completion": ""}, "completion is empty"),
         ({"prompt": 3}, "prompt is a int"),
         ({"prompt": None}, "prompt is null"),
-        ({"promt": "q"}, "'promt' meant as 'prompt'"),
+        ({"promt": "q"}, "rename them, as in columns={prompt: promt}"),
         ({}, "it has: none"),
         ({"prompt": []}, "prompt has no messages"),
         ({"prompt": ["q"]}, r"prompt\[0\] is a str"),
@@ -115,10 +115,57 @@ def test_bad_rows_can_be_dropped_and_are_returned() -> None:
         ({"messages": [user(), assistant()]}, {"text": "t"}),
     ],
 )
-def test_mixed_types_name_the_first_row_that_differs(first: dict[str, Any], second: dict[str, Any]) -> None:
-    for on_bad in ("error", "drop"):
-        with pytest.raises(DataError, match=r"^rows\[2\]: is .*, but rows\[0\] is "):
-            read_table([first, first, second, first], on_bad=on_bad)  # type: ignore[arg-type]
+def test_a_row_of_another_type_is_one_bad_row(first: dict[str, Any], second: dict[str, Any]) -> None:
+    """Wherever it stands: most rows decide, not the first."""
+    for rows, at in (([first, first, second, first], 2), ([second, first, first], 0), ([first] * 70 + [second], 70)):
+        with pytest.raises(BadRows, match=rf"^rows: 1 of {len(rows)} rows .* rows\[{at}\]: (is|has) "):
+            read_table(rows)
+        table = read_table(rows, on_bad="drop")
+        assert len(table.records) == len(rows) - 1
+        assert table.type == read_table([first]).type
+
+
+def test_bad_rows_and_rows_of_no_type_do_not_decide() -> None:
+    good = {"messages": [user(), assistant()]}
+    rows = [{"text": ""}, {"text": ""}, {"x": 1}, {"prompt": 3}, good]
+    table = read_table(rows, on_bad="drop")
+    assert (table.kind, [record.where for record in table.records]) == ("messages", ["rows[4]"])
+    assert [problem.reason for problem in table.problems][2] == (
+        "has no column messages (it has: x), where most rows are messages"
+    )
+    late = read_table([{"x": 1}] * 100 + [good, {"text": "t"}, good], on_bad="drop")
+    assert (late.kind, len(late.records), len(late.problems)) == ("messages", 2, 101)
+
+
+@pytest.mark.parametrize(
+    ("names", "wanted", "renaming"),
+    [
+        (("question", "answer"), ("prompt-completion", "text"), "{prompt: question, completion: answer}"),
+        (("Instruction", "Response"), ("prompt-completion",), "{prompt: Instruction, completion: Response}"),
+        (("prompt", "answer"), ("prompt-completion",), "{completion: answer}"),
+        (("winner", "loser"), ("preference",), "{chosen: winner, rejected: loser}"),
+        (("promt", "id"), ("messages", "prompt"), "{prompt: promt}"),
+        (("a", "b"), ("prompt-completion",), "{prompt: question}"),
+    ],
+)
+def test_a_file_in_which_nothing_fits_says_what_it_has_and_proposes_names(
+    names: tuple[str, ...], wanted: Any, renaming: str
+) -> None:
+    rows = [dict.fromkeys(names, "x y")] * 3
+    with pytest.raises(BadRows) as said:
+        read_table(rows, wanted=wanted)
+    assert f"none of the 3 rows can be used: each {'has no' if 'prompt' not in names else 'is of'}" in str(said.value)
+    assert f"it has: {', '.join(names)}; needed: " in str(said.value)
+    assert str(said.value).endswith(f"columns={renaming}")
+    assert "\n" not in str(said.value)
+
+
+def test_reasons_are_short_and_hold_no_control_characters() -> None:
+    rows: list[dict[str, Any]] = [{"\x1b[2J\n": "x", **{f"{n}{'k' * 99}": 1 for n in range(1000)}}]
+    with pytest.raises(BadRows) as said:
+        read_table(rows)
+    assert len(str(said.value)) < 1000
+    assert str(said.value).isprintable()
 
 
 def test_the_wanted_type_decides_between_several_and_a_label_is_not_ignored() -> None:

@@ -121,9 +121,9 @@ def test_a_prompt_longer_than_the_context_is_reported_not_cut() -> None:
 
 
 def test_other_types_of_data_are_refused_by_name() -> None:
-    with pytest.raises(DataError, match="is of type labelled, which is not used here: needed: prompt-completion"):
+    with pytest.raises(DataError, match=r"is of type labelled, which is not used here.*needed: prompt-completion"):
         load_examples([{"prompt": "a", "completion": "b", "label": False}], CHAT)
-    with pytest.raises(DataError, match="is of type prompt, which is not used here: needed: preference"):
+    with pytest.raises(DataError, match=r"is of type prompt, which is not used here.*needed: preference"):
         load_preferences([{"prompt": "a"}], CHAT)
     with pytest.raises(DataError, match="is of type messages"):
         load_prompts([{"messages": [*asked(), *answered()]}], CHAT)

@@ -128,6 +128,28 @@ def small_vocabulary() -> None:
     tokenizer.save_pretrained("broken")
 
 
+def without_eos() -> None:
+    shutil.copytree("base", "broken", symlinks=False)
+    tokenizer = AutoTokenizer.from_pretrained("base")
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained("broken")
+
+
+def template(source: str) -> Prepare:
+    """A model with this chat template, and a conversation for it."""
+
+    def prepare() -> None:
+        shutil.copytree("base", "broken", symlinks=False)
+        Path("broken/chat_template.jinja").write_text(source)
+        rows({"messages": [{"role": "user", "content": "a ?"}, {"role": "assistant", "content": "b"}]})()
+
+    return prepare
+
+
+TURNS = "{% for m in messages %}{{ m.content }} {{ eos_token }}{% endfor %}"
+NESTS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+
+
 def own_code() -> None:
     shutil.copytree("base", "broken", symlinks=False)
     settings = json.loads(Path("broken/config.json").read_text())
@@ -271,9 +293,14 @@ CASES: dict[str, list[Bad]] = {
         Bad("a file named twice", "SFT 'data=[demonstrations.jsonl, demonstrations.jsonl]'", ("twice", "2")),
         Bad("one of several is missing", "SFT 'data=[demonstrations.jsonl, missing.csv]'", ("missing.csv",)),
         Bad("wrong columns", "SFT data=bad.jsonl", ("bad.jsonl", "question"), rows({"question": "a ?", "answer": "b"})),
-        Bad("data of another stage", "SFT data=prompts.jsonl", ("prompts.jsonl:1", "prompt-completion")),
-        Bad("comparisons expected", "DPO data=demonstrations.jsonl", ("demonstrations.jsonl:1", "preference")),
+        Bad("data of another stage", "SFT data=prompts.jsonl", ("prompts.jsonl", "none of", "prompt-completion")),
+        Bad("comparisons expected", "DPO data=demonstrations.jsonl", ("demonstrations.jsonl", "none of", "preference")),
         Bad("a column that is not there", "SFT columns.prompt=question", ("demonstrations.jsonl", "'question'")),
+        Bad("a row of another type", "SFT data=bad.jsonl", ("bad.jsonl:2", "1 of 3", "prompt"), rows({"prompt": "a ?", "completion": "b"}, {"text": "a"}, {"prompt": "b ?", "completion": "c"})),
+        Bad("a question that asks nothing", "GRPO data=bad.jsonl", ("bad.jsonl:1", "system"), rows({"prompt": [{"role": "system", "content": "so"}]})),
+        Bad("a line without end", "SFT data=bad.jsonl", ("bad.jsonl:1", "16 MiB"), file("bad.jsonl", b"x" * (17 << 20) + b'\n{"prompt": "a ?", "completion": "b"}\n')),
+        Bad("no UTF-8 at all", "SFT data=bad.csv", ("bad.csv", "UTF-16"), file("bad.csv", "prompt,completion\na ?,b\n".encode("utf-16"))),
+        Bad("names that others use", "SFT data=bad.csv", ("bad.csv", "question, answer", "{prompt: question, completion: answer}"), file("bad.csv", "question,answer\na ?,b\nb ?,c\n")),
         Bad("a malformed line", "SFT data=bad.jsonl", ("bad.jsonl:2",), file("bad.jsonl", '{"prompt": "a ?", "completion": "b"}\n{"prompt": "a ?", "completion" "b"}\n')),
         Bad("no UTF-8", "SFT data=bad.jsonl", ("bad.jsonl:2",), file("bad.jsonl", b'{"prompt": "a ?", "completion": "b"}\n{"prompt": "\xff"}\n')),
         Bad("a broken archive", "SFT data=bad.jsonl.gz", ("bad.jsonl.gz",), file("bad.jsonl.gz", gzip.compress(b'{"prompt": "a ?", "completion": "b"}\n' * 99)[:40])),
@@ -301,6 +328,13 @@ CASES: dict[str, list[Bad]] = {
         Bad("an adapter on tied embeddings", "SFT model=tied lora.targets=[lm_head]", ("lora.targets", "all-linear"), tied),
         Bad("tokens without an embedding", "SFT model=broken", ("model=broken", "'zebra'", "resize_token_embeddings"), small_vocabulary),
         Bad("Python code of the model's own", "SFT model=broken", ("model=broken", "never runs"), own_code),
+        Bad("a chat template that does not end", "SFT model=broken data=bad.jsonl", ("broken", "does not end"), template(NESTS + TURNS)),
+        Bad("a chat template that writes without end", "SFT model=broken data=bad.jsonl", ("broken", "does not end"), template("{{ 'a' * 10000000000 }}" + TURNS)),
+        Bad("a chat template that reaches into Python", "SFT model=broken data=bad.jsonl", ("broken", "__class__"), template("{{ ''.__class__.__mro__ }}" + TURNS), foreign=True),
+        Bad("a chat template that raises", "SFT model=broken data=bad.jsonl", ("broken", "not today"), template("{{ raise_exception('not today') }}" + TURNS)),
+        Bad("a chat template that is none", "SFT model=broken data=bad.jsonl", ("broken", "chat template"), template("{% for %}"), foreign=True),
+        Bad("a chat template that drops turns", "SFT model=broken data=bad.jsonl", ("bad.jsonl:1", "chat template", "message 0"), template(TURNS.replace("messages", "messages[-1:]"))),
+        Bad("a tokenizer without an end of text", "SFT model=broken", ("EOS",), without_eos),
         Bad("a critic that is no model", "PPO critic.model=empty", ("model=empty",), empty),
         Bad("a reward model that is no model", "GRPO reward=empty", ("model=empty",), empty),
     ],

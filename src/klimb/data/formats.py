@@ -5,14 +5,17 @@ Rows and problems together account for every row of the source.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, NamedTuple
 
-from klimb.data.readers import MAX_DEPTH, BadRow, Opened, Source, open_source
+from klimb.data.readers import open_source
+from klimb.data.source import MAX_DEPTH, BadRow, Opened, Source
 from klimb.errors import DataError, nearest
 
 LISTED = 20
+LONGEST = 600
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +31,13 @@ class Problem(NamedTuple):
 
     where: str
     reason: str
+
+    @classmethod
+    def of(cls, where: str, error: Exception) -> Problem:
+        """What a row wrote into the reason is cut short, and its control characters reach no terminal."""
+        reason = str(error)
+        short = reason if len(reason) <= LONGEST else reason[:LONGEST] + " …"
+        return cls(where, short if short.isprintable() else "".join(map(_printable, short)))
 
     def __str__(self) -> str:
         return f"{self.where}: {self.reason}"
@@ -74,7 +84,11 @@ def rows_of(opened: Opened, columns: Mapping[str, str]) -> Iterator[Row | Proble
                 raise value
             yield Row(where, _renamed(_checked(value), columns))
         except BadRow as error:
-            yield Problem(where, str(error))
+            yield Problem.of(where, error)
+
+
+def _printable(character: str) -> str:
+    return character if character.isprintable() else character.encode("unicode_escape").decode()
 
 
 def no_rows(name: str) -> DataError:
@@ -87,11 +101,11 @@ def no_rows(name: str) -> DataError:
 def _checked(value: Any) -> dict[str, Any]:
     if not isinstance(value, Mapping):
         raise BadRow(f"is a {type(value).__name__}, not an object of columns")
-    _check_text(value, 0)
+    check_text(value)
     return dict(value)
 
 
-def _check_text(value: Any, depth: int) -> None:
+def check_text(value: Any, depth: int = 0) -> None:
     """Lone surrogates would stop the tokenizer, and depth the hashing, far from the row that has them."""
     if depth > MAX_DEPTH:
         raise BadRow(f"nested more than {MAX_DEPTH} deep")
@@ -104,18 +118,24 @@ def _check_text(value: Any, depth: int) -> None:
         for key, item in value.items():
             if not isinstance(key, str):
                 raise BadRow(f"the key {key!r} is not a string")
-            _check_text(key, depth)
-            _check_text(item, depth + 1)
+            check_text(key, depth)
+            check_text(item, depth + 1)
     elif isinstance(value, list | tuple):
         for item in value:
-            _check_text(item, depth + 1)
+            check_text(item, depth + 1)
+
+
+def listed(names: Iterable[str]) -> str:
+    """The first of the columns of a row."""
+    few = list(islice(names, LISTED + 1))
+    return ", ".join(few[:LISTED]) + (", …" if len(few) > LISTED else "") or "none"
 
 
 def _renamed(values: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
     for column in columns.values():
         if column not in values:
-            near = nearest(column, values)
+            near = nearest(column, list(values)[:LISTED])
             meant = f", did you mean {near!r}?" if near else ""
-            raise BadRow(f"has no column {column!r} (it has: {', '.join(values) or 'none'}){meant}")
+            raise BadRow(f"has no column {column!r} (it has: {listed(values)}){meant}")
     kept = {name: value for name, value in values.items() if name not in columns.values()}
     return {**kept, **{name: values[column] for name, column in columns.items()}}

@@ -16,15 +16,18 @@ steps               prompt, completions, labels steps of a solution, right or wr
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from typing import Any, Literal
 
-from klimb.data.formats import BadRows, Problem, Row, no_rows, rows_of
-from klimb.data.readers import BadRow, Source, open_source
+from klimb.data.checks import CHECKS, TEXTS, tools_of
+from klimb.data.formats import LISTED, BadRows, Problem, Row, listed, no_rows, rows_of
+from klimb.data.readers import open_source
 from klimb.data.shapes import ours
-from klimb.errors import DataError, nearest
-from klimb.types import Message, Text
+from klimb.data.source import BadRow, Source
+from klimb.errors import nearest
 
 OnBad = Literal["error", "drop"]
 Kind = Literal["steps", "labelled", "preference", "prompt-completion", "messages", "prompt", "text"]
@@ -39,7 +42,16 @@ COLUMNS: dict[Kind, tuple[str, ...]] = {
     "text": ("text",),
 }
 VALUES = {**COLUMNS, "preference": ("prompt", "chosen", "rejected")}
-ROLES = ("system", "developer", "user", "assistant", "tool")
+OTHER_NAMES = {
+    "prompt": ("question", "instruction", "query", "problem", "input", "user"),
+    "completion": ("answer", "response", "output", "reply", "solution", "assistant"),
+    "chosen": ("preferred", "winner", "better", "positive"),
+    "rejected": ("dispreferred", "loser", "worse", "negative"),
+    "messages": ("dialogue", "dialog", "turns", "chat"),
+    "text": ("content", "document"),
+}
+"""What the columns are called elsewhere, for a proposal."""
+FIRST = 64
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 
 
@@ -77,10 +89,10 @@ def read_table(
     """Read, detect and check. `wanted`: the types that the caller can use, the preferred first.
 
     Raises BadRows, naming each bad row and why, unless `on_bad` is "drop" and good ones remain; DataError
-    where the source as a whole cannot be used (nothing in it, another type of data, two types in one file).
+    where the source as a whole cannot be read, or nothing is in it.
     """
     opened, detector = open_source(source), Detector(wanted)
-    read = [detector.attempt(row) for row in rows_of(opened, columns or {})]
+    read = list(detector.records(rows_of(opened, columns or {})))
     records = [each for each in read if isinstance(each, Record)]
     problems = [each for each in read if isinstance(each, Problem)]
     if not read:
@@ -97,7 +109,11 @@ def refuse_bad(source: str, problems: list[Problem], good: int, on_bad: OnBad) -
 
 
 class Detector:
-    """The type is that of the first row which has one; a row of another type is an error, not a bad row.
+    """Decides what type of data a source is, and checks each row against it.
+
+    The type is the one that most of the first 64 rows have, of those among them that are good rows of their own type;
+    of two that are equally frequent, the one that comes first. Where none of the 64 is good, the first good row behind
+    them decides. A row that is not of this type is a bad row, with what it lacks.
 
     prompts_only: all that is not the prompt stays a further column, unchecked, whatever type it would make.
     transcripts: of Human: and Assistant: are messages.
@@ -110,68 +126,59 @@ class Detector:
         self.conversational = False
         self._wanted: Sequence[Kind] = ("prompt", "preference") if prompts_only else wanted
         self._prompts_only, self._transcripts = prompts_only, transcripts
-        self._first = ""
 
     @property
     def type(self) -> str:
         return "" if self.kind is None else _describe(self.kind, self.conversational)
 
+    def records(self, rows: Iterable[Row | Problem]) -> Iterator[Record | Problem]:
+        """Each row with its values checked, or why it cannot be used."""
+        rows = iter(rows)
+        first = list(islice(rows, FIRST))
+        types: Counter[tuple[Kind | None, bool]] = Counter()
+        for row in first:
+            alone = Detector(self._wanted, self._prompts_only, self._transcripts)
+            if isinstance(alone.attempt(row), Record):
+                types[alone.kind, alone.conversational] += 1
+        if types:
+            [((self.kind, self.conversational), _)] = types.most_common(1)
+        return map(self.attempt, chain(first, rows))
+
     def attempt(self, row: Row | Problem) -> Record | Problem:
-        """The row with its values checked, or why it cannot be used. Raises DataError for a second type."""
+        """One row; while no type is decided, a good one decides."""
         if isinstance(row, Problem):
             return row
         try:
             return self._record(Row(row.where, ours(row.values, self._transcripts)))
         except BadRow as error:
-            return Problem(row.where, str(error))
+            return Problem.of(row.where, error)
 
     def _record(self, row: Row) -> Record:
-        if self.kind is not None and not self._prompts_only:
-            _require_columns(row, self.kind)
-        kind = _kind(row, self._wanted, exact=not self._prompts_only)
+        kind = self._kind(row)
         conversational = _is_conversational(row, kind)
+        if self.kind is not None and conversational != self.conversational:
+            raise BadRow(f"is {_describe(kind, conversational)}, where most rows are {self.type}: split the file")
+        record = _record(row, kind, ("prompt",) if self._prompts_only else VALUES[kind])
+        self.kind, self.conversational = kind, conversational
+        return record
+
+    def _kind(self, row: Row) -> Kind:
+        present = {name for name, value in row.values.items() if value is not None}
+        found: list[Kind] = [kind for kind, columns in COLUMNS.items() if present.issuperset(columns)]
+        # What says more goes before what says less: a completion that has a label is no demonstration.
+        if not self._prompts_only:
+            found = [kind for kind in found if not any(_says_more(other, kind) for other in found)]
+        wanted = self._wanted if self.kind is None else (self.kind,)
+        for kind in wanted:
+            if kind in found:
+                return kind
         if self.kind is None:
-            self.kind, self.conversational, self._first = kind, conversational, row.where
-        elif (kind, conversational) != (self.kind, self.conversational):
-            raise DataError(
-                f"is {_describe(kind, conversational)}, but {self._first} is {self.type}",
-                where=row.where,
-                fix="one file holds one type: split it",
-            )
-        return _record(row, kind, ("prompt",) if self._prompts_only else VALUES[kind])
-
-
-def _require_columns(row: Row, kind: Kind) -> None:
-    """A null is a missing value of this type, where a missing column is another type."""
-    for name in COLUMNS[kind]:
-        if name in row.values and row.values[name] is None:
-            raise BadRow(f"{name} is null")
+            raise BadRow(_no_type(row, found, wanted))
+        raise BadRow(_other_type(row, found, self.kind))
 
 
 def _describe(kind: Kind, conversational: bool) -> str:
     return f"{kind} ({'conversational' if conversational else 'standard'})"
-
-
-# --- detection --------------------------------------------------------------------------------------------
-
-
-def _kind(row: Row, wanted: Sequence[Kind], exact: bool) -> Kind:
-    present = {name for name, value in row.values.items() if value is not None}
-    found: list[Kind] = [kind for kind, columns in COLUMNS.items() if present.issuperset(columns)]
-    if not found:
-        raise BadRow(_no_type(row))
-    # What says more goes before what says less: a completion that has a label is no demonstration.
-    if exact:
-        found = [kind for kind in found if not any(_says_more(other, kind) for other in found)]
-    for kind in wanted:
-        if kind in found:
-            return kind
-    raise DataError(
-        f"is of type {found[0]}, which is not used here",
-        where=row.where,
-        why="needed: " + " | ".join(f"{kind} ({', '.join(COLUMNS[kind])})" for kind in wanted),
-        fix="rename columns, as in columns={prompt: question}",
-    )
 
 
 def _says_more(other: Kind, kind: Kind) -> bool:
@@ -180,16 +187,42 @@ def _says_more(other: Kind, kind: Kind) -> bool:
     return set(COLUMNS[other]) > set(COLUMNS[kind])
 
 
-def _no_type(row: Row) -> str:
-    empty = [name for name, value in row.values.items() if value is None]
-    known = sorted({column for columns in COLUMNS.values() for column in columns})
-    if nulls := [name for name in empty if name in known]:
+def _other_type(row: Row, found: Sequence[Kind], kind: Kind) -> str:
+    """Why the row is not of this type."""
+    for name in COLUMNS[kind]:
+        if name not in row.values:
+            return f"has no column {name} (it has: {listed(row.values)}), where most rows are {kind}"
+        if row.values[name] is None:
+            return f"{name} is null"
+    return f"is of type {found[0]} (it has: {listed(row.values)}), where most rows are {kind}"
+
+
+def _no_type(row: Row, found: Sequence[Kind], wanted: Sequence[Kind]) -> str:
+    """Why the row is of no type that is wanted, with the renaming that comes nearest."""
+    known = {column for columns in COLUMNS.values() for column in columns}
+    if nulls := [name for name, value in row.values.items() if value is None and name in known and not found]:
         return f"{nulls[0]} is null"
-    meant = next((f" ({name!r} meant as {near!r}?)" for name in row.values if (near := nearest(name, known))), "")
+    what = f"is of type {found[0]}, which is not used here" if found else "has no columns of a known type"
+    needed = " | ".join(f"{kind} ({', '.join(COLUMNS[kind])})" for kind in wanted)
     return (
-        f"has no columns of a known type, it has: {', '.join(row.values) or 'none'}{meant}; "
-        "rename them, as in columns={prompt: question}"
+        f"{what}, it has: {listed(row.values)}; needed: {needed}; rename them, as in columns={_renaming(row, wanted)}"
     )
+
+
+def _renaming(row: Row, wanted: Sequence[Kind]) -> str:
+    """What `columns` would make of the row one of the first type for which it has what may be meant."""
+    names = list(row.values)[:LISTED]
+    for kind in wanted:
+        meant = {column: column if column in names else _meant(column, names) for column in COLUMNS[kind]}
+        if all(meant.values()) and len({*meant.values()}) == len(meant):
+            return "{" + ", ".join(f"{column}: {name}" for column, name in meant.items() if column != name) + "}"
+    return "{prompt: question}"
+
+
+def _meant(column: str, names: Sequence[str]) -> str | None:
+    """The name that stands for the column in other people's data, or is spelt like it."""
+    usual = [name for known in OTHER_NAMES.get(column, ()) for name in names if name.lower() == known]
+    return usual[0] if usual else nearest(column, names)
 
 
 def _is_conversational(row: Row, kind: Kind) -> bool:
@@ -204,7 +237,7 @@ def _is_conversational(row: Row, kind: Kind) -> bool:
     raise BadRow(f"{column} is a {type(value).__name__}, neither a string nor messages")
 
 
-# --- checks -----------------------------------------------------------------------------------------------
+# --- values ----------------------------------------------------------------------------------------------
 
 
 def _record(row: Row, kind: Kind, names: Sequence[str]) -> Record:
@@ -219,129 +252,8 @@ def _record(row: Row, kind: Kind, names: Sequence[str]) -> Record:
         raise BadRow("chosen and rejected are the same")
     columns = {name: value for name, value in values.items() if name not in names}
     if True in (isinstance(value, list) for value in checked.values()) and columns.get("tools") is not None:
-        columns["tools"] = _tools(columns["tools"])
+        columns["tools"] = tools_of(columns["tools"])
     return Record(row.where, checked, columns)
-
-
-def _tools(value: Any) -> list[dict[str, Any]]:
-    """As a chat template prints them."""
-    if not isinstance(value, list | tuple) or not all(isinstance(tool, Mapping) for tool in value):
-        raise BadRow(f"tools is {value!r:.40}, not a list of objects")
-    return [dict(tool) for tool in value]
-
-
-def _text(value: Any, name: str) -> Text:
-    if isinstance(value, str):
-        return value
-    if isinstance(value, list | tuple):
-        return _messages(value, name)
-    raise BadRow(f"{name} is a {type(value).__name__}, neither a string nor messages")
-
-
-def _messages(value: Sequence[Any], name: str) -> list[Message]:
-    if not value:
-        raise BadRow(f"{name} has no messages")
-    return [_message(message, f"{name}[{index}]") for index, message in enumerate(value)]
-
-
-def _message(message: Any, place: str) -> Message:
-    if not isinstance(message, Mapping):
-        raise BadRow(f"{place} is a {type(message).__name__}, not a message with role and content")
-    # A table fills in the columns that a message lacks with nulls, and templates would print them.
-    kept = {key: value for key, value in message.items() if value is not None}
-    if "tool_calls" in kept:
-        kept.setdefault("content", "")
-    for key in ("role", "content"):
-        if key not in kept:
-            raise BadRow(f"{place} has no {key} (it has: {', '.join(kept) or 'nothing'})")
-    if kept["role"] not in ROLES:
-        raise BadRow(f"{place} has the role {kept['role']!r}, known are {', '.join(ROLES)}")
-    if not isinstance(kept["content"], str):
-        raise BadRow(f"{place} has a {type(kept['content']).__name__} as content, only strings are supported")
-    return kept
-
-
-def _prompt(value: Any, name: str) -> Text:
-    text = _text(value, name)
-    if isinstance(text, list) and text[-1]["role"] == "assistant":
-        raise BadRow(f"{name} ends with an assistant message, so there is nothing to answer")
-    return text
-
-
-def _reply(value: Any, name: str) -> Text:
-    text = _text(value, name)
-    if isinstance(text, str):
-        if not text:
-            raise BadRow(f"{name} is empty")
-        return text
-    for message, place in ((text[0], "starts"), (text[-1], "ends")):
-        if message["role"] != "assistant":
-            raise BadRow(f"{name} {place} with a {message['role']} message, it has to be the assistant's")
-    _require_content(text, name)
-    return text
-
-
-def _require_content(messages: list[Message], name: str) -> None:
-    for index, message in enumerate(messages):
-        # A message with further fields (a call of a tool, say) may do without words.
-        if message["role"] == "assistant" and not message["content"] and message.keys() == {"role", "content"}:
-            raise BadRow(f"{name}[{index}] is empty")
-
-
-def _conversation(value: Any, name: str) -> list[Message]:
-    if not isinstance(value, list | tuple):
-        raise BadRow(f"{name} is a {type(value).__name__}, not a list of messages")
-    messages = _messages(value, name)
-    if not any(message["role"] == "assistant" for message in messages):
-        raise BadRow(f"{name} has no assistant message, so there is nothing to learn")
-    if messages[0]["role"] == "assistant":
-        raise BadRow(f"{name} starts with an assistant message, there has to be something to answer")
-    _require_content(messages, name)
-    return messages
-
-
-def _plain(value: Any, name: str) -> str:
-    if not isinstance(value, str):
-        raise BadRow(f"{name} is a {type(value).__name__}, not a string")
-    if not value:
-        raise BadRow(f"{name} is empty")
-    return value
-
-
-def _label(value: Any, name: str) -> bool:
-    if value in (0, 1) and isinstance(value, int | float):
-        return bool(value)
-    if isinstance(value, str) and value.strip().lower() in ("true", "false", "1", "0"):  # all that CSV can say
-        return value.strip().lower() in ("true", "1")
-    raise BadRow(f"{name} is {value!r:.40}, neither true nor false")
-
-
-def _labels(value: Any, name: str) -> list[bool]:
-    return [_label(item, f"{name}[{index}]") for index, item in enumerate(_list(value, name))]
-
-
-def _steps(value: Any, name: str) -> list[str]:
-    return [_plain(item, f"{name}[{index}]") for index, item in enumerate(_list(value, name))]
-
-
-def _list(value: Any, name: str) -> Sequence[Any]:
-    if not isinstance(value, list | tuple) or not value:
-        raise BadRow(f"{name} is {'empty' if value in ([], ()) else 'no list'}")
-    return value
-
-
-TEXTS = ("prompt", "completion", "chosen", "rejected")
-CHECKS: dict[str, Callable[[Any, str], Any]] = {
-    "prompt": _prompt,
-    "completion": _reply,
-    "chosen": _reply,
-    "rejected": _reply,
-    "messages": _conversation,
-    "text": _plain,
-    "label": _label,
-    "labels": _labels,
-    "completions": _steps,
-}
 
 
 # --- implicit prompts -------------------------------------------------------------------------------------

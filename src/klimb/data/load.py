@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -16,9 +17,10 @@ from klimb.data import cache as kept
 from klimb.data.formats import Problem, no_rows, rows_of
 from klimb.data.kinds import Detector, Kind, OnBad, Record, refuse_bad
 from klimb.data.mix import mixed, parts_of
-from klimb.data.readers import BadRow, Opened, Source, open_source
+from klimb.data.readers import open_source
 from klimb.data.render import Renderer, Tokens
 from klimb.data.report import Loaded, Report
+from klimb.data.source import BadRow, Opened, Source
 from klimb.data.store import Base, Chosen, Held, Item, Stored, Writer, occurrences, prompt_tokens
 from klimb.data.template import RenderError
 from klimb.errors import DataError
@@ -188,7 +190,7 @@ def _check_length(what: str, length: int, limit: int | None) -> None:
 def _margin(value: Any) -> float:
     if value is None:
         return 0.0
-    if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise BadRow(f"margin is {value!r:.40}, not a number")
     return float(value)
 
@@ -209,7 +211,7 @@ class Preparation(Generic[Item]):
 
     def pieces(self) -> Iterator[list[Item]]:
         """Raises BadRows or DataError, at the end also for single rows, where they may not be dropped."""
-        rows = map(self._detector.attempt, rows_of(self._opened, self._options.columns))
+        rows = self._detector.records(rows_of(self._opened, self._options.columns))
         while piece := list(islice(rows, CHUNK)):
             yield self._items(piece)
             if self._options.progress is not None:
@@ -223,6 +225,8 @@ class Preparation(Generic[Item]):
         rendered: Iterator[Any] = iter(())
         if records:
             assert self._detector.kind is not None  # there are records
+            if self._detector.conversational:
+                self._renderer.template  # noqa: B018  what is wrong with it is wrong with no row
             rendered = iter(self._task.render(self._renderer, self._detector.kind, records))
         items = []
         for each in piece:
@@ -236,7 +240,7 @@ class Preparation(Generic[Item]):
                 id = _hash(self._task.content(each))
                 items.append(self._task.build(each, tokens, id, self._options.max_length))
             except (BadRow, RenderError) as error:
-                self._problems.append(Problem(each.where, str(error)))
+                self._problems.append(Problem.of(each.where, error))
             self._look_for_control(each)
         self._good += len(items)
         return items

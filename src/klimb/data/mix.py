@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from klimb.data.readers import Source
 from klimb.data.report import Loaded, Report
+from klimb.data.source import Source
 from klimb.data.store import Chosen, Item, Joined, occurrences
 from klimb.errors import DataError
 

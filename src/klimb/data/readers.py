@@ -1,90 +1,69 @@
 """Files of rows → (place, row) pairs: JSONL, JSON, CSV (each also .gz), Parquet, `datasets` folders, the hub, Python.
 
 A reader accounts for every row: what cannot be parsed comes as a BadRow in its place, and nothing is skipped but
-blank lines. All but a JSON list and rows from Python are read piece by piece, whatever their size.
+blank lines. All but a JSON list and rows from Python are read piece by piece, whatever their size. A file is refused
+as a whole where its rows cannot be told apart: an archive or a table that is damaged, a JSON list that is cut off.
 """
 
 from __future__ import annotations
 
+import codecs
 import csv
 import gzip
-import hashlib
 import io
 import json
 import math
 import os
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from klimb.data import tables
+from klimb.data.source import (
+    AS_JSONL,
+    FILE_SUFFIXES,
+    MAX_DEPTH,
+    MAX_ROW,
+    TOO_LONG,
+    BadRow,
+    Opened,
+    Pairs,
+    Source,
+    counted,
+    explained_open,
+    hash_of,
+)
 from klimb.errors import DataError, one_line
 
-Source = str | os.PathLike[str] | Iterable[Mapping[str, Any]]
-"""A path, a name on the hub (`owner/name[/config][:split]`), or rows."""
-
-MAX_DEPTH = 100
 HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(?:/(?P<config>[\w.-]+))?(?::(?P<split>[\w.\[\]%:+-]+))?")
-FILE_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".gz", ".txt", ".zip")
-AS_JSONL = "write one JSON object a line (.jsonl)"
-
-Pairs = Iterator[tuple[str, Any]]
-
-
-class BadRow(ValueError):
-    """One row's reason, on its way to a `Problem`."""
-
-
-@dataclass
-class Opened:
-    """A source that is there. `pairs`: (place, row), once; `fraction`: how much of it was read, where that is known.
-
-    identity: a hash of its content and of how it is read; None where rows come from Python.
-    """
-
-    name: str
-    pairs: Pairs
-    fraction: Callable[[], float | None]
-    identity: Callable[[], str | None]
 
 
 def open_source(source: Source) -> Opened:
     """Raises DataError where there is no such source, or none that can be read."""
     if not isinstance(source, str | os.PathLike):
-        return _counted("rows", source, "rows[{}]", lambda: None)
+        return counted("rows", source, "rows[{}]", lambda: None)
     name = os.fspath(source)
     path = Path(name).expanduser()
     if path.is_dir():
-        return _folder(path, name)
+        return tables.folder(path, name)
     if path.exists():
         return _file(path, name)
     hub = HUB_NAME.fullmatch(name) if not name.startswith(".") else None
     if hub and not name.lower().endswith(FILE_SUFFIXES):
-        return _hub(hub["name"], hub["config"], hub["split"] or "train")
+        return tables.hub(hub["name"], hub["config"], hub["split"] or "train")
     raise DataError("no such file", where=name, fix="give a path, or owner/name for a data set on the hub")
-
-
-def _counted(name: str, rows: Iterable[Any], place: str, identity: Callable[[], str | None]) -> Opened:
-    """Rows that are known by their number."""
-    total = len(rows) if isinstance(rows, Sized) else None
-    read = 0
-
-    def pairs() -> Pairs:
-        nonlocal read
-        for row in rows:
-            yield place.format(read), row
-            read += 1
-
-    return Opened(name, pairs(), lambda: read / total if total else None, identity)
 
 
 def _file(path: Path, name: str) -> Opened:
     suffix = Path(path.name.lower().removesuffix(".gz")).suffix
     if suffix == ".parquet":
-        return _parquet(path, name)
+        return tables.parquet_file(path, name)
+    if not path.is_file():
+        raise DataError("is no file that can be read twice", where=name, fix="write the rows to a file")
     if suffix in (".arrow", ".zip"):
         raise DataError(f"{suffix} files are not read", where=name, fix=f"name the folder it is in, or {AS_JSONL}")
     reader = {".json": _json, ".csv": _csv, ".tsv": _csv}.get(suffix, _jsonl)
@@ -92,7 +71,7 @@ def _file(path: Path, name: str) -> Opened:
     being_read: list[IO[bytes]] = []
 
     def pairs() -> Pairs:
-        being_read.append(_explained_open(path, name))
+        being_read.append(explained_open(path, name))
         yield from reader(being_read[0], name)
         after = path.stat()
         # Rows are kept under the hash of their file, so it has to stay what it was when it was hashed.
@@ -102,35 +81,32 @@ def _file(path: Path, name: str) -> Opened:
     def fraction() -> float | None:
         return being_read[0].tell() / before.st_size if being_read and not being_read[0].closed else None
 
-    return Opened(name, pairs(), fraction, lambda: _hash(reader.__name__, [path]))
-
-
-def _explained_open(path: Path, name: str) -> IO[bytes]:
-    try:
-        return path.open("rb")
-    except OSError as error:
-        raise DataError("cannot be read", where=name, why=error.strerror or error) from error
-
-
-def _hash(reader: str, paths: Sequence[Path]) -> str:
-    digest = hashlib.sha256(reader.encode())
-    for path in paths:
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
+    return Opened(name, pairs(), fraction, lambda: hash_of(reader.__name__, [path]))
 
 
 def _unpacked(raw: IO[bytes]) -> IO[bytes]:
     """By what the file is, not by what it is called: a .gz that was unpacked on the way is read, too."""
-    compressed = raw.read(2) == b"\x1f\x8b"
+    magic = raw.read(2)
     raw.seek(0)
-    return gzip.GzipFile(fileobj=raw) if compressed else raw  # type: ignore[return-value]
+    return gzip.GzipFile(fileobj=raw) if magic == b"\x1f\x8b" else raw  # type: ignore[return-value]
+
+
+def _lines(readline: Callable[[int], bytes]) -> Iterator[bytes | None]:
+    """Split at \\n alone; None in the place of one that is too long, of which no more than its end is kept."""
+    while line := readline(MAX_ROW):
+        too_long = len(line) == MAX_ROW and not line.endswith(b"\n")
+        while too_long and (line := readline(MAX_ROW)) and not line.endswith(b"\n"):
+            pass
+        yield None if too_long else line
 
 
 @contextmanager
 def _reading(raw: IO[bytes], name: str, where: Callable[[], str]) -> Iterator[IO[bytes]]:
     try:
         with raw, _unpacked(raw) as file:
+            if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+                raise DataError("is UTF-16", where=name, fix="save it as UTF-8")
+            file.seek(0)
             yield file
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DataError("the gzip stream is damaged", where=where(), why=error, fix="fetch it again") from error
@@ -144,31 +120,39 @@ def _reading(raw: IO[bytes], name: str, where: Callable[[], str]) -> Iterator[IO
 def _jsonl(raw: IO[bytes], name: str) -> Pairs:
     number = 0
     with _reading(raw, name, lambda: f"{name}:{number + 1}") as file:
-        # Bytes are split at \n alone: U+2028 and the like are ordinary characters within a JSON string.
-        for number, line in enumerate(file, start=1):
-            cut_off = not line.endswith(b"\n")
+        # At \n alone, since U+2028 and the like are ordinary characters within a JSON string.
+        for number, line in enumerate(_lines(file.readline), start=1):
+            if line is None:
+                yield f"{name}:{number}", BadRow(TOO_LONG)
+                continue
             if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")
+                line = line.removeprefix(codecs.BOM_UTF8)
             if line.strip():
-                yield f"{name}:{number}", _parsed(line, cut_off)
+                yield f"{name}:{number}", _row(line)
 
 
-def _parsed(line: bytes, cut_off: bool) -> Any:
+def _row(line: bytes) -> Any:
     try:
-        return json.loads(
-            line.decode("utf-8"), parse_constant=_no_constant, parse_float=_finite, object_pairs_hook=_unique
-        )
-    except BadRow as error:
-        return error
+        return parsed(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         return BadRow(f"is not UTF-8 (byte {error.start + 1} of the line)")
+    except BadRow as error:
+        cut_off = str(error).startswith(MALFORMED) and not line.endswith(b"\n")
+        return BadRow(f"{error} (the last line has no end: is the file cut off?)") if cut_off else error
+
+
+def parsed(text: str) -> Any:
+    """What the JSON says. Raises BadRow, also for what Python would read, and others not, or not alike."""
+    try:
+        return STRICT.decode(text)
+    except BadRow:
+        raise
     except json.JSONDecodeError as error:
-        reason = f"malformed JSON at column {error.colno}: {error.msg}"
-        return BadRow(f"{reason} (the last line has no end: is the file cut off?)" if cut_off else reason)
+        raise BadRow(f"{MALFORMED} at column {error.colno}: {error.msg}") from None
     except RecursionError:
-        return BadRow(f"nested more than {MAX_DEPTH} deep")
+        raise BadRow(f"nested more than {MAX_DEPTH} deep") from None
     except ValueError as error:
-        return BadRow(f"malformed JSON: {one_line(error)}")
+        raise BadRow(f"{MALFORMED}: {one_line(error)}") from None
 
 
 def _no_constant(literal: str) -> Any:
@@ -185,24 +169,29 @@ def _finite(literal: str) -> float:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise BadRow(f"the key {next(key for key in keys if keys.count(key) > 1)!r} occurs twice")
+        counts = Counter(key for key, _ in pairs)
+        raise BadRow(f"the key {counts.most_common(1)[0][0]!r} occurs twice")
     return values
 
 
+MALFORMED = "malformed JSON"
+STRICT = json.JSONDecoder(parse_constant=_no_constant, parse_float=_finite, object_pairs_hook=_unique)
+
 # --- a list in one JSON file ------------------------------------------------------------------------------
 
-STRICT = json.JSONDecoder(parse_constant=_no_constant, parse_float=_finite, object_pairs_hook=_unique)
-LENIENT = json.JSONDecoder()
+MAX_LIST = 2**30
 SPACE = re.compile(r"[ \t\n\r]*")
+STRING_OR_BRACKET = re.compile(r'"(?:[^"\\]|\\.)*+(?:"|\Z)|[][{}]', re.DOTALL)
 
 
 def _json(raw: IO[bytes], name: str) -> Pairs:
     """Element by element: the text is held as a whole, its rows are not. JSON lines under this name are read, too."""
     with _reading(raw, name, lambda: name) as file:
-        data = file.read().removeprefix(b"\xef\xbb\xbf")
+        data = file.read(MAX_LIST + 1).removeprefix(codecs.BOM_UTF8)
+    if len(data) > MAX_LIST:
+        raise DataError(f"is longer than {MAX_LIST >> 30} GiB, and a list is read as a whole", where=name, fix=AS_JSONL)
     first = data.lstrip()[:1]
-    if first == b"{" and isinstance(_parsed(data.lstrip().split(b"\n", 1)[0], False), dict) and b"\n{" in data:
+    if first == b"{" and _is_lines(data):
         yield from _jsonl(io.BytesIO(data), name)
         return
     if first != b"[":
@@ -210,9 +199,17 @@ def _json(raw: IO[bytes], name: str) -> Pairs:
         why = f"its key {keys} holds one" if keys else ""
         raise DataError("holds no list of rows", where=name, why=why, fix=f"write [{{…}}, {{…}}], or {AS_JSONL}")
     try:
-        yield from _elements(data.decode("utf-8"), name)
+        text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise DataError("is not UTF-8", where=name, why=f"byte {error.start + 1}") from error
+    del data
+    yield from _elements(text, name)
+
+
+def _is_lines(data: bytes) -> bool:
+    """Is one of the first of several lines a row, and all of them not one object?"""
+    several = data.lstrip().split(b"\n", 8)[:8] if b"\n{" in data else []
+    return any(isinstance(_row(line), dict) for line in several) and not _lists_in(data)
 
 
 def _lists_in(data: bytes) -> list[str]:
@@ -229,26 +226,41 @@ def _elements(text: str, name: str) -> Pairs:
     empty = text[at : at + 1] == "]"
     while not empty:
         line, seen = line + text.count("\n", seen, at), at
-        try:
-            _, end = LENIENT.raw_decode(text, at)
-        except (ValueError, RecursionError) as error:
-            why = error.msg if isinstance(error, json.JSONDecodeError) else f"nested more than {MAX_DEPTH} deep"
+        row, end = _element(text, at)
+        if end is None:
             fix = "is the file cut off?" if not text.rstrip().endswith("]") else AS_JSONL
-            raise DataError("malformed JSON", where=f"{name}:{line}", why=why, fix=fix) from None
-        try:
-            yield f"{name}:{line}", STRICT.raw_decode(text, at)[0]
-        except BadRow as error:
-            yield f"{name}:{line}", error
+            raise DataError(MALFORMED, where=f"{name}:{line}", why=str(row).removeprefix(f"{MALFORMED}: "), fix=fix)
+        yield f"{name}:{line}", row
         at = _after(text, end)
         if text[at : at + 1] == "]":
             break
         if text[at : at + 1] != ",":
-            raise DataError(
-                "malformed JSON", where=f"{name}:{line}", why="no comma and no ] after this row", fix=AS_JSONL
-            )
+            raise DataError(MALFORMED, where=f"{name}:{line}", why="no comma and no ] after this row", fix=AS_JSONL)
         at = _after(text, at + 1)
     if rest := text[_after(text, at + 1) :]:
-        raise DataError("malformed JSON", where=name, why=f"{rest[:20]!r} follows the list", fix=AS_JSONL)
+        raise DataError(MALFORMED, where=name, why=f"{rest[:20]!r} follows the list", fix=AS_JSONL)
+
+
+def _element(text: str, at: int) -> tuple[Any, int | None]:
+    """The row that begins here, or why it is none, and where it ends, if that can be told."""
+    try:
+        row, end = STRICT.raw_decode(text, at)
+    except RecursionError:
+        return BadRow(f"nested more than {MAX_DEPTH} deep"), _closed(text, at)
+    except ValueError as error:
+        said = error if isinstance(error, BadRow) else BadRow(f"{MALFORMED}: {getattr(error, 'msg', error)}")
+        return said, _closed(text, at)
+    return (row, end) if end - at <= MAX_ROW else (BadRow(TOO_LONG), end)
+
+
+def _closed(text: str, at: int) -> int | None:
+    """Where the bracket that opens here is closed, whatever stands within; of no bracket: nowhere."""
+    depth = 0
+    for match in STRING_OR_BRACKET.finditer(text, at):
+        depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(match[0], 0)
+        if depth <= 0:
+            return match.end() if match[0] in "]}" and text[at] in "[{" else None
+    return None
 
 
 def _after(text: str, at: int) -> int:
@@ -262,136 +274,68 @@ def _after(text: str, at: int) -> int:
 def _csv(raw: IO[bytes], name: str) -> Pairs:
     """The first line names the columns; what separates them is the comma, semicolon or tab that it has most of."""
     csv.field_size_limit(2**31 - 1)
-    line = 1
-    with _reading(raw, name, lambda: f"{name}:{line}") as file:
+    line = characters = 0
+    with _reading(raw, name, lambda: f"{name}:{line + 1}") as file:
         # Bytes that are no UTF-8 come through as half characters, and are reported with their row.
         text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
-        head = text.readline()
-        separator = max(",;\t", key=head.count)
-        header = [cell.strip() for cell in next(csv.reader([head], delimiter=separator), [])]
-        named = [cell for cell in header if cell]
-        if len({*named}) < len(named):
-            twice = next(cell for cell in named if named.count(cell) > 1)
-            raise DataError(f"two columns are called {twice!r}", where=f"{name}:1", fix="rename one")
-        rows = csv.reader(text, delimiter=separator, strict=True)
+
+        def next_line() -> str:
+            """A quote that is never closed takes in what follows, up to the length of a row."""
+            nonlocal line, characters
+            part = text.readline(MAX_ROW)
+            line, characters = line + bool(part), characters + len(part)
+            if characters < MAX_ROW:
+                return part
+            while part and part[-1] not in "\r\n":
+                part = text.readline(MAX_ROW)
+            raise BadRow(TOO_LONG)
+
+        header, separator = _header(next_line, name)
+        rows = csv.reader(iter(next_line, ""), delimiter=separator, strict=True)
         while True:
-            line = rows.line_num + 2
+            first, characters = line + 1, 0
             try:
                 cells = next(rows)
             except StopIteration:
                 return
-            except csv.Error as error:
-                yield f"{name}:{line}", BadRow(f"malformed CSV: {error} (is a quote opened and never closed?)")
+            except (csv.Error, BadRow) as error:
+                yield f"{name}:{first}", _no_cells(error, first, line)
                 continue
             if cells:
-                yield f"{name}:{line}", _cells(header, cells)
+                yield f"{name}:{first}", _cells(header, cells)
+
+
+def _header(next_line: Callable[[], str], name: str) -> tuple[list[str], str]:
+    try:
+        head = next_line()
+    except BadRow as error:
+        raise DataError(str(error), where=f"{name}:1", fix="the first line has to name the columns") from None
+    usual = "\t,;" if name.lower().removesuffix(".gz").endswith(".tsv") else ",;\t"
+    separator = max(usual, key=head.count)
+    header = [cell.strip() for cell in next(csv.reader([head], delimiter=separator), [])]
+    named = [cell for cell in header if cell]
+    if len({*named}) < len(named):
+        twice, _ = Counter(named).most_common(1)[0]
+        raise DataError(f"two columns are called {twice!r}", where=f"{name}:1", fix="rename one")
+    if any(map(_half_characters, named)):
+        raise DataError("is not UTF-8", where=f"{name}:1", fix="save the file as UTF-8")
+    return header, separator
+
+
+def _no_cells(error: Exception, first: int, last: int) -> BadRow:
+    lost = f"; lines {first} to {last} are lost with it" if last > first else ""
+    if isinstance(error, BadRow):
+        return BadRow(f"{error}{lost}")
+    return BadRow(f"malformed CSV: {error} (is a quote opened and never closed?){lost}")
+
+
+def _half_characters(cell: str) -> bool:
+    return not cell.isascii() and any("\udc80" <= character <= "\udcff" for character in cell)
 
 
 def _cells(header: Sequence[str], cells: Sequence[str]) -> Any:
-    if any("\udc80" <= character <= "\udcff" for cell in cells for character in cell if character > "\ud7ff"):
+    if any(map(_half_characters, cells)):
         return BadRow("is not UTF-8")
     if len(cells) != len(header):
         return BadRow(f"has {len(cells)} cells where the first line names {len(header)} columns")
     return {name: cell for name, cell in zip(header, cells) if name}
-
-
-# --- tables in Arrow's formats ----------------------------------------------------------------------------
-
-BATCH = 1024
-
-
-def _parquet(path: Path, name: str) -> Opened:
-    from pyarrow import parquet
-
-    with _table(name):
-        file = parquet.ParquetFile(path)
-
-    def batches() -> Iterator[Any]:
-        with _table(name), file:
-            yield from file.iter_batches(BATCH)
-
-    return _batches(name, batches(), file.metadata.num_rows, lambda: _hash("parquet", [path]))
-
-
-@contextmanager
-def _table(name: str) -> Iterator[None]:
-    import pyarrow
-
-    try:
-        yield
-    except (pyarrow.ArrowException, OSError) as error:
-        why = one_line(error)[:200]
-        raise DataError("is damaged or cut off, or no table", where=name, why=why, fix="fetch it again") from error
-
-
-def _folder(path: Path, name: str) -> Opened:
-    """What `Dataset.save_to_disk` wrote; of a DatasetDict the split `train` where none is named."""
-    if (path / "dataset_dict.json").is_file():
-        if (path / "train").is_dir():
-            return _folder(path / "train", f"{name.rstrip('/')}/train")
-        splits = sorted(each.name for each in path.iterdir() if each.is_dir())
-        raise DataError("has no split train", where=name, fix=f"name one of its splits: {name}/{' | '.join(splits)}")
-    if not (path / "state.json").is_file():
-        here = sorted(each.name for each in path.iterdir() if each.name.lower().endswith(FILE_SUFFIXES))[:3]
-        raise DataError(
-            "is a directory, and none of `datasets`", where=name,
-            fix=f"name a file in it{': ' + ', '.join(here) if here else ''}",
-        )  # fmt: skip
-    import pyarrow
-
-    try:
-        state = json.loads((path / "state.json").read_bytes())
-        files = [path / Path(each["filename"]).name for each in state["_data_files"]]
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise DataError(
-            "its state.json cannot be read", where=name, why=one_line(error), fix="save it again"
-        ) from error
-
-    def batches() -> Iterator[Any]:
-        with _table(name):
-            for file in files:
-                with pyarrow.memory_map(str(file)) as mapped, pyarrow.ipc.open_stream(mapped) as stream:
-                    yield from stream
-
-    return _batches(name, batches(), None, lambda: _hash("folder", files))
-
-
-def _batches(name: str, batches: Iterator[Any], total: int | None, identity: Callable[[], str]) -> Opened:
-    read = 0
-
-    def pairs() -> Pairs:
-        nonlocal read
-        for batch in batches:
-            for start in range(0, batch.num_rows, BATCH):
-                for row in batch.slice(start, BATCH).to_pylist():
-                    yield f"{name}[{read}]", _as_json(row)
-                    read += 1
-
-    return Opened(name, pairs(), lambda: read / total if total else None, identity)
-
-
-def _as_json(row: Any) -> Any:
-    """A table's dates and decimals as text, its bytes as their number: a row is what a line of JSON can hold."""
-    return json.loads(
-        json.dumps(row, default=lambda value: f"<{len(value)} bytes>" if isinstance(value, bytes) else str(value))
-    )
-
-
-# --- the hub ----------------------------------------------------------------------------------------------
-
-
-def _hub(name: str, config: str | None, split: str) -> Opened:
-    from datasets import load_dataset
-
-    try:
-        data = load_dataset(name, config, split=split)
-    except Exception as error:
-        raise DataError(
-            "could not be loaded from the hub, and there is no such file",
-            where=name,
-            why=f"{type(error).__name__}: {error}",
-            fix="owner/name/config:split names a part of it",
-        ) from error
-    rows = _counted(f"{name}:{split}", data, f"{name}:{split}[{{}}]", lambda: getattr(data, "_fingerprint", None))
-    rows.pairs = ((where, _as_json(row)) for where, row in rows.pairs)
-    return rows

@@ -56,11 +56,17 @@ class Renderer:
         how = [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, self.system, self._options]
         return hashlib.sha256(json.dumps([named, how], sort_keys=True, default=str).encode()).hexdigest()
 
-    @cached_property
+    @property
     def template(self) -> ChatTemplate:
-        """Its `source` is what a model trained on conversations has to be saved with."""
+        """Its `source` is what a model trained on conversations has to be saved with. Raises RenderError."""
+        if isinstance(self._template, RenderError):
+            raise RenderError(str(self._template))
+        return self._template
+
+    @cached_property
+    def _template(self) -> ChatTemplate | RenderError:
         special = [self._encoder.literals[id] for id in self._encoder.special]
-        return ChatTemplate(self.tokenizer, self._encoder.added, special, self._options)
+        return _attempt(ChatTemplate, self.tokenizer, self._encoder.added, special, self._options)
 
     # --- one text ----------------------------------------------------------------------------------------
 

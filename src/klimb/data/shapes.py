@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from typing import Any
 
-from klimb.data.readers import BadRow
+from klimb.data.formats import check_text
+from klimb.data.readers import MALFORMED, parsed
+from klimb.data.source import BadRow
 from klimb.types import Message
 
 SPEAKERS = {
@@ -44,9 +45,10 @@ def _parsed(value: Any, name: str) -> Any:
     if name not in LISTS or not isinstance(value, str) or not value.strip():
         return value
     try:
-        found = json.loads(value)
-    except (ValueError, RecursionError) as error:
-        raise BadRow(f"{name} is text, and no JSON: {error}") from None
+        found = parsed(value)
+        check_text(found)
+    except BadRow as error:
+        raise BadRow(f"{name} is text, and no JSON: {str(error).removeprefix(MALFORMED).lstrip()}") from None
     return found
 
 
@@ -62,14 +64,15 @@ def _messages(value: Any, name: str) -> Any:
 def _message(turn: Any, place: str) -> Any:
     if not isinstance(turn, Mapping) or "from" not in turn or "role" in turn:
         return turn
-    if turn["from"] not in SPEAKERS:
-        raise BadRow(f"{place} is from {turn['from']!r}, known are {', '.join(SPEAKERS)}")
+    if not isinstance(turn["from"], str) or turn["from"] not in SPEAKERS:
+        raise BadRow(f"{place} is from {turn['from']!r:.40}, known are {', '.join(SPEAKERS)}")
     further = {key: item for key, item in turn.items() if key not in ("from", "value", "weight")}
     return {"role": SPEAKERS[turn["from"]], "content": turn.get("value"), **further}
 
 
 def _with_system(messages: list[Any], system: Any) -> list[Any]:
-    if not isinstance(system, str) or not system or (messages and messages[0].get("role") == "system"):
+    starts = messages[0] if messages and isinstance(messages[0], Mapping) else {}
+    if not isinstance(system, str) or not system or starts.get("role") == "system":
         return messages
     return [{"role": "system", "content": system}, *messages]
 

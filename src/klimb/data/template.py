@@ -128,12 +128,16 @@ class ChatTemplate:
         options: dict[str, Any],
     ) -> None:
         """added: literals of the tokens that are matched as a whole; special: those that are no text."""
+        self._model = tokenizer.name_or_path
         self._variables = {**tokenizer.special_tokens_map, **options}
         self._skeletons: dict[tuple[object, ...], Skeleton] = {}
         self.source: str = tokenizer.get_chat_template() if tokenizer.chat_template else _plain(tokenizer)
         self._timeless = CALL_OF_CLOCK.sub(lambda call: repr(CLOCK.strftime(call[2])), self.source)
         self._marked = re.search(r"{%-?\s*generation\b", self.source) is not None
-        self.end, markers = self._probe(added)
+        try:
+            self.end, markers = self._probe(added)
+        except RenderError as error:
+            raise RenderError(str(error), where=self._model) from error
         self.control: frozenset[str] = frozenset(special) | markers
         self._control = re.compile(any_of(self.control))
 
@@ -165,16 +169,21 @@ class ChatTemplate:
 
     def render(self, messages: Sequence[Message], generation_prompt: bool = False) -> tuple[str, list[tuple[int, int]]]:
         """The text, and the spans that the template marks as generated."""
-        from transformers.utils.chat_template_utils import render_jinja_template
+        from klimb.data.sandbox import STEPS, TooManySteps, render_template
 
         try:
-            texts, spans = render_jinja_template(
+            texts, spans = render_template(
                 conversations=[list(messages)],
                 chat_template=self._timeless,
                 return_assistant_tokens_mask=self._marked,
                 add_generation_prompt=generation_prompt,
                 **self._variables,
             )
+        except TooManySteps:  # no row's fault, and every row would wait for it
+            raise DataError(
+                "the chat template does not end", where=self._model,
+                why=f"more than {STEPS:,} steps for {len(messages)} messages", fix="use another",
+            ) from None  # fmt: skip
         except Exception as error:  # a template is a program of somebody else's and raises what it likes
             raise RenderError("the chat template refuses the conversation", why=one_line(error)) from error
         return texts[0], [(start, end) for start, end in spans[0]] if self._marked else []
