@@ -65,7 +65,7 @@ class Speaker:
         self.name = run.path.name if run is not None else Path(place).name
         self.config = config
         self.history: list[Message] = []
-        device = resolve_device(config.device)
+        device = resolve_device(config.device, samples=True)
         network, adapter = load_causal(model, device, resolve_dtype(config.dtype, device))
         tokenizer = load_tokenizer(model)
         check_vocabulary(network, tokenizer, model)

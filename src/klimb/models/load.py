@@ -26,7 +26,13 @@ from klimb.models import attention, fused, nf4
 
 transformers_logging.disable_progress_bar()
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+DTYPES = {
+    "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64,
+}  # fmt: skip
+HALF = (torch.bfloat16, torch.float16)
+"""Computed in as they are, with fp32 masters of what is trained; heads, losses and statistics are in fp32."""
+_BFLOAT16_FROM = (8, 0)
+"""CUDA compute capability. Older cards take bfloat16 and emulate it, slower than they compute in fp32."""
 
 
 class LoRA(BaseModel):
@@ -42,26 +48,44 @@ class LoRA(BaseModel):
     )
 
 
-def resolve_device(name: str) -> torch.device:
-    """`auto` takes cuda, then mps, then cpu."""
+def resolve_device(name: str, *, samples: bool = False) -> torch.device:
+    """`auto` takes cuda, then mps where nothing is sampled, then cpu. samples: will tokens be drawn?"""
+    mps = torch.backends.mps.is_available()
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps and not samples else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
         raise KlimbError(f"device={name}: no such device; use auto, cpu, cuda or mps") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise KlimbError(f"device={name}: torch sees no CUDA device here; use device=cpu or install a CUDA build")
+    if device.type == "mps" and not mps:
+        raise KlimbError(f"device={name}: torch sees no Apple GPU here; use device=cpu")
+    if device.type == "mps" and samples:
+        raise KlimbError(f"device={name}: tokens cannot be drawn there", why="klimb draws in float64, which mps lacks",
+                         fix="use device=cpu; sft, reward and dpo without `measure` run on mps")  # fmt: skip
     return device
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     """`auto`: bfloat16 on a GPU that computes in it, else float32."""
     if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+        return torch.bfloat16 if device.type == "cuda" and without_bfloat16(device) is None else torch.float32
     if name not in DTYPES:
         raise KlimbError(f"dtype={name}: unknown; use auto, {', '.join(DTYPES)}")
+    if device.type == "mps" and name == "float64":
+        raise KlimbError("dtype=float64: mps lacks it; use device=cpu")
     return DTYPES[name]
+
+
+def without_bfloat16(device: torch.device) -> str | None:
+    """What a CUDA card that does not compute in bfloat16 is called, with its compute capability; None of others."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return None
+    capability = torch.cuda.get_device_capability(device)
+    if capability >= _BFLOAT16_FROM:
+        return None
+    return f"{torch.cuda.get_device_name(device)} (compute capability {capability[0]}.{capability[1]})"
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
@@ -157,7 +181,7 @@ def _from_pretrained(
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     loaded = loaded.to(device).eval()
-    if device.type == "cpu" and dtype != torch.bfloat16:
+    if device.type == "cpu" and dtype not in HALF:
         _store_by_column(loaded)
     if device.type == "cpu" and dtype == torch.float32 and native.why_not() is None:
         fused.take_over(loaded)

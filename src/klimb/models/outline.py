@@ -28,7 +28,7 @@ from klimb.batch import Row, TokenBatch
 from klimb.models import attention, nf4
 from klimb.models.backbone import Backbone
 from klimb.models.faces import Policy, RewardModel
-from klimb.models.load import LoRA, base_of, check_place
+from klimb.models.load import HALF, LoRA, base_of, check_place
 
 META = torch.device("meta")
 _FEW_SAMPLES = 8  # computed; so many and twice so many tell what each further one adds
@@ -89,7 +89,7 @@ class Outline:
         trained = [*self.face.trainable().values()]
         self.trained = sum(p.numel() for p in trained)
         self.adapters = size(trained) if lora else 0
-        self.masters = sum(4 * p.numel() for p in trained if p.dtype == torch.bfloat16)
+        self.masters = sum(4 * p.numel() for p in trained if p.dtype in HALF)
         self.gradients = size(trained) + self.masters
         self.config = config.get_text_config()
         self.dtype = dtype

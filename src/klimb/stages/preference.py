@@ -30,8 +30,8 @@ from klimb.stages.models import load_policy, load_reference
 from klimb.stages.reward import batch_of
 from klimb.types import Preference
 
-_START_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.1}
-"""Relative: how far the first loss may be from the value that π = π_ref has. bfloat16 rounds sums of log-probs."""
+_START_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
+"""Relative: how far the first loss may be from the value that π = π_ref has. 16 bits round sums of log-probs."""
 
 
 class PreferenceConfig(SupervisedConfig):
