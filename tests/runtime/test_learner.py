@@ -364,7 +364,9 @@ def test_a_scale_that_fits_changes_no_bit(dtype: torch.dtype) -> None:
     plain, learner = learner_of(own, 30, max_grad_norm=0.5), scaled(weights, 2.0**16, max_grad_norm=0.5)
     for _ in range(4):
         expected, found = step(plain, batch), step(learner, batch)
-        assert {key: found[key] for key in expected} == expected  # the norm before clipping is that of the true gradient
+        assert {
+            key: found[key] for key in expected
+        } == expected  # the norm before clipping is that of the true gradient
         assert (found["loss_scale"], found["skipped"]) == (2.0**16, 0.0)
     assert all(torch.equal(weights[name], own[name]) for name in own)
 
