@@ -300,7 +300,7 @@ CASES: dict[str, list[Bad]] = {
         Bad("an adapter of another rank", "SFT model=tuned/model lora.rank=8", ("lora.rank=8", "has rank 2"), tuned),
         Bad("an adapter on tied embeddings", "SFT model=tied lora.targets=[lm_head]", ("lora.targets", "all-linear"), tied),
         Bad("tokens without an embedding", "SFT model=broken", ("model=broken", "'zebra'", "resize_token_embeddings"), small_vocabulary),
-        Bad("Python code of the model's own", "SFT model=broken", ("model=broken", "never runs"), own_code),
+        Bad("Python code of the model's own", "SFT model=broken", ("model=broken", "trust_remote_code=true"), own_code),
         Bad("a critic that is no model", "PPO critic.model=empty", ("model=empty",), empty),
         Bad("a reward model that is no model", "GRPO reward=empty", ("model=empty",), empty),
     ],

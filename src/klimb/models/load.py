@@ -22,7 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 from klimb import native
 from klimb.errors import KlimbError
-from klimb.models import attention, fused, nf4
+from klimb.models import attention, code, fused, nf4
 
 transformers_logging.disable_progress_bar()
 
@@ -92,7 +92,7 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     """The tokenizer beside the weights (of an adapter: its own copy, else its base model's)."""
     check_place(model)
     try:
-        return AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(model, **code.loading(model))
     except (OSError, ValueError, KeyError) as error:
         raise KlimbError(f"model={model}: no tokenizer can be loaded from it ({_first_line(error)})") from None
 
@@ -129,7 +129,7 @@ def declared_context(model: str) -> int:
     base = base_of(model)
     check_place(base)
     try:
-        return context_length(AutoConfig.from_pretrained(base, trust_remote_code=False))
+        return context_length(AutoConfig.from_pretrained(base, **code.loading(base)))
     except (OSError, ValueError, KeyError) as error:
         raise KlimbError(f"model={model}: cannot be loaded ({_first_line(error)})") from None
 
@@ -170,7 +170,7 @@ def _from_pretrained(
     check_place(model)
     try:
         loaded = kind.from_pretrained(
-            model, dtype=dtype, attn_implementation=attention.NAME, trust_remote_code=False, **options
+            model, dtype=dtype, attn_implementation=attention.NAME, **code.loading(model), **options
         )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise KlimbError(f"model={model}: cannot be loaded ({_first_line(error)})") from None
@@ -209,7 +209,8 @@ def check_place(model: str) -> None:
 
 def _first_line(error: Exception) -> str:
     if "trust_remote_code" in str(error):
-        return "it needs Python code of its own, which klimb never runs: use an architecture that transformers has"
+        return ("it needs Python code of its own, which runs only where that is typed: read it, then set "
+                "trust_remote_code=true, and for a hub name revision=COMMIT")  # fmt: skip
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 

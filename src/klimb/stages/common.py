@@ -36,6 +36,7 @@ from klimb.runtime.signals import Interrupt
 from klimb.stages.given import Data
 from klimb.stages.memory import Target, admitted
 from klimb.stages.progress import Live, Preparing, live_line
+from klimb.stages.trust import problems, trust
 
 
 class RunConfig(StageConfig):
@@ -50,6 +51,8 @@ class RunConfig(StageConfig):
         "error", description="rows that cannot be used stop the run, or go, counted"
     )
     out: str | None = Field(None, description="run directory; default runs/NAME-HASH")
+    trust_remote_code: bool = Field(False, description="run the Python code that comes with the model; read it before")
+    revision: str | None = Field(None, description="commit of a hub model, 40 hex digits")
     seed: int = Field(0, ge=0)
     device: str = "auto"
     dtype: str = "auto"
@@ -70,7 +73,7 @@ class RunConfig(StageConfig):
 
     def contradictions(self) -> Iterator[str]:
         """Settings that exclude each other, and those that nothing would look at, each with the way out."""
-        yield from ()
+        yield from problems(self.model, self.trust_remote_code, self.revision)
 
     def work(self, context: int) -> Work:
         """What the stage holds and computes, for the memory plan. context: tokens that the model takes."""
@@ -186,6 +189,7 @@ class Session:
     @staticmethod
     def begin(config: RunConfig, run: Run, interrupt: Interrupt, say: Callable[[str], None]) -> Session:
         """Fix whatever can change rounding, as it was when the run began."""
+        trust(config, run, say)
         device = device_of(config)
         threads = share(run.decide("threads", lambda: config.threads or torch.get_num_threads()))
         torch.set_num_threads(int(threads))
