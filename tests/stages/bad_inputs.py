@@ -136,6 +136,12 @@ def own_code() -> None:
     Path("broken/own.py").write_text("open('ran', 'w')")
 
 
+def code_elsewhere() -> None:
+    own_code()
+    config = Path("broken/config.json")
+    config.write_text(config.read_text().replace("own.OwnModel", "somebody/else--own.OwnModel"))
+
+
 def tied() -> None:
     tokenizer = AutoTokenizer.from_pretrained("base")
     make_model("tied", tokenizer=tokenizer, architecture="llama", hidden=16, layers=1, heads=2, mlp=32, context=24,
@@ -192,6 +198,7 @@ CASES: dict[str, list[Bad]] = {
         Bad("no such choice", "SFT optimizer.decay=linaer", ("optimizer.decay", "'linear'")),
         Bad("bits that there are not", "SFT lora.base=8bit", ("lora.base", "'4bit'")),
         Bad("no such device", "SFT device=gpu", ("device=gpu",)),
+        Bad("an Apple GPU where there is none", "SFT device=mps", ("device=mps", "device=cpu")),
         Bad("neither on nor off", "SFT checkpointing=maybe", ("checkpointing", "'maybe'", "auto")),
         Bad("doctor of an unknown job", "doctor dpoo model=base", ("'dpoo'", "'dpo'")),
         Bad("doctor of no model", "doctor dpo model=empty", ("model=empty", "config.json"), empty),
@@ -301,6 +308,11 @@ CASES: dict[str, list[Bad]] = {
         Bad("an adapter on tied embeddings", "SFT model=tied lora.targets=[lm_head]", ("lora.targets", "all-linear"), tied),
         Bad("tokens without an embedding", "SFT model=broken", ("model=broken", "'zebra'", "resize_token_embeddings"), small_vocabulary),
         Bad("Python code of the model's own", "SFT model=broken", ("model=broken", "trust_remote_code=true"), own_code),
+        Bad("its code from a hub without a commit", "SFT model=some/model trust_remote_code=true", ("some/model", "revision=COMMIT")),
+        Bad("a commit that can move", "SFT model=some/model revision=main", ("revision=main", "40 hex digits")),
+        Bad("a commit of a folder", "SFT revision=0123456789abcdef0123456789abcdef01234567", ("revision", "base", "leave it out")),
+        Bad("trust in what is not there", "SFT trust_remote_code=true", ("trust_remote_code", "base", "leave it out")),
+        Bad("code that lies elsewhere", "SFT model=broken trust_remote_code=true", ("model=broken", "somebody/else", ".py files"), code_elsewhere),
         Bad("a critic that is no model", "PPO critic.model=empty", ("model=empty",), empty),
         Bad("a reward model that is no model", "GRPO reward=empty", ("model=empty",), empty),
     ],

@@ -180,12 +180,24 @@ def _from_pretrained(
     for module in loaded.modules():  # dropout makes log-probs random: the ratio of the first update would not be 1
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+    look_for_no_padding(loaded)
     loaded = loaded.to(device).eval()
     if device.type == "cpu" and dtype not in HALF:
         _store_by_column(loaded)
     if device.type == "cpu" and dtype == torch.float32 and native.why_not() is None:
         fused.take_over(loaded)
     return loaded
+
+
+def look_for_no_padding(model: PreTrainedModel) -> None:
+    """Some families read the tokens of every call back from the device, to warn of padding. A flat run has none."""
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            module.warn_if_padding_and_no_attention_mask = _no_warning
+
+
+def _no_warning(*_: Any) -> None:
+    pass
 
 
 def _store_by_column(model: PreTrainedModel) -> None:
