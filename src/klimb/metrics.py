@@ -61,7 +61,9 @@ def total(value: Tensor | float) -> Metric:
 
 def largest(values: Tensor, mask: Tensor | None = None) -> Metric:
     """Maximum where `mask` holds; -inf of nothing."""
-    values = _double(values) if mask is None else _double(values)[_held(mask)]
+    values = _double(values)
+    if mask is not None:  # a selection by mask would wait for the device, to know its size
+        values = values.masked_fill(~_held(mask), -torch.inf)
     return Metric("max", values.max() if values.numel() else _scalar(-torch.inf), _scalar(1.0))
 
 

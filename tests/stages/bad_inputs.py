@@ -198,7 +198,6 @@ CASES: dict[str, list[Bad]] = {
         Bad("no such choice", "SFT optimizer.decay=linaer", ("optimizer.decay", "'linear'")),
         Bad("bits that there are not", "SFT lora.base=8bit", ("lora.base", "'4bit'")),
         Bad("no such device", "SFT device=gpu", ("device=gpu",)),
-        Bad("an Apple GPU where there is none", "SFT device=mps", ("device=mps", "device=cpu")),
         Bad("neither on nor off", "SFT checkpointing=maybe", ("checkpointing", "'maybe'", "auto")),
         Bad("doctor of an unknown job", "doctor dpoo model=base", ("'dpoo'", "'dpo'")),
         Bad("doctor of no model", "doctor dpo model=empty", ("model=empty", "config.json"), empty),

@@ -83,11 +83,14 @@ def fingerprint(model: str, commit: str | None) -> dict[str, str] | None:
 
 def _configs(model: str, commit: str | None) -> list[Any]:
     """Those that can name code."""
-    if not Path(model).exists():
-        return [PretrainedConfig.get_config_dict(model, revision=commit)[0],
-                get_tokenizer_config(model, revision=commit)]  # fmt: skip
-    files = (Path(model) / name for name in ("config.json", "tokenizer_config.json"))
-    return [json.loads(file.read_text(encoding="utf-8")) for file in files if file.is_file()]
+    try:
+        if not Path(model).exists():
+            return [PretrainedConfig.get_config_dict(model, revision=commit)[0],
+                    get_tokenizer_config(model, revision=commit)]  # fmt: skip
+        files = (Path(model) / name for name in ("config.json", "tokenizer_config.json"))
+        return [json.loads(file.read_text(encoding="utf-8")) for file in files if file.is_file()]
+    except (OSError, ValueError) as error:
+        raise ConfigError("its config cannot be read", where=f"model={model}", why=error) from None
 
 
 def _references(value: Any, mapped: bool = False) -> Iterator[str]:
