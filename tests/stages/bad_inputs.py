@@ -307,7 +307,7 @@ CASES: dict[str, list[Bad]] = {
         Bad("an adapter on tied embeddings", "SFT model=tied lora.targets=[lm_head]", ("lora.targets", "all-linear"), tied),
         Bad("tokens without an embedding", "SFT model=broken", ("model=broken", "'zebra'", "resize_token_embeddings"), small_vocabulary),
         Bad("Python code of the model's own", "SFT model=broken", ("model=broken", "trust_remote_code=true"), own_code),
-        Bad("its code from a hub without a commit", "SFT model=some/model trust_remote_code=true", ("some/model", "revision=COMMIT")),
+        Bad("code from a hub without a commit", "SFT model=some/model trust_remote_code=true", ("some/model", "revision=COMMIT")),
         Bad("a commit that can move", "SFT model=some/model revision=main", ("revision=main", "40 hex digits")),
         Bad("a commit of a folder", "SFT revision=0123456789abcdef0123456789abcdef01234567", ("revision", "base", "leave it out")),
         Bad("trust in what is not there", "SFT trust_remote_code=true", ("trust_remote_code", "base", "leave it out")),

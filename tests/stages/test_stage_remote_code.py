@@ -130,7 +130,10 @@ def test_nothing_to_trust_is_an_error(world: World, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "told"),
     [
-        ({"model": "some/model", "trust_remote_code": True}, "pin the code of some/model with revision=COMMIT"),
+        (
+            {"model": "some/model", "trust_remote_code": True},
+            "some/model is no folder here; of a hub model, pin the code with revision=COMMIT",
+        ),
         ({"model": "some/model", "revision": "main"}, "revision=main: a branch or tag can move"),
         ({"model": ".", "revision": COMMIT}, "revision: . is a folder"),
     ],

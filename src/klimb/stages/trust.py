@@ -30,13 +30,14 @@ def problems(model: str, trusts: bool, revision: str | None) -> Iterator[str]:
     elif revision is not None and not re.fullmatch("[0-9a-f]{40}", revision):
         yield f"revision={revision}: a branch or tag can move; give the 40 hex digits of a commit"
     elif trusts and not folder and revision is None:
-        yield f"trust_remote_code: pin the code of {model} with revision=COMMIT, 40 hex digits"
+        yield f"trust_remote_code: {model} is no folder here; of a hub model, pin the code with revision=COMMIT"
 
 
 def permitted(config: Any) -> AbstractContextManager[None]:
     """While this lasts, the models of a config are loaded as it says."""
     pins = _pins(config)
-    return code.pinned(pins) if pins else nullcontext()
+    places = {place: pin for model, pin in pins.items() for place in (base_of(model), model)}
+    return code.pinned(places) if places else nullcontext()
 
 
 def trust(config: Any, run: Run, say: Callable[[str], None]) -> None:
@@ -46,41 +47,45 @@ def trust(config: Any, run: Run, say: Callable[[str], None]) -> None:
     ConfigError where there is none to trust.
     """
     run.closing.enter_context(permitted(config))
-    pins = _pins(config)
-    if not any(pin.trusted for pin in pins.values()):
+    pins = {model: pin for model, pin in _pins(config).items() if pin.trusted}
+    if not pins:
         return
-    found = _found(pins)
+    marks = {model: code.fingerprint(base_of(model), pin.commit) for model, pin in pins.items()}
+    found = {model: mark for model, mark in marks.items() if mark is not None}
     if not found:
         raise ConfigError("trust_remote_code: no model here has Python code of its own", where=config.model,
                           fix="leave it out")  # fmt: skip
-    _compare(share(run.decide(_KEY, lambda: found)), found, fix="put it back, or start anew with --fresh")
+    decided = share(run.decide(_KEY, lambda: found))
     for model, mark in found.items():
+        _compare(model, decided.get(model), mark, fix="put it back, or start anew with --fresh")
         say(f"{model}: its own Python code runs here, {' '.join([*mark, *mark.values()])}")
 
 
 def as_trained(manifest: Mapping[str, Any], config: Mapping[str, Any], model: str) -> AbstractContextManager[None]:
-    """While this lasts, what a run made is loaded with the code that the run was allowed to run, if it is unchanged."""
-    pins = pins_of(model, bool(config.get("trust_remote_code")), config.get("revision"))
-    if config.get("trust_remote_code"):
-        found, known = _found(pins), manifest["decisions"][_KEY]
-        _compare({place: known.get(place) for place in found}, found, fix="put it back")
-    return code.pinned(pins)
+    """While this lasts, the model that a run made is loaded with the code that the run was allowed to run, if that is
+    unchanged."""
+    trusts, revision = bool(config.get("trust_remote_code")), config.get("revision")
+    base = base_of(model)
+    if trusts:
+        _compare(
+            base, manifest["decisions"][_KEY].get(config["model"]), code.fingerprint(base, revision), "put it back"
+        )
+    return code.pinned(pins_of(model, trusts, revision))
 
 
-def _found(pins: Mapping[str, code.Pin]) -> dict[str, dict[str, str]]:
-    """Places with code of their own, and what it is known by."""
-    marks = {model: code.fingerprint(model, pin.commit) for model, pin in pins.items()}
-    return {model: mark for model, mark in marks.items() if mark is not None}
+def _compare(model: str, then: Any, now: Any, fix: str) -> None:
+    if then != now:
+        raise RunError("its Python code is not that with which the run began", where=model,
+                       why=f"then {then}, now {now}", fix=fix)  # fmt: skip
 
 
-def _compare(then: Mapping[str, Any], now: Mapping[str, Any], fix: str) -> None:
-    for model in {**then, **now}:
-        if then.get(model) != now.get(model):
-            why = f"then {then.get(model)}, now {now.get(model)}"
-            raise RunError("its Python code is not that with which the run began", where=model, why=why, fix=fix)
+def pins_of(model: str, trusts: bool, revision: str | None) -> dict[str, code.Pin]:
+    """Of a model, and of the base that it is an adapter of."""
+    return dict.fromkeys((base_of(model), model), code.Pin(trusts, revision))
 
 
 def _pins(config: Any) -> dict[str, code.Pin]:
+    """By model as it was typed; of the further ones the folders alone, since the commit is that of `model`."""
     trusts, revision = getattr(config, "trust_remote_code", False), getattr(config, "revision", None)
     if not trusts and revision is None:
         return {}
@@ -89,11 +94,4 @@ def _pins(config: Any) -> dict[str, code.Pin]:
              for key in ("reward", "gold")]  # fmt: skip
     further += [str(path) for spec in specs for path in reward_files(spec) if path.is_dir()]
     folders = [model for model in further if model and Path(model).exists()]
-    return {place: pin for model in folders for place, pin in pins_of(model, trusts, None).items()} | pins_of(
-        config.model, trusts, revision
-    )
-
-
-def pins_of(model: str, trusts: bool, revision: str | None) -> dict[str, code.Pin]:
-    """Of a model, and of the base that it is an adapter of."""
-    return dict.fromkeys((base_of(model), model), code.Pin(trusts, revision))
+    return dict.fromkeys(folders, code.Pin(trusts)) | {config.model: code.Pin(trusts, revision)}
