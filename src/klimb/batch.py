@@ -74,7 +74,10 @@ class TokenBatch:
         return replace(self, columns={**self.columns, **columns})
 
     def to(self, device: torch.device) -> TokenBatch:
-        columns = {name: column.to(device) for name, column in self.columns.items()}
+        columns = self.columns
+        if device.type == "mps":  # it has no float64
+            columns = {name: c.float() if c.dtype == torch.float64 else c for name, c in columns.items()}
+        columns = {name: column.to(device) for name, column in columns.items()}
         return replace(self, mask=self.mask.to(device), group=self.group.to(device), columns=columns)
 
     def select(self, samples: Sequence[int]) -> TokenBatch:

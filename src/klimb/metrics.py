@@ -29,14 +29,24 @@ Metrics = dict[str, Metric]
 
 
 def _scalar(value: Tensor | float) -> Tensor:
-    return torch.as_tensor(value).detach().to(torch.float64)
+    return _double(torch.as_tensor(value))
+
+
+def _double(values: Tensor) -> Tensor:
+    """Where they are, but for mps, which has no float64."""
+    return _held(values.detach()).to(torch.float64)
+
+
+def _held(values: Tensor) -> Tensor:
+    return values.cpu() if values.device.type == "mps" else values
 
 
 def mean(values: Tensor, mask: Tensor | None = None) -> Metric:
     """Mean of `values` where `mask` holds (any shape, the same for both)."""
     if mask is None:
-        return Metric("mean", _scalar(values.detach().double().sum()), _scalar(values.numel()))
-    kept = torch.where(mask, values.detach().double(), 0.0)
+        return Metric("mean", _double(values).sum(), _scalar(values.numel()))
+    mask = _held(mask)
+    kept = torch.where(mask, _double(values), 0.0)
     return Metric("mean", kept.sum(), _scalar(mask.sum()))
 
 
@@ -51,7 +61,9 @@ def total(value: Tensor | float) -> Metric:
 
 def largest(values: Tensor, mask: Tensor | None = None) -> Metric:
     """Maximum where `mask` holds; -inf of nothing."""
-    values = values.detach().double() if mask is None else values.detach().double()[mask]
+    values = _double(values)
+    if mask is not None:  # a selection by mask would wait for the device, to know its size
+        values = values.masked_fill(~_held(mask), -torch.inf)
     return Metric("max", values.max() if values.numel() else _scalar(-torch.inf), _scalar(1.0))
 
 

@@ -17,6 +17,7 @@ from klimb.metrics import Metrics
 from klimb.models.packing import flat_length
 from klimb.runtime import checkpoint
 from klimb.runtime.learner import Learner, Loss, NotFinite, Optimizer
+from klimb.runtime.loss_scale import GROW_AFTER
 
 WIDTH = 5
 
@@ -343,3 +344,110 @@ def test_a_sample_longer_than_the_budget_is_named_once_and_trained_on() -> None:
     quiet.say = said.append
     step(quiet, batch)
     assert len(said) == 1
+
+
+# float16 ------------------------------------------------------------------------------------------------------------
+
+
+def scaled(weights: dict[str, nn.Parameter], factor: float, budget: int = 30, **changes: object) -> Learner:
+    optimizer = Optimizer(**changes)  # type: ignore[arg-type]
+    learner = Learner(weights, optimizer, lr=0.1, total_steps=10, budget=budget, scaled=True)
+    assert learner.scale is not None
+    learner.scale.factor = factor
+    return learner
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_scale_that_fits_changes_no_bit(dtype: torch.dtype) -> None:
+    """It is a power of two, and in these types nothing over- or underflows."""
+    (weights, batch), (own, _) = problem(dtype), problem(dtype)
+    plain, learner = learner_of(own, 30, max_grad_norm=0.5), scaled(weights, 2.0**16, max_grad_norm=0.5)
+    for _ in range(4):
+        expected, found = step(plain, batch), step(learner, batch)
+        assert {
+            key: found[key] for key in expected
+        } == expected  # the norm before clipping is that of the true gradient
+        assert (found["loss_scale"], found["skipped"]) == (2.0**16, 0.0)
+    assert all(torch.equal(weights[name], own[name]) for name in own)
+
+
+def test_a_gradient_too_small_for_float16_is_not_lost() -> None:
+    """1e-9 is zero in float16; times 2¹⁶ it is not."""
+    _, batch = problem()
+
+    def loss(micro: TokenBatch, totals: BatchTotals) -> tuple[Tensor, Metrics]:
+        return (weight.float() * 1e-9).sum() * micro.totals.samples / totals.samples, {}
+
+    norms = []
+    for factor in (1.0, 2.0**16):
+        weight = nn.Parameter(torch.ones(4, dtype=torch.float16))
+        norms.append(metrics.results(scaled({"w": weight}, factor, budget=10_000).step(batch, loss))["grad_norm"])
+    assert norms[0] == 0.0
+    assert norms[1] == pytest.approx(2e-9, rel=2e-3)  # 6.6e-5 has 10 bits
+
+
+def test_an_overflow_leaves_the_update_out_and_halves_the_scale() -> None:
+    weights, batch = problem(torch.float16)
+    learner, said = scaled(weights, 64.0), list[str]()
+    learner.say = said.append
+    step(learner, batch)
+    assert learner.scale is not None
+    learner.scale.factor = 2.0**16
+    before = {name: tensor.clone() for name, tensor in learner.tensors().items() if name != "loss_scale"}
+    large = batch.with_columns(y=batch["y"] * 30)  # gradients of hundreds, times the scale
+    found = step(learner, large)
+    assert found["skipped"] == 1.0
+    assert "grad_norm" not in found
+    assert (learner.scale.factor, learner.scale.skipped, learner.steps) == (2.0**15, 1, 2)
+    assert all(torch.equal(learner.tensors()[name], tensor) for name, tensor in before.items())
+    assert said[-1] == ("update 2: a gradient overflowed in float16, the weights stay as they were; from here on the "
+                        "loss scale is 32768 (skipped so far: 1)")  # fmt: skip
+    while found["skipped"]:
+        found = step(learner, large)
+    assert learner.scale.factor < 2.0**15
+    assert not torch.equal(learner.masters["w"], before["weights.w"])
+
+
+def test_what_is_not_finite_whatever_the_scale_is_an_error() -> None:
+    weights, batch = problem(torch.float16)
+    y = batch["y"].clone()
+    y[7] = math.inf
+    with pytest.raises(NotFinite, match="rows row 7;"):  # at once: the loss itself is infinite
+        step(scaled(weights, 2.0**16), batch.with_columns(y=y))
+
+    def endless(micro: TokenBatch, totals: BatchTotals) -> tuple[Tensor, Metrics]:
+        return (micro["y"] * weights["w"].float().sum()).abs().sqrt().sum() / totals.samples, {}
+
+    learner, zero = scaled(weights, 2.0), torch.ones(len(batch))
+    zero[4] = 0.0
+    assert metrics.results(learner.step(batch.with_columns(y=zero), endless))["skipped"] == 1.0
+    with pytest.raises(NotFinite, match="rows row 4;"):  # a scale of 1 is none
+        learner.step(batch.with_columns(y=zero), endless)
+
+
+def test_the_scale_grows_after_a_long_time_without_overflow() -> None:
+    weights, batch = problem()
+    learner = scaled(weights, 4.0)
+    assert learner.scale is not None
+    learner.scale.fitted = GROW_AFTER - 2
+    assert [step(learner, batch)["loss_scale"] for _ in range(4)] == [4.0, 4.0, 8.0, 8.0]
+
+
+def test_a_resumed_learner_goes_on_with_its_scale(tmp_path: Path) -> None:
+    """Through the skipped updates in which the scale is found."""
+    large = problem()[1]
+    large = large.with_columns(y=large["y"] * 30)
+    learner = scaled(problem(torch.float16)[0], 2.0**16)
+    assert step(learner, large)["skipped"] == 1.0
+    checkpoint.save(tmp_path, 1, {"policy": learner.tensors()}, {"steps": learner.steps})
+    found = checkpoint.load_latest(tmp_path, print)
+    assert found is not None
+    resumed = scaled(problem(torch.float16)[0], 2.0**16)
+    resumed.load(found.tensors["policy"], found.state["steps"])
+    rows = [(step(resumed, large), step(learner, large)) for _ in range(12)]
+    assert all(one == other for one, other in rows)
+    assert sum(one["skipped"] for one, _ in rows) > 1
+    assert rows[-1][0]["skipped"] == 0.0
+    assert resumed.scale == learner.scale
+    for name, tensor in learner.tensors().items():
+        assert torch.equal(resumed.tensors()[name], tensor), name

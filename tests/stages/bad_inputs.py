@@ -158,6 +158,12 @@ def own_code() -> None:
     Path("broken/own.py").write_text("open('ran', 'w')")
 
 
+def code_elsewhere() -> None:
+    own_code()
+    config = Path("broken/config.json")
+    config.write_text(config.read_text().replace("own.OwnModel", "somebody/else--own.OwnModel"))
+
+
 def tied() -> None:
     tokenizer = AutoTokenizer.from_pretrained("base")
     make_model("tied", tokenizer=tokenizer, architecture="llama", hidden=16, layers=1, heads=2, mlp=32, context=24,
@@ -347,6 +353,12 @@ CASES: dict[str, list[Bad]] = {
         Bad("a chat template that is none", "SFT model=broken data=bad.jsonl", ("broken", "chat template"), template("{% for %}"), foreign=True),
         Bad("a chat template that drops turns", "SFT model=broken data=bad.jsonl", ("bad.jsonl:1", "chat template", "message 0"), template(TURNS.replace("messages", "messages[-1:]"))),
         Bad("a tokenizer without an end of text", "SFT model=broken", ("EOS",), without_eos),
+        Bad("Python code of the model's own", "SFT model=broken", ("model=broken", "trust_remote_code=true"), own_code),
+        Bad("code from a hub without a commit", "SFT model=some/model trust_remote_code=true", ("some/model", "revision=COMMIT")),
+        Bad("a commit that can move", "SFT model=some/model revision=main", ("revision=main", "40 hex digits")),
+        Bad("a commit of a folder", "SFT revision=0123456789abcdef0123456789abcdef01234567", ("revision", "base", "leave it out")),
+        Bad("trust in what is not there", "SFT trust_remote_code=true", ("trust_remote_code", "base", "leave it out")),
+        Bad("code that lies elsewhere", "SFT model=broken trust_remote_code=true", ("model=broken", "somebody/else", ".py files"), code_elsewhere),
         Bad("a critic that is no model", "PPO critic.model=empty", ("model=empty",), empty),
         Bad("a reward model that is no model", "GRPO reward=empty", ("model=empty",), empty),
     ],

@@ -17,6 +17,7 @@ from klimb.config import StageConfig, load_config
 from klimb.data.render import Renderer
 from klimb.errors import ConfigError, DataError, KlimbError
 from klimb.models.backbone import Backbone
+from klimb.models.code import pinned
 from klimb.models.load import check_vocabulary, load_causal, load_tokenizer, resolve_device, resolve_dtype
 from klimb.models.probe import probed_policy
 from klimb.report.text import visible
@@ -25,6 +26,7 @@ from klimb.rollout.local import LocalEngine
 from klimb.rollout.sampling import SamplingParams
 from klimb.stages.common import say_aside, stream_seed
 from klimb.stages.models import is_reward_model
+from klimb.stages.trust import pins_of, problems
 from klimb.types import Message, Prompt, Text
 
 HELP = "/reset forgets the conversation, /quit or Ctrl-D leaves, Ctrl-C stops a reply"
@@ -39,6 +41,8 @@ class ChatConfig(StageConfig):
     top_k: int = Field(0, ge=0)
     repetition_penalty: float = Field(1.0, gt=0)
     system: str | None = Field(None, description="system message before every conversation")
+    trust_remote_code: bool = Field(False, description="run the Python code that comes with the model; read it before")
+    revision: str | None = Field(None, description="commit of a hub model, 40 hex digits")
     seed: int = Field(0, ge=0)
     device: str = "auto"
     dtype: str = "auto"
@@ -65,9 +69,12 @@ class Speaker:
         self.name = run.path.name if run is not None else Path(place).name
         self.config = config
         self.history: list[Message] = []
-        device = resolve_device(config.device)
-        network, adapter = load_causal(model, device, resolve_dtype(config.dtype, device))
-        tokenizer = load_tokenizer(model)
+        device = resolve_device(config.device, samples=True)
+        for problem in problems(model, config.trust_remote_code, config.revision):
+            raise ConfigError(problem, where="chat")
+        with pinned(pins_of(model, config.trust_remote_code, config.revision)):
+            network, adapter = load_causal(model, device, resolve_dtype(config.dtype, device))
+            tokenizer = load_tokenizer(model)
         check_vocabulary(network, tokenizer, model)
         self.policy, _ = probed_policy(Backbone(network, adapter), None)
         self.renderer = Renderer(tokenizer, system=config.system)

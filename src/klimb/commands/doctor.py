@@ -14,7 +14,7 @@ import torch
 from packaging.requirements import Requirement
 
 from klimb.errors import ConfigError, did_you_mean
-from klimb.models.load import resolve_dtype
+from klimb.models.load import resolve_dtype, without_bfloat16
 from klimb.objective.algorithms import ALGORITHMS
 from klimb.objective.preference import PREFERENCE_LOSSES
 from klimb.runtime.memory import available
@@ -75,7 +75,7 @@ def devices() -> Iterator[Finding]:
     for index in range(torch.cuda.device_count()):
         device = torch.device("cuda", index)
         total = gigabytes(torch.cuda.get_device_properties(device).total_memory)
-        bf16 = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no bfloat16: float32 is used"
+        bf16 = "no bfloat16: float32 is used, dtype=float16 is faster" if without_bfloat16(device) else "bfloat16"
         told = f"{torch.cuda.get_device_name(device)}, {gigabytes(available(device))} of {total} free, {bf16}"
         yield Finding(str(device), told)
     if torch.backends.mps.is_available():

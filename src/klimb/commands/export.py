@@ -59,10 +59,12 @@ def _write_merged(trained: Trained, folder: Path) -> None:
 
     from klimb.models.backbone import Backbone
     from klimb.models.load import load_causal, load_tokenizer, save_causal
+    from klimb.stages.trust import as_trained
 
     dtype = getattr(torch, str(trained.manifest["decisions"].get("dtype", "float32")))
-    network, adapter = load_causal(str(trained.model), torch.device("cpu"), dtype)
-    tokenizer = load_tokenizer(str(trained.model))
+    with as_trained(trained.manifest, trained.config, str(trained.model)):
+        network, adapter = load_causal(str(trained.model), torch.device("cpu"), dtype)
+        tokenizer = load_tokenizer(str(trained.model))
     save_causal(Backbone(network, adapter).model, tokenizer, folder, stop_tokens(trained.model, tokenizer))
 
 

@@ -24,6 +24,9 @@ from klimb.models.attention import AttentionPlan
 from klimb.models.load import LoRA, context_length
 from klimb.models.logprobs import Head
 
+_UNKNOWN = ""
+"""No adapter has this name."""
+
 
 class Backbone(nn.Module):
     """A transformers model called on flat runs, with any number of named adapters on it."""
@@ -43,6 +46,7 @@ class Backbone(nn.Module):
                 model.requires_grad_(True)  # peft had frozen what was below the adapter
         elif lora is not None:
             self.peft = _new_adapter(model, lora)
+        self._used: str | None = _UNKNOWN
         self.model = model
         self.started_from_adapter = adapter is not None and self.peft is not None
         self.context = context_length(model.config)
@@ -73,8 +77,9 @@ class Backbone(nn.Module):
 
     def use(self, adapter: str | None) -> None:
         """Make one adapter active (None: the base alone). Frozen ones are recognised by their name."""
-        if self.peft is None:
+        if self.peft is None or adapter == self._used:  # to switch visits every layer, and a token asks for it
             return
+        self._used = adapter
         if adapter is None:
             self.peft.base_model.disable_adapter_layers()
         else:
@@ -109,6 +114,7 @@ class Backbone(nn.Module):
     def add_adapter(self, name: str, source: str) -> None:
         """A further adapter, of the same shape as `source` and with the same numbers."""
         self.peft.add_adapter(name, self.peft.peft_config[source])
+        self._used = _UNKNOWN
         numbers = dict(self.model.named_parameters())
         with torch.no_grad():
             for path, parameter in numbers.items():

@@ -118,7 +118,8 @@ class Prefill:
             spans.append((range(start, start + len(piece)), range(context, context + piece.start)))
             start, context = start + len(piece), context + piece.start
         lengths = torch.tensor([len(piece) for _, piece in pieces], device=device)
-        places = torch.tensor([place for place, _ in pieces], device=device).repeat_interleave(lengths)
+        places = torch.tensor([place for place, _ in pieces], device=device)
+        places = places.repeat_interleave(lengths, output_size=run)
         positions = torch.cat([torch.arange(piece.start, piece.stop, device=device) for _, piece in pieces])
         stored = [(place, piece.start) for place, piece in pieces if piece.start]
         return Prefill(cache, PackedAttention(spans, device), places, positions, stored)

@@ -22,11 +22,17 @@ from transformers.utils import logging as transformers_logging
 
 from klimb import native
 from klimb.errors import KlimbError
-from klimb.models import attention, fused, nf4
+from klimb.models import attention, code, fused, nf4
 
 transformers_logging.disable_progress_bar()
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+DTYPES = {
+    "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64,
+}  # fmt: skip
+HALF = (torch.bfloat16, torch.float16)
+"""Computed in as they are, with fp32 masters of what is trained; heads, losses and statistics are in fp32."""
+_BFLOAT16_FROM = (8, 0)
+"""CUDA compute capability. Older cards take bfloat16 and emulate it, slower than they compute in fp32."""
 
 
 class LoRA(BaseModel):
@@ -42,33 +48,51 @@ class LoRA(BaseModel):
     )
 
 
-def resolve_device(name: str) -> torch.device:
-    """`auto` takes cuda, then mps, then cpu."""
+def resolve_device(name: str, *, samples: bool = False) -> torch.device:
+    """`auto` takes cuda, then mps where nothing is sampled, then cpu. samples: will tokens be drawn?"""
+    mps = torch.backends.mps.is_available()
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps and not samples else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
         raise KlimbError(f"device={name}: no such device; use auto, cpu, cuda or mps") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise KlimbError(f"device={name}: torch sees no CUDA device here; use device=cpu or install a CUDA build")
+    if device.type == "mps" and not mps:
+        raise KlimbError(f"device={name}: torch sees no Apple GPU here; use device=cpu")
+    if device.type == "mps" and samples:
+        raise KlimbError(f"device={name}: tokens cannot be drawn there", why="klimb draws in float64, which mps lacks",
+                         fix="use device=cpu; sft, reward and dpo without `measure` run on mps")  # fmt: skip
     return device
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     """`auto`: bfloat16 on a GPU that computes in it, else float32."""
     if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+        return torch.bfloat16 if device.type == "cuda" and without_bfloat16(device) is None else torch.float32
     if name not in DTYPES:
         raise KlimbError(f"dtype={name}: unknown; use auto, {', '.join(DTYPES)}")
+    if device.type == "mps" and name == "float64":
+        raise KlimbError("dtype=float64: mps lacks it; use device=cpu")
     return DTYPES[name]
+
+
+def without_bfloat16(device: torch.device) -> str | None:
+    """What a CUDA card that does not compute in bfloat16 is called, with its compute capability; None of others."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return None
+    capability = torch.cuda.get_device_capability(device)
+    if capability >= _BFLOAT16_FROM:
+        return None
+    return f"{torch.cuda.get_device_name(device)} (compute capability {capability[0]}.{capability[1]})"
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     """The tokenizer beside the weights (of an adapter: its own copy, else its base model's)."""
     check_place(model)
     try:
-        return AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(model, **code.loading(model))
     except (OSError, ValueError, KeyError) as error:
         raise KlimbError(f"model={model}: no tokenizer can be loaded from it ({_first_line(error)})") from None
 
@@ -105,7 +129,7 @@ def declared_context(model: str) -> int:
     base = base_of(model)
     check_place(base)
     try:
-        return context_length(AutoConfig.from_pretrained(base, trust_remote_code=False))
+        return context_length(AutoConfig.from_pretrained(base, **code.loading(base)))
     except (OSError, ValueError, KeyError) as error:
         raise KlimbError(f"model={model}: cannot be loaded ({_first_line(error)})") from None
 
@@ -146,7 +170,7 @@ def _from_pretrained(
     check_place(model)
     try:
         loaded = kind.from_pretrained(
-            model, dtype=dtype, attn_implementation=attention.NAME, trust_remote_code=False, **options
+            model, dtype=dtype, attn_implementation=attention.NAME, **code.loading(model), **options
         )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise KlimbError(f"model={model}: cannot be loaded ({_first_line(error)})") from None
@@ -156,12 +180,24 @@ def _from_pretrained(
     for module in loaded.modules():  # dropout makes log-probs random: the ratio of the first update would not be 1
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+    look_for_no_padding(loaded)
     loaded = loaded.to(device).eval()
-    if device.type == "cpu" and dtype != torch.bfloat16:
+    if device.type == "cpu" and dtype not in HALF:
         _store_by_column(loaded)
     if device.type == "cpu" and dtype == torch.float32 and native.why_not() is None:
         fused.take_over(loaded)
     return loaded
+
+
+def look_for_no_padding(model: PreTrainedModel) -> None:
+    """Some families read the tokens of every call back from the device, to warn of padding. A flat run has none."""
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            module.warn_if_padding_and_no_attention_mask = _no_warning
+
+
+def _no_warning(*_: Any) -> None:
+    pass
 
 
 def _store_by_column(model: PreTrainedModel) -> None:
@@ -185,7 +221,8 @@ def check_place(model: str) -> None:
 
 def _first_line(error: Exception) -> str:
     if "trust_remote_code" in str(error):
-        return "it needs Python code of its own, which klimb never runs: use an architecture that transformers has"
+        return ("it needs Python code of its own, which runs only where that is typed: read it, then set "
+                "trust_remote_code=true, and for a hub name revision=COMMIT")  # fmt: skip
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 

@@ -40,9 +40,9 @@ def _quantised(model: PreTrainedModel) -> list[Any]:
 
 def loading(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     """Options of `from_pretrained`: each weight is quantised as it is read. Raises KlimbError where that cannot be."""
-    if dtype not in (torch.float32, torch.bfloat16):
+    if dtype == torch.float64:
         raise KlimbError(f"lora.base=4bit: dtype={str(dtype).removeprefix('torch.')}",
-                         why="4-bit layers compute in float32 or bfloat16", fix="set one of them")  # fmt: skip
+                         why="4-bit layers compute in float32, bfloat16 or float16", fix="set one of them")  # fmt: skip
     _bitsandbytes()
     config = BitsAndBytesConfig(**_NF4, bnb_4bit_compute_dtype=dtype)
     return {"quantization_config": config, "device_map": {"": device}}

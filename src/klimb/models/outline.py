@@ -25,10 +25,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from klimb.batch import Row, TokenBatch
-from klimb.models import attention, nf4
+from klimb.models import attention, code, nf4
 from klimb.models.backbone import Backbone
 from klimb.models.faces import Policy, RewardModel
-from klimb.models.load import LoRA, base_of, check_place
+from klimb.models.load import HALF, LoRA, base_of, check_place
 
 META = torch.device("meta")
 _FEW_SAMPLES = 8  # computed; so many and twice so many tell what each further one adds
@@ -76,10 +76,12 @@ class Outline:
         if lora is not None and adapter.is_file():  # training goes on with that adapter, whatever is asked for
             own = json.loads(adapter.read_text())
             lora = LoRA(rank=own["r"], targets=own["target_modules"], base=lora.base)
-        config = AutoConfig.from_pretrained(base_of(model), **({"num_labels": 1} if classifier else {}))
+        base = base_of(model)
+        config = AutoConfig.from_pretrained(base, **code.loading(base), **({"num_labels": 1} if classifier else {}))
         kind: Any = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
         with META, warnings.catch_warnings(action="ignore"):
-            network = kind.from_config(config, dtype=dtype, attn_implementation=attention.NAME).eval()
+            building = {"dtype": dtype, "attn_implementation": attention.NAME, **code.building(base)}
+            network = kind.from_config(config, **building).eval()
             network.config.pad_token_id = None  # transformers would look for it among tokens without numbers
             self.weights = size(network.parameters())
             if lora is not None and lora.base == "4bit":
@@ -89,7 +91,7 @@ class Outline:
         trained = [*self.face.trainable().values()]
         self.trained = sum(p.numel() for p in trained)
         self.adapters = size(trained) if lora else 0
-        self.masters = sum(4 * p.numel() for p in trained if p.dtype == torch.bfloat16)
+        self.masters = sum(4 * p.numel() for p in trained if p.dtype in HALF)
         self.gradients = size(trained) + self.masters
         self.config = config.get_text_config()
         self.dtype = dtype

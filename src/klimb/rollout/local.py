@@ -196,7 +196,8 @@ class LocalEngine:
         slots.longest = max(slots.longest, 1)
         slots.seats = None
         logits = self._logits(torch.stack([self.stored[prompt][1] for prompt, _ in runs]))
-        self._draw(logits.repeat_interleave(torch.tensor([samples for _, samples in runs], device=device), dim=0), rows)
+        counts = torch.tensor([samples for _, samples in runs], device=device)
+        self._draw(logits.repeat_interleave(counts, dim=0, output_size=len(new)), rows)
 
     def _store(self, prompts: Sequence[tuple[int, ...]]) -> None:
         """Compute prompts and put each into a place of its own behind those in use."""

@@ -24,6 +24,7 @@ from klimb.errors import KlimbError
 from klimb.metrics import Metric, Metrics
 from klimb.models.packing import flat_length, split_by_budget
 from klimb.runtime.adam8bit import AdamW8bit
+from klimb.runtime.loss_scale import LossScale
 from klimb.runtime.ranks import gather, rank, world
 
 Loss = Callable[[TokenBatch, BatchTotals], tuple[Tensor, Metrics]]
@@ -65,7 +66,7 @@ class NotFinite(KlimbError):
 class Learner:
     """AdamW over named parameters, in fp32 whatever the weights compute in.
 
-    Weights in bfloat16 get an fp32 master each; the working copy, which rollouts use too, is written from it.
+    Weights in 16 bits get an fp32 master each; the working copy, which rollouts use too, is written from it.
     """
 
     def __init__(
@@ -77,8 +78,10 @@ class Learner:
         total_steps: int,
         budget: int,
         say: Callable[[str], None] = lambda line: None,
+        scaled: bool = False,
     ) -> None:
-        """budget: flat tokens of a micro-batch. lr: peak, after the table was asked. say: gets lines for a person."""
+        """budget: flat tokens of a micro-batch. lr: peak, after the table was asked. say: gets lines for a person.
+        scaled: the model computes in float16, so the loss needs a scale."""
         self.working = dict(parameters)
         self.masters = {
             name: p if p.dtype in (torch.float32, torch.float64) else nn.Parameter(p.detach().float())
@@ -89,6 +92,7 @@ class Learner:
         self.total_steps = max(total_steps, 1)
         self.budget = budget
         self.say = say
+        self.scale = LossScale() if scaled else None
         self._named_longest = False
         self.steps = 0
         adamw = AdamW8bit if optimizer.state == "8bit" else partial(torch.optim.AdamW, fused=True)
@@ -98,22 +102,46 @@ class Learner:
         )  # fmt: skip
 
     def step(self, batch: TokenBatch, loss: Loss, totals: BatchTotals | None = None) -> Metrics:
-        """One update. Raises NotFinite, with the ids of the rows, before any weight has changed."""
+        """One update; none where a scaled gradient overflowed, which is said and measured as `skipped`.
+
+        Raises NotFinite, with the ids of the rows, before any weight has changed.
+        """
         totals = totals or batch.totals
         parts = self._accumulate(batch, loss, totals)
         self._share_gradients()
+        self._unscale()
         norm = self._clip()
         merged = _over_ranks(metrics.merge(parts))
         if not math.isfinite(norm) or not math.isfinite(merged["objective"].value):
             self._forget_gradients()
-            raise NotFinite(self._accusation(batch, loss, totals))
+            if self.scale is None or self.scale.factor <= 1 or not math.isfinite(merged["objective"].value):
+                raise NotFinite(self._accusation(batch, loss, totals))
+            return self._skip(self.scale, merged)
         for group in self.adam.param_groups:
             group["lr"] = self.rate(self.steps)
         merged |= {"grad_norm": metrics.ratio(norm, 1.0), "lr": metrics.ratio(self.rate(self.steps), 1.0)}
+        if self.scale is not None:
+            merged |= {"loss_scale": metrics.ratio(self.scale.factor, 1.0), "skipped": metrics.total(0.0)}
+            self.scale.fits()
         self.adam.step()
         self._forget_gradients()
         self._write_working_copies()
         self.steps += 1
+        return merged
+
+    def _unscale(self) -> None:
+        if self.scale is not None:
+            for master in self.masters.values():
+                if master.grad is not None:
+                    master.grad.div_(self.scale.factor)
+
+    def _skip(self, scale: LossScale, merged: Metrics) -> Metrics:
+        """The update is left out, and its place in the schedule of the rate with it."""
+        merged |= {"loss_scale": metrics.ratio(scale.factor, 1.0), "skipped": metrics.total(1.0)}
+        scale.overflows()
+        self.steps += 1
+        self.say(f"update {self.steps}: a gradient overflowed in float16, the weights stay as they were; from here on "
+                 f"the loss scale is {scale.factor:g} (skipped so far: {scale.skipped})")  # fmt: skip
         return merged
 
     def _accumulate(self, batch: TokenBatch, loss: Loss, totals: BatchTotals) -> list[Metrics]:
@@ -136,7 +164,7 @@ class Learner:
         for index in micro_batches:
             try:
                 value, measured = loss(batch.select(index).to(self.device), totals)
-                value.backward()
+                (value if self.scale is None else value * self.scale.factor).backward()
             except torch.OutOfMemoryError:
                 return parts, index
             parts.append({**measured, "objective": metrics.total(value)})
@@ -229,6 +257,8 @@ class Learner:
         """Everything a resume needs, by logical name: the masters, AdamW's moments, and the budget that fits."""
         named = {f"weights.{name}": master.detach() for name, master in self.masters.items()}
         named["budget"] = torch.tensor(self.budget)
+        if self.scale is not None:
+            named["loss_scale"] = self.scale.tensor()
         for name, master in self.masters.items():
             for key, value in self.adam.state.get(master, {}).items():
                 named[f"adam.{key}.{name}"] = value
@@ -238,6 +268,8 @@ class Learner:
         """The inverse of `tensors`."""
         self.steps = steps
         self.budget = int(tensors["budget"])
+        if self.scale is not None:
+            self.scale.load(tensors["loss_scale"])
         with torch.no_grad():
             for name, master in self.masters.items():
                 master.copy_(tensors[f"weights.{name}"])

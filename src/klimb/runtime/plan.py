@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from klimb.models.load import LoRA
+from klimb.models.load import HALF, LoRA
 from klimb.models.outline import Outline, Shape
 
 _DRAWING = 3
@@ -163,7 +163,7 @@ def _sampling(model: Outline, sampled: Sampled) -> dict[str, int]:
     stored = config.num_hidden_layers * 2 * (getattr(config, "num_key_value_heads", None) or heads) * width
     tokens = -(-rows // samples) * prompt + rows * completion
     logits = 4 * _DRAWING * rows * config.vocab_size
-    if model.dtype == torch.bfloat16:  # the head's weight in fp32
+    if model.dtype in HALF:  # the head's weight in fp32
         logits += 4 * config.vocab_size * config.hidden_size
     prefill = _scoring(model, Shape(prompt, 1), min(_PREFILL, -(-rows // samples) * (prompt + 1)))
     return {"KV cache": stored * tokens * model.dtype.itemsize, "logits": max(logits, prefill)}

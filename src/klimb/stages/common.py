@@ -24,7 +24,7 @@ from klimb.data.render import Renderer
 from klimb.data.report import Loaded
 from klimb.data.store import Chosen, Item
 from klimb.errors import ConfigError, Interrupted
-from klimb.models.load import LoRA, resolve_device, resolve_dtype
+from klimb.models.load import LoRA, resolve_device, resolve_dtype, without_bfloat16
 from klimb.models.packing import Budget
 from klimb.runtime import checkpoint
 from klimb.runtime.learner import LEARNING_RATES, Learner, Optimizer, Stage
@@ -36,6 +36,7 @@ from klimb.runtime.signals import Interrupt
 from klimb.stages.given import Data
 from klimb.stages.memory import Target, admitted
 from klimb.stages.progress import Live, Preparing, live_line
+from klimb.stages.trust import problems, trust
 
 
 class RunConfig(StageConfig):
@@ -50,6 +51,8 @@ class RunConfig(StageConfig):
         "error", description="rows that cannot be used stop the run, or go, counted"
     )
     out: str | None = Field(None, description="run directory; default runs/NAME-HASH")
+    trust_remote_code: bool = Field(False, description="run the Python code that comes with the model; read it before")
+    revision: str | None = Field(None, description="commit of a hub model, 40 hex digits")
     seed: int = Field(0, ge=0)
     device: str = "auto"
     dtype: str = "auto"
@@ -70,7 +73,7 @@ class RunConfig(StageConfig):
 
     def contradictions(self) -> Iterator[str]:
         """Settings that exclude each other, and those that nothing would look at, each with the way out."""
-        yield from ()
+        yield from problems(self.model, self.trust_remote_code, self.revision)
 
     def work(self, context: int) -> Work:
         """What the stage holds and computes, for the memory plan. context: tokens that the model takes."""
@@ -140,9 +143,24 @@ def use_kernels(run: Run, decided: str) -> None:
         )
 
 
+def device_of(config: RunConfig) -> torch.device:
+    """Where a stage runs, by what it does there."""
+    measures = any(getattr(config, key, None) is not None for key in ("measure", "until"))
+    return resolve_device(config.device, samples=measures or hasattr(config, "samples_per_prompt"))
+
+
+def on_an_old_card(config: RunConfig, device: torch.device, dtype: torch.dtype) -> str | None:
+    """A line where bfloat16 would have been chosen and the card lacks it, or where it was asked for all the same."""
+    card = without_bfloat16(device)
+    if card is None or not (config.dtype == "auto" or dtype == torch.bfloat16):
+        return None
+    told = "it is emulated, slower than float32" if dtype == torch.bfloat16 else "computing in float32"
+    return f"{device}: {card} has no bfloat16: {told}; dtype=float16 is faster, the loss is scaled for it"
+
+
 def target_of(config: RunConfig) -> Target:
     """What a new run of this config would run on."""
-    device = resolve_device(config.device)
+    device = device_of(config)
     dtype = resolve_dtype(config.dtype, device)
     return Target(dtype, token_budget(config, device), available(device), str(device))
 
@@ -171,7 +189,8 @@ class Session:
     @staticmethod
     def begin(config: RunConfig, run: Run, interrupt: Interrupt, say: Callable[[str], None]) -> Session:
         """Fix whatever can change rounding, as it was when the run began."""
-        device = resolve_device(config.device)
+        trust(config, run, say)
+        device = device_of(config)
         threads = share(run.decide("threads", lambda: config.threads or torch.get_num_threads()))
         torch.set_num_threads(int(threads))
         dtype = share(run.decide("dtype", lambda: str(resolve_dtype(config.dtype, device)).removeprefix("torch.")))
@@ -180,6 +199,8 @@ class Session:
         checkpointing = _planned(
             config, run, Target(getattr(torch, dtype), int(budget), available(device), str(device)), say
         )
+        if line := on_an_old_card(config, device, getattr(torch, dtype)):
+            say(line)
         torch.manual_seed(config.seed)
         live = live_line(run.manifest["name"]) if say is say_aside else None
         if live is not None:
@@ -201,8 +222,9 @@ class Session:
         source = "" if optimizer.lr is not None else f" (table: {stage}, {'LoRA' if config.lora else 'full'})"
         self.say(f"{name}: {trained:,} trained parameters, lr {rate:g}{source}")
         self.learners[name] = Learner(
-            parameters, optimizer, lr=rate, total_steps=total_steps, budget=self.token_budget, say=self.say
-        )
+            parameters, optimizer, lr=rate, total_steps=total_steps, budget=self.token_budget, say=self.say,
+            scaled=self.dtype == torch.float16,
+        )  # fmt: skip
         return self.learners[name]
 
     def read(

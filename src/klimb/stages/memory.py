@@ -13,6 +13,7 @@ from klimb.models.load import LoRA, declared_context
 from klimb.models.outline import Shape
 from klimb.rewards.spec import reward_files
 from klimb.runtime.plan import Learning, Plan, Sampled, Work, gigabytes, plan
+from klimb.stages.trust import permitted
 
 TYPICAL = 1024
 """Tokens of a sample that nothing bounds: no data is read for a plan."""
@@ -135,6 +136,11 @@ def fit(config: Any, target: Target) -> Fit:
 
     Raises what `Outline` raises where a config cannot be read.
     """
+    with permitted(config):
+        return _fit(config, target)
+
+
+def _fit(config: Any, target: Target) -> Fit:
     work = config.work(declared_context(config.model))
     wanted = getattr(config, "checkpointing", "off")
     heap = target.place == "cpu"

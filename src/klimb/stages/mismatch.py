@@ -9,13 +9,14 @@ from klimb import metrics
 from klimb.batch import TokenBatch
 from klimb.errors import KlimbError
 from klimb.metrics import Metrics
+from klimb.models.load import HALF
 from klimb.runtime.ranks import gather, world
 
 # Stored in fp32: a log-prob of −30 is off by 1e-6 whatever it was computed in.
-_BOUNDS = {torch.float64: 1e-5, torch.float32: 1e-3, torch.bfloat16: 0.5}
+_BOUNDS = {torch.float64: 1e-5, torch.float32: 1e-3, torch.bfloat16: 0.5, torch.float16: 0.06}
 """Largest p99 of |log-prob at sampling − log-prob in training| that a run accepts; in fp32 it is about 1e-6."""
-_START = {torch.float64: 1e-5, torch.float32: 1e-4, torch.bfloat16: 2e-2}
-"""At the first update π = π_ref: bound of the largest |log π − log π_ref| (bfloat16: of its mean)."""
+_START = {torch.float64: 1e-5, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2.5e-3}
+"""At the first update π = π_ref: bound of the largest |log π − log π_ref| (16 bits: of its mean)."""
 
 
 class Mismatch:
@@ -40,7 +41,7 @@ class Mismatch:
             )  # fmt: skip
         if step == 1 and fresh and "ref_logps" in batch.columns:
             gap = (batch["behavior_logps"] - batch["ref_logps"])[batch.mask].abs()
-            worst = float(gap.mean() if self.dtype == torch.bfloat16 else gap.max())
+            worst = float(gap.mean() if self.dtype in HALF else gap.max())
             if worst > _START[self.dtype]:
                 raise KlimbError(
                     f"before the first update policy and reference differ by {worst:.2g}", where="reference",

@@ -44,8 +44,8 @@ from klimb.stages.reference import ReferenceLogps, reference_facts, reference_lo
 from klimb.types import Labelled
 from klimb.watch.displacement import Displacement
 
-_START_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.1}
-"""Relative: how far the first loss may be from the value that π = π_ref has. bfloat16 rounds sums of log-probs."""
+_START_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
+"""Relative: how far the first loss may be from the value that π = π_ref has. 16 bits round sums of log-probs."""
 
 
 class PreferenceConfig(SupervisedConfig):

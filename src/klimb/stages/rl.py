@@ -24,6 +24,7 @@ from klimb.data.sampler import Sampler
 from klimb.errors import RewardError
 from klimb.metrics import Metrics
 from klimb.models.faces import Critic, Policy, critic_values, policy_logps
+from klimb.models.load import HALF
 from klimb.objective.algorithms import Algorithm, validate
 from klimb.objective.credit import assign_credit
 from klimb.objective.critic import critic_loss
@@ -332,7 +333,7 @@ def look_up(actors: Actors, batch: TokenBatch, stale: bool) -> TokenBatch:
 
     The first update on fresh samples needs no old log-probs: the policy is the one that sampled, and its ratio is 1
     to the bit. Further updates compare with the behaviour log-probs, which in fp32 are the trainer's own to 1e-6; in
-    bfloat16 they are off by more than a clip range would forgive, so there a pass before the update takes their place.
+    16 bits they may be off by more than a clip range would forgive, so a pass before the update takes their place.
     """
     config, budget = actors.config, actors.session.scoring
     with actors.session.timed("look up"):
@@ -341,7 +342,7 @@ def look_up(actors: Actors, batch: TokenBatch, stale: bool) -> TokenBatch:
             batch = batch.with_columns(ref_logps=outputs.logps.cpu())
         if actors.critic is not None:
             batch = batch.with_columns(values=critic_values(actors.critic, batch, budget=budget).cpu())
-        if stale or (config.updates_per_step > 1 and actors.session.dtype != torch.bfloat16):
+        if stale or (config.updates_per_step > 1 and actors.session.dtype not in HALF):
             batch = batch.with_columns(old_logps=batch["behavior_logps"])
         elif config.updates_per_step > 1 and actors.algorithm.needs.old_logps:
             outputs = policy_logps(actors.policy, batch, budget=budget, temperature=config.temperature)
@@ -369,7 +370,9 @@ def learn(actors: Actors, batch: TokenBatch, step: int, state: dict[str, Tensor]
             with session.timed("critic"):
                 measured = actors.critic_learner.step(part, lambda micro, totals: value_loss(actors, micro, totals))
             found |= {
-                f"critic/{k}" if k in ("grad_norm", "lr") else k: v for k, v in measured.items() if k != "objective"
+                f"critic/{k}" if k in ("grad_norm", "lr", "loss_scale", "skipped") else k: v
+                for k, v in measured.items()
+                if k != "objective"
             }
         collected.append(found)
     give_back()
