@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -115,6 +116,17 @@ def load_preferences(
     )
 
 
+def load_as(
+    kind: Kind, source: Source, renderer: Renderer, *, columns: Mapping[str, str] | None = None,
+    transcripts: Transcripts = "text", progress: Progress | None = None,
+) -> Loaded[Any]:  # fmt: skip
+    """To look at rows of any kind: none is too long, and those that cannot be used are left out. Kept as others are.
+
+    Labels and steps come as examples; how many of them are true stands in the report.
+    """
+    return _load(TASKS[kind], source, renderer, Options(None, columns or {}, "drop", transcripts, True, progress))
+
+
 # --- what each of them does with a row ----------------------------------------------------------------------
 
 
@@ -129,11 +141,19 @@ def _prompt(record: Record, tokens: list[int], id: str, limit: int | None) -> Pr
 
 def _render_examples(renderer: Renderer, kind: Kind, records: list[Record]) -> list[Any]:
     rows, tools = [record.values for record in records], _tools(records)
-    if kind == "prompt-completion":
+    if kind == "steps":
+        return list(renderer.completions([(values["prompt"], _one_reply(values)) for values in rows], tools))
+    if kind in ("prompt-completion", "labelled"):
         return list(renderer.completions([(values["prompt"], values["completion"]) for values in rows], tools))
     if kind == "messages":
         return list(renderer.conversations([values["messages"] for values in rows], tools))
     return list(renderer.documents([values["text"] for values in rows]))
+
+
+def _one_reply(values: Mapping[str, Any]) -> Text:
+    """The steps of a solution, a line each, in the form of its prompt."""
+    text = "\n".join(values["completions"])
+    return text if isinstance(values["prompt"], str) else [{"role": "assistant", "content": text}]
 
 
 def _example(record: Record, tokens: Tokens, id: str, limit: int | None) -> Example:
@@ -178,6 +198,10 @@ def _content(record: Record) -> Any:
 PROMPTS = Task(Prompt, (), _render_prompts, lambda r: [r.values["prompt"], r.columns], _prompt, prompts_only=True)
 EXAMPLES = Task(Example, EXAMPLE_KINDS, _render_examples, _content, _example)
 PREFERENCES = Task(Preference, ("preference",), _render_pairs, _content, _preference)
+TASKS: Mapping[Kind, Task[Any]] = {
+    "prompt": PROMPTS, "preference": PREFERENCES, **dict.fromkeys(EXAMPLE_KINDS, EXAMPLES),
+    "labelled": replace(EXAMPLES, kinds=("labelled",)), "steps": replace(EXAMPLES, kinds=("steps",)),
+}  # fmt: skip
 
 
 def _check_length(what: str, length: int, limit: int | None) -> None:
@@ -206,6 +230,8 @@ class Preparation(Generic[Item]):
         self._good = 0
         self._problems: list[Problem] = []
         self._spelled_out = (0, "")
+        self._labels: Counter[str] = Counter()
+        self._columns: dict[str, None] = {}
 
     def pieces(self) -> Iterator[list[Item]]:
         """Raises BadRows or DataError, at the end also for single rows, where they may not be dropped."""
@@ -238,6 +264,9 @@ class Preparation(Generic[Item]):
             except (BadRow, RenderError) as error:
                 self._problems.append(Problem(each.where, str(error)))
             self._look_for_control(each)
+            self._columns |= dict.fromkeys(each.columns)
+            labels = each.values.get("labels", [each.values.get("label")])
+            self._labels.update("true" if label else "false" for label in labels if label is not None)
         self._good += len(items)
         return items
 
@@ -259,6 +288,8 @@ class Preparation(Generic[Item]):
             "rows": self._good + len(self._problems),
             "dropped": [list(problem) for problem in self._problems],
             "notes": [said] if count else [],
+            "labels": dict(self._labels),
+            "columns": [*self._columns],
         }
 
 
@@ -316,7 +347,10 @@ def _loaded(base: Base[Item], note: Mapping[str, Any], source: str, cache: str =
     notes = [text.replace(f"at {note['source']}", f"at {source}") for text in note["notes"]]
     repeats = int((copies > 1).sum())
     lengths = items.lengths()
-    report = Report(source, note["type"], note["rows"], len(items), dropped, lengths, notes, repeats, cache)
+    report = Report(
+        source, note["type"], note["rows"], len(items), dropped, lengths, notes, repeats, cache,
+        labels=note["labels"], columns=note["columns"],
+    )  # fmt: skip
     return Loaded(items, report, note["conversational"])
 
 
