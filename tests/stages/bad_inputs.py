@@ -338,6 +338,18 @@ CASES: dict[str, list[Bad]] = {
         Bad("a schema of nothing that is there", "schema grop", ("'grop'", "'grpo'")),
         Bad("a shell that is not known", "completion tcsh", ("'tcsh'", "bash, zsh, fish")),
     ],
+    "Check": [
+        Bad("a check of nothing", "check", ("klimb check DATA",)),
+        Bad("a check of no such file", "check missing.jsonl", ("missing.jsonl",)),
+        Bad("a check of an unknown method", "check dpoo model=base", ("'dpoo'", "'dpo'")),
+        Bad("a check of an empty file", "check bad.jsonl", ("bad.jsonl", "no rows"), file("bad.jsonl", "")),
+        Bad("a check of two types in one file", "check bad.jsonl", ("bad.jsonl:2", "bad.jsonl:1"), rows({"prompt": "a ?"}, {"text": "b"})),
+        Bad("a check with an unknown key", "check demonstrations.jsonl modle=base", ("'modle'", "'model'")),
+        Bad("a check of a misspelt recipe", "check bad.yaml", ("'modle'", "'model'"), file("bad.yaml", "modle: base\ndata: demonstrations.jsonl\n")),
+        Bad("a check of a recipe for several stages", "check bad.yaml", ("reward, preference", "klimb check reward"), file("bad.yaml", "model: base\ndata: preferences.jsonl\n")),
+        Bad("a dry run without its data", "SFT data=missing.jsonl --dry-run", ("missing.jsonl",)),
+        Bad("a dry run where another run is", "SFT out=run steps=2 --dry-run", ("run", "steps: 1 → 2", "--fresh"), other_run),
+    ],
     "Rewards": [
         Bad("no such file", "GRPO reward=missing.py:score", ("missing.py",)),
         Bad("no such function", "GRPO reward=rewards.py:cuont", ("rewards.py", "'count'")),
