@@ -141,7 +141,7 @@ def test_equal_sides_are_counted(world: World, here: Path) -> None:
 
 
 def test_what_was_looked_at_once_is_found_again(world: World, here: Path) -> None:
-    Path("bad.jsonl").write_text(BAD)
+    Path("bad.jsonl").write_text(BAD + '{"prompt": "f ?", "completion": "so"}\n')
     first, again = (looked("bad.jsonl", f"model={world.model}", "on_bad=drop")[1] for _ in range(2))
     assert first.pop("cache").startswith("miss")
     assert again.pop("cache").startswith("hit")

@@ -117,12 +117,13 @@ def test_which_stage_a_file_is_for(world: World, here: Path) -> None:
 
 
 def story(world: World, **changes: Any) -> dict[str, Any]:
-    """sft → pairs of its samples → a reward model of these → RL against it."""
+    """sft → pairs of its samples → a reward model of these → RL against it. Only equal texts score the same."""
+    Path("sums.py").write_text("def score(completions):\n    return [float(sum(map(ord, c))) for c in completions]\n")
     few = {"batch_size": 4, "steps": 7}
     return {"name": "story", "threads": 1, "device": "cpu", "stages": {
         "sft": {"stage": "sft", "model": world.model, "data": world.demonstrations, **few},
         "pairs": {"stage": "sample", "model": "${sft.model}", "data": world.prompts, "samples_per_prompt": 64,
-                  "max_tokens": 3, "reward": "length", "pairs": True},
+                  "max_tokens": 3, "reward": "sums.py:score", "pairs": True},
         "judge": {"stage": "reward", "model": "${sft.model}", "data": "${pairs.preferences}", "batch_size": 4,
                   "on_bad": "drop", "eval_fraction": 0.2, "min_accuracy": 0.999},
         "rl": {"stage": "rl", "model": "${sft.model}", "data": world.prompts, "reward": "${judge.model}", "steps": 5,
@@ -135,15 +136,14 @@ def test_the_stages_of_a_recipe_are_tried_on_one_another(world: World, here: Pat
     (here / "story.yaml").write_text(dump_config(story(world)))
     said = klimb("check", "story.yaml")
     assert said.code == 0, said.out + said.err
-    assert "it does not" not in said.out
     found = json.loads(klimb("check", "story.yaml", "seed=0..1", "--json").out)
     steps = {each["name"]: each["steps"] for each in found["estimate"]["stages"]}
     assert (steps["sft"], steps["pairs"], steps["rl"]) == (7, 0, 5)
     assert found["estimate"]["seconds"] == pytest.approx(2 * sum(e["seconds"] for e in found["estimate"]["stages"]))
-    # 6 × 32 pairs at most, of which ties go; two of six prompts were asked, and stand for all.
-    assert 192 / 4 * 0.8 * 0.4 < steps["judge"] <= 192 / 4
+    # Of 6 × 32 pairs 6 × 10 were drawn, and stand for all; a few of them are ties.
+    assert 0.7 * 180 / 4 < steps["judge"] <= 180 / 4
     assert list(temporary.iterdir()) == []
-    assert [path.name for path in here.iterdir()] == ["story.yaml"]
+    assert sorted(path.name for path in here.iterdir() if path.suffix) == ["story.yaml", "sums.py"]
 
 
 def test_a_mistake_in_a_late_stage_is_found(world: World, here: Path) -> None:

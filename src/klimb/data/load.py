@@ -271,7 +271,10 @@ class Preparation(Generic[Item]):
         return items
 
     def _look_for_control(self, record: Record) -> None:
-        texts: list[Text] = [value for value in record.values.values() if isinstance(value, str | list)]
+        texts: list[Text] = [
+            text for name, value in record.values.items() if name not in ("label", "labels")
+            for text in (value if name == "completions" else [value])
+        ]  # fmt: skip
         literal = next((name for text in texts if (name := self._renderer.control_string(text))), None)
         if literal:
             count, first = self._spelled_out

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 STEPS = 2
@@ -21,6 +20,8 @@ FEW = 64
 class Rehearsal:
     """Told by a stage how far it is, and tells it when that is enough."""
 
+    least: int = 2
+    """Samples of a prompt that are compared with each other."""
     began: float = field(default_factory=time.perf_counter)
     preparing: float = 0.0
     """Seconds until the first step."""
@@ -41,9 +42,14 @@ class Rehearsal:
 
     @contextmanager
     def part(self, requests: list[Any]) -> Iterator[list[Any]]:
-        """Whole prompts, those that fill an engine once. requests: each with its number of `samples`."""
-        some = requests[: math.ceil(ROWS / requests[0].samples)]
-        self.share = len(some) / len(requests)
+        """As many prompts as fill an engine once, each with fewer samples where that lets more of them in.
+
+        requests: of engines, all with the same number of `samples`.
+        """
+        samples = requests[0].samples
+        each = min(samples, max(self.least, ROWS // len(requests)))
+        some = [replace(request, samples=each) for request in requests[: max(1, ROWS // each)]]
+        self.share = len(some) * each / (len(requests) * samples)
         began = time.perf_counter()
         yield some
         self.sampling += (time.perf_counter() - began) / self.share

@@ -119,7 +119,9 @@ def _temporary() -> Iterator[Path]:
 
 
 def _tried(stage: str, config: Any, name: str, folder: Path, say: Say) -> tuple[Estimate, dict[str, Any]]:
-    light, rehearsal = _lightened(config), Rehearsal()
+    light = _lightened(config, stood_in=str(folder.parent) in str(getattr(config, "data", "")))
+    compared = [*getattr(config, "best_of", []), getattr(config, "report_n", None) or 2]
+    rehearsal = Rehearsal(least=max(compared))
     with open_run(folder, light, name, False, say) as run, interruptible() as interrupt:
         interrupt.rehearsal = rehearsal
         result = importlib.import_module(STAGES[stage][0]).train(light, run, interrupt, say)
@@ -131,9 +133,12 @@ def _tried(stage: str, config: Any, name: str, folder: Path, say: Say) -> tuple[
     return Estimate(*share(estimate)), {**base, **share(result), "run": str(folder)}
 
 
-def _lightened(config: Any) -> Any:
-    """Without what would only cost time in two steps, or judge them as if they were all."""
-    changes: dict[str, Any] = {}
+def _lightened(config: Any, stood_in: bool) -> Any:
+    """Without what would only cost time in two steps, or judge them as if they were all.
+
+    stood_in: its data is what an earlier stage left, a few prompts of many: perhaps none of them is held out.
+    """
+    changes: dict[str, Any] = {"eval_fraction": 0.0} if stood_in and hasattr(config, "eval_fraction") else {}
     if isinstance(config, TrainConfig):
         changes["checkpoint_every"] = 0
     if hasattr(config, "min_accuracy"):
