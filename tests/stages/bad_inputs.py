@@ -345,7 +345,7 @@ CASES: dict[str, list[Bad]] = {
         Bad("a check of an empty file", "check bad.jsonl", ("bad.jsonl", "no rows"), file("bad.jsonl", "")),
         Bad("a check of two types in one file", "check bad.jsonl", ("bad.jsonl:2", "bad.jsonl:1"), rows({"prompt": "a ?"}, {"text": "b"})),
         Bad("a check with an unknown key", "check demonstrations.jsonl modle=base", ("'modle'", "'model'")),
-        Bad("a check of a misspelt recipe", "check bad.yaml", ("'modle'", "'model'"), file("bad.yaml", "modle: base\ndata: demonstrations.jsonl\n")),
+        Bad("a check of a misspelt recipe", "check bad.yaml", ("bad.yaml", "'stpes'", "'steps'"), file("bad.yaml", "model: base\ndata: demonstrations.jsonl\nstpes: 3\n")),
         Bad("a check of a recipe for several stages", "check bad.yaml", ("reward, preference", "klimb check reward"), file("bad.yaml", "model: base\ndata: preferences.jsonl\n")),
         Bad("a dry run without its data", "SFT data=missing.jsonl --dry-run", ("missing.jsonl",)),
         Bad("a dry run where another run is", "SFT out=run steps=2 --dry-run", ("run", "steps: 1 → 2", "--fresh"), other_run),

@@ -38,7 +38,7 @@ def check(words: Sequence[str], as_json: bool) -> int:
 
         return check_job(words, as_json)
     if not words:
-        raise ConfigError("check what", where="command line", fix="write klimb check DATA model=DIR, or a recipe")
+        raise ConfigError("nothing to see", where="command line", fix="write klimb check DATA model=DIR, or a recipe")
     given = {} if "=" in first and not Path(first).exists() else {"data": first}
     return _check_data(load_config(CheckConfig, given, words[1:] if given else words, "check"), as_json)
 
