@@ -26,7 +26,9 @@ Arguments = Annotated[
     list[str] | None, typer.Argument(metavar="[RECIPE] [KEY=VALUE]...", help="changes to the defaults")
 ]
 Json = Annotated[bool, typer.Option("--json", help="print the result as JSON")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="check and print the resolved config, train nothing")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="two steps in a temporary folder: config, memory, time, files; nothing stays")
+]
 Fresh = Annotated[bool, typer.Option("--fresh", help="delete what an earlier run left in `out` and start anew")]
 
 
@@ -180,9 +182,9 @@ def _method_command(name: str, others: Sequence[str]) -> Any:
 def _stage(
     stage: str, name: str, arguments: Sequence[str], given: Mapping[str, Any], as_json: bool, dry_run: bool, fresh: bool
 ) -> None:
-    from klimb.config import dump_config, load_yaml, plain
+    from klimb.config import load_yaml
     from klimb.runtime import ranks
-    from klimb.stages.registry import preview, run_stage
+    from klimb.stages.registry import run_stage
     from klimb.stages.seeds import configs_by_seed, run_seeds
 
     recipe = None if not arguments or "=" in arguments[0] else Path(arguments[0])
@@ -192,16 +194,12 @@ def _stage(
         values[key] = _only_method(key, method, values.get(key), overrides)
     configs = configs_by_seed(stage, values, overrides, where=str(recipe or "config"))
     seeds, config = [*configs], next(iter(configs.values()))
-    if dry_run:
-        shown = {"config": plain(config), "preview": preview(stage, config)}
-        if as_json:
-            print(json.dumps({**shown, "seeds": seeds}, indent=1, ensure_ascii=False))
-            return
-        print(dump_config(config), end="")
-        for line in [*shown["preview"], *([f"seeds {', '.join(map(str, seeds))}"] if len(seeds) > 1 else [])]:
-            print(f"# {line}")
-        return
     with ranks.process_group():
+        if dry_run:
+            from klimb.commands.dry_run import dry_stage
+
+            dry_stage(stage, configs, name, fresh, _say(as_json), as_json)
+            return
         if len(seeds) > 1:
             summary = run_seeds(stage, configs, name=name, fresh=fresh, say=_say(as_json))
             if ranks.rank() == 0:
@@ -238,17 +236,18 @@ def _anew(fresh: bool, changed: bool) -> bool | Literal["changed"]:
 def _pipeline(
     recipe: str, overrides: Sequence[str], as_json: bool, dry_run: bool, fresh: bool | Literal["changed"]
 ) -> None:
-    from klimb.config import dump_config, load_recipe
+    from klimb.config import load_recipe
     from klimb.runtime import ranks
-    from klimb.stages.pipeline import check_recipe, run_pipeline, with_overrides
+    from klimb.stages.pipeline import run_pipeline, with_overrides
 
     loaded = load_recipe(recipe)
     values = with_overrides(loaded.values, overrides)
-    if dry_run:
-        check_recipe(loaded.name, values)
-        print(json.dumps(values, indent=1, ensure_ascii=False) if as_json else dump_config(values).rstrip())
-        return
     with ranks.process_group():
+        if dry_run:
+            from klimb.commands.dry_run import dry_recipe
+
+            dry_recipe(loaded.name, values, _say(as_json), as_json)
+            return
         summary = run_pipeline(loaded.name, values, fresh=fresh, say=_say(as_json))
         if ranks.rank() != 0:
             return

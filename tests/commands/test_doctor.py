@@ -56,7 +56,7 @@ def test_full_weights_of_a_large_model_do_not_fit_and_lora_does(large: str) -> N
 
 
 def test_a_run_tells_its_plan_before_it_starts(world: World) -> None:
-    shown = klimb("dpo", f"model={world.model}", "data=any.jsonl", "device=cpu", "--dry-run")
+    shown = klimb("dpo", f"model={world.model}", f"data={world.preferences}", "device=cpu", "--dry-run")
     assert [line for line in shown.out.splitlines() if line.startswith("# memory: about ")] != []
 
 

@@ -93,6 +93,7 @@ CASES = {
     "klimb grpo optimizer.decay=co": ["constant", "cosine"],
     "klimb rl algorithm=dr": ["dr_grpo"],
     "klimb export lora=": ["merged", "kept"],
+    "klimb check data.jsonl transcripts=": ["text", "chat"],
     "klimb chat runs temp": ["temperature="],
     "klimb sft model=mod": ["models"],
     "klimb run rec": ["recipe.yaml"],

@@ -90,6 +90,19 @@ def doctor(
     raise typer.Exit(int(any(finding.ok is False for finding in findings)))
 
 
+def check(
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="DATA|RECIPE [KEY=VALUE]...", help="data with model=DIR, or what would be trained"),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print the result as JSON")] = False,
+) -> None:
+    """What is wrong with data or a recipe: bad rows, lengths, template, reward, memory, time; fit or not."""
+    from klimb.commands.check import check as look
+
+    raise typer.Exit(look(arguments or [], as_json))
+
+
 def add_to(app: typer.Typer) -> None:
-    for command in (new, chat, export, doctor, schema, completion):
+    for command in (new, check, chat, export, doctor, schema, completion):
         app.command()(command)

@@ -37,9 +37,10 @@ def completion(shell: str, commands: Mapping[str, Any]) -> str:
 
 def _words(name: str, command: Any) -> Words:
     from klimb.commands.chat import ChatConfig
+    from klimb.commands.check_data import CheckConfig
     from klimb.commands.export import ExportConfig
 
-    own: dict[str, Any] = {"chat": ChatConfig, "export": ExportConfig}
+    own: dict[str, Any] = {"chat": ChatConfig, "check": CheckConfig, "export": ExportConfig}
     config = own.get(name) or (config_class(name) if name in STAGES else None)
     flags = [option for parameter in command.params for option in parameter.opts if option.startswith("--")]
     about = (command.help or "").splitlines()[0]

@@ -47,7 +47,7 @@ class BadRows(DataError):
     """Rows that cannot be used, each with its reason. The first line of the text stands alone."""
 
     def __init__(self, source: str, problems: list[Problem], total: int) -> None:
-        self.problems = problems
+        self.problems, self.rows = problems, total
         if len(problems) == total > 1 and len({problem.reason for problem in problems}) == 1:
             super().__init__(f"none of the {total} rows can be used: each {problems[0].reason}", where=source)
             return

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -122,6 +123,17 @@ def load_preferences(
     )
 
 
+def load_as(
+    kind: Kind, source: Source, renderer: Renderer, *, columns: Mapping[str, str] | None = None,
+    transcripts: Transcripts = "text", progress: Progress | None = None,
+) -> Loaded[Any]:  # fmt: skip
+    """To look at rows of any kind: none is too long, and those that cannot be used are left out. Kept as others are.
+
+    Labels and steps come as examples; how many of them are true stands in the report.
+    """
+    return _load(TASKS[kind], source, renderer, Options(None, columns or {}, "drop", transcripts, True, progress))
+
+
 # --- what each of them does with a row ----------------------------------------------------------------------
 
 
@@ -136,11 +148,19 @@ def _prompt(record: Record, tokens: list[int], id: str, limit: int | None) -> Pr
 
 def _render_examples(renderer: Renderer, kind: Kind, records: list[Record]) -> list[Any]:
     rows, tools = [record.values for record in records], tools_of(records)
-    if kind == "prompt-completion":
+    if kind == "steps":
+        return list(renderer.completions([(values["prompt"], _one_reply(values)) for values in rows], tools))
+    if kind in ("prompt-completion", "labelled"):
         return list(renderer.completions([(values["prompt"], values["completion"]) for values in rows], tools))
     if kind == "messages":
         return list(renderer.conversations([values["messages"] for values in rows], tools))
     return list(renderer.documents([values["text"] for values in rows]))
+
+
+def _one_reply(values: Mapping[str, Any]) -> Text:
+    """The steps of a solution, a line each, in the form of its prompt."""
+    text = "\n".join(values["completions"])
+    return text if isinstance(values["prompt"], str) else [{"role": "assistant", "content": text}]
 
 
 def _example(record: Record, tokens: Tokens, id: str, limit: int | None) -> Example:
@@ -185,6 +205,10 @@ def content_of(record: Record) -> Any:
 PROMPTS = Task(Prompt, (), _render_prompts, lambda r: [r.values["prompt"], r.columns], _prompt, prompts_only=True)
 EXAMPLES = Task(Example, EXAMPLE_KINDS, _render_examples, content_of, _example)
 PREFERENCES = Task(Preference, ("preference",), render_pairs, content_of, preference_of)
+TASKS: Mapping[Kind, Task[Any]] = {
+    "prompt": PROMPTS, "preference": PREFERENCES, **dict.fromkeys(EXAMPLE_KINDS, EXAMPLES),
+    "labelled": replace(EXAMPLES, kinds=("labelled",)), "steps": replace(EXAMPLES, kinds=("steps",)),
+}  # fmt: skip
 
 
 def check_length(what: str, length: int, limit: int | None) -> None:
@@ -213,6 +237,8 @@ class Preparation(Generic[Item]):
         self._good = 0
         self._problems: list[Problem] = []
         self._spelled_out = (0, "")
+        self._labels: Counter[str] = Counter()
+        self._columns: dict[str, None] = {}
 
     def pieces(self) -> Iterator[list[Item]]:
         """Raises BadRows or DataError, at the end also for single rows, where they may not be dropped."""
@@ -249,10 +275,16 @@ class Preparation(Generic[Item]):
             except (BadRow, RenderError) as error:
                 self._problems.append(Problem.of(each.where, error))
             self._look_for_control(each)
+            self._columns |= dict.fromkeys(each.columns)
+            labels = each.values.get("labels", [each.values.get("label")])
+            self._labels.update("true" if label else "false" for label in labels if label is not None)
         return items
 
     def _look_for_control(self, record: Record) -> None:
-        texts: list[Text] = [value for value in record.values.values() if isinstance(value, str | list)]
+        texts: list[Text] = [
+            text for name, value in record.values.items() if name not in ("label", "labels")
+            for text in (value if name == "completions" else [value])
+        ]  # fmt: skip
         literal = next((name for text in texts if (name := self._renderer.control_string(text))), None)
         if literal:
             count, first = self._spelled_out
@@ -269,6 +301,8 @@ class Preparation(Generic[Item]):
             "rows": self._good + len(self._problems),
             "dropped": [list(problem) for problem in self._problems],
             "notes": [said] if count else [],
+            "labels": dict(self._labels),
+            "columns": [*self._columns],
         }
 
 
@@ -326,7 +360,10 @@ def _loaded(base: Base[Item], note: Mapping[str, Any], source: str, cache: str =
     notes = [text.replace(f"at {note['source']}", f"at {source}") for text in note["notes"]]
     repeats = int((copies > 1).sum())
     lengths = items.lengths()
-    report = Report(source, note["type"], note["rows"], len(items), dropped, lengths, notes, repeats, cache)
+    report = Report(
+        source, note["type"], note["rows"], len(items), dropped, lengths, notes, repeats, cache,
+        labels=note["labels"], columns=note["columns"],
+    )  # fmt: skip
     return Loaded(items, report, note["conversational"])
 
 

@@ -29,6 +29,10 @@ class Report:
     cache: str = ""
     parts: list[tuple[Report, float]] = field(default_factory=list)
     """Of a mixture: its sources with their weights."""
+    labels: dict[str, int] = field(default_factory=dict)
+    """How many are true and how many false, where rows (or their steps) have labels."""
+    columns: list[str] = field(default_factory=list)
+    """What rows hold beside the columns of their type."""
 
     def spread(self, name: str) -> tuple[int, int, int]:
         """(min, median, max)"""

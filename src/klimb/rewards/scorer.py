@@ -26,6 +26,8 @@ FIRST_ROWS = 100
 """The accepted share of failures is taken of at least so many rows, so that one early failure stops no run.
 """
 DRY_ROWS = 8
+COMPARED_ROWS = 64
+"""Whose reference answers are held against those of others."""
 REFERENCES = ("answer", "solution", "reference", "completion", "label")
 """Columns that a dry run takes as plausible completions, the first that is there."""
 
@@ -198,14 +200,8 @@ def dry_run(reward: Reward, prompts: Sequence[Prompt]) -> DryRun:
     Raises RewardError where a row fails; None is accepted as long as it is not the score of all rows.
     """
     prompts = list(prompts)[:DRY_ROWS]
-    texts = [_plausible(prompt) for prompt in prompts]
-    samples = [
-        Sample(prompt.id, index=0, segments=[], finish="stop", text=text) for prompt, text in zip(prompts, texts)
-    ]
-    columns = columns_of(prompts, samples)
-    columns["completion_ids"] = [list(range(len(plain_text(text).split()))) for text in texts]
-    columns["completion_tokens"] = [len(ids) for ids in columns["completion_ids"]]
-    scores = audited(reward([prompt.text for prompt in prompts], texts, columns), len(prompts))
+    texts = [_as_completion(prompt, _reference(prompt) or "test") for prompt in prompts]
+    scores = _scores_of(reward, prompts, texts)
     for failure in scores.failures[:1]:
         raise RewardError(
             f"{failure.reason} in the dry run on {len(prompts)} rows",
@@ -221,9 +217,43 @@ def dry_run(reward: Reward, prompts: Sequence[Prompt]) -> DryRun:
     return DryRun([_short(prompt.text) for prompt in prompts], [plain_text(text) for text in texts], scores)
 
 
-def _plausible(prompt: Prompt) -> Text:
+def distributions(reward: Reward, prompts: Sequence[Prompt]) -> dict[str, Scores]:
+    """What the reward gives to reference answers, to those of other prompts, and to nothing; of the prompts that have
+    one, the first. Empty where none has."""
+    answered = [(prompt, text) for prompt in prompts if (text := _reference(prompt)) is not None][:COMPARED_ROWS]
+    asked, texts = [prompt for prompt, _ in answered], [text for _, text in answered]
+    if not asked:
+        return {}
+    others = [next((text for text in texts[row + 1 :] + texts[:row] if text != own), None)
+              for row, own in enumerate(texts)]  # fmt: skip
+    kinds: dict[str, list[tuple[Prompt, str]]] = {
+        "reference answers": answered,
+        "shuffled answers": [(prompt, text) for prompt, text in zip(asked, others) if text is not None],
+        "empty answers": [(prompt, "") for prompt in asked],
+    }
+    return {
+        kind: _scores_of(reward, [prompt for prompt, _ in pairs], [_as_completion(*pair) for pair in pairs])
+        for kind, pairs in kinds.items() if pairs
+    }  # fmt: skip
+
+
+def _scores_of(reward: Reward, prompts: Sequence[Prompt], texts: Sequence[Text]) -> Scores:
+    """Of completions that nobody sampled: a word counts as a token."""
+    samples = [
+        Sample(prompt.id, index=0, segments=[], finish="stop", text=text) for prompt, text in zip(prompts, texts)
+    ]
+    columns = columns_of(prompts, samples)
+    columns["completion_ids"] = [list(range(len(plain_text(text).split()))) for text in texts]
+    columns["completion_tokens"] = [len(ids) for ids in columns["completion_ids"]]
+    return audited(reward([prompt.text for prompt in prompts], list(texts), columns), len(prompts))
+
+
+def _reference(prompt: Prompt) -> str | None:
     answers = (prompt.columns[name] for name in REFERENCES if isinstance(prompt.columns.get(name), str | int | float))
-    text = str(next(answers, "test"))
+    return next((str(answer) for answer in answers), None)
+
+
+def _as_completion(prompt: Prompt, text: str) -> Text:
     return text if isinstance(prompt.text, str) else [{"role": "assistant", "content": text}]
 
 

@@ -48,10 +48,7 @@ def take(path: Path) -> tuple[TextIO, str | None]:
     OSError when it cannot be written.
     """
     path.mkdir(parents=True, exist_ok=True)
-    names = {file.name for file in path.iterdir() if not file.name.startswith(durable.TEMPORARY)}
-    if "manifest.json" not in names and (foreign := sorted(names - _BEFORE_MANIFEST)):
-        shown = ", ".join(foreign[:3]) + (", …" if len(foreign) > 3 else "")
-        raise RunError("is not a run directory", where=path, why=f"it holds {shown}", fix="choose another out")
+    refuse_foreign(path)
     lock = (path / "lock").open("a+", encoding="utf-8")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -67,6 +64,14 @@ def take(path: Path) -> tuple[TextIO, str | None]:
     lock.write(str(os.getpid()))
     lock.flush()
     return lock, predecessor
+
+
+def refuse_foreign(path: Path) -> None:
+    """Raises RunError where a directory holds something else than a run."""
+    names = {file.name for file in path.iterdir() if not file.name.startswith(durable.TEMPORARY)}
+    if "manifest.json" not in names and (foreign := sorted(names - _BEFORE_MANIFEST)):
+        shown = ", ".join(foreign[:3]) + (", …" if len(foreign) > 3 else "")
+        raise RunError("is not a run directory", where=path, why=f"it holds {shown}", fix="choose another out")
 
 
 def read(path: Path) -> dict[str, Any] | None:

@@ -90,18 +90,13 @@ class Run:
         and OtherRun when it belongs to another config; with `fresh` what a run left there is deleted first. A
         run that failed before its first step (a missing file, a mistake in a reward) stands in nobody's way.
         """
-        hashes = {key: manifest.fingerprint(key, value) for key, value in inputs.items()}
-        identity = config_hash(config, hashes)
-        path = Path(out) if out else Path("runs") / f"{name}-{identity[:8]}"
+        path, identity, hashes = _place(out, config, inputs, name)
         previous = None if out or path.exists() else manifest.most_recent(path.parent, name)
         with durable.explained("cannot write the run directory", path, fix="choose another out"):
             lock, cut_off = manifest.take(path)
             try:
                 facts = manifest.read(path)
-                other = facts is not None and facts["identity"] != identity
-                if other and not (fresh or manifest.is_untouched(path)):
-                    changes = "; ".join(manifest.differences(path, config, hashes))
-                    raise OtherRun(path, changes, fix="start it again here with --fresh, or choose another out")
+                other = _is_other(path, facts, identity, config, hashes, fresh)
                 if other and fresh == "changed":
                     changes = "; ".join(manifest.differences(path, config, hashes))
                     say(f"{path}: started anew, what it held is deleted: {changes}")
@@ -119,6 +114,24 @@ class Run:
             changes = "; ".join(manifest.differences(previous, config, hashes))
             say(f"{path}: a new run, it differs from {previous.name}: {changes}")
         return run
+
+    @staticmethod
+    def look(
+        out: str | Path | None, config: BaseModel | Mapping[str, Any], inputs: Inputs, *, name: str,
+        fresh: Fresh = False,
+    ) -> tuple[Path, str]:  # fmt: skip
+        """Where `open` would make the run, and what it would find there; nothing is written. Raises as it does."""
+        path, identity, hashes = _place(out, config, inputs, name)
+        if not path.exists():
+            return path, "new"
+        with durable.explained("cannot write the run directory", path, fix="choose another out"):
+            manifest.refuse_foreign(path)
+        facts = manifest.read(path)
+        if facts is None:
+            return path, "new"
+        if _is_other(path, facts, identity, config, hashes, fresh) or fresh is True:
+            return path, "anew, what it holds is deleted"
+        return path, "finished before" if (path / "result.json").exists() else "continued"
 
     @classmethod
     def follow(cls, path: Path, facts: dict[str, Any], say: Callable[[str], None] = _print_aside) -> Self:
@@ -285,6 +298,28 @@ class Run:
             if line.endswith(b"\n") and wanted(row):
                 kept.append(line)
         self._replace(name, b"".join(kept))
+
+
+def _place(
+    out: str | Path | None, config: BaseModel | Mapping[str, Any], inputs: Inputs, name: str
+) -> tuple[Path, str, dict[str, str]]:
+    """The directory of a run, what it is known by, and the hashes of its inputs."""
+    hashes = {key: manifest.fingerprint(key, value) for key, value in inputs.items()}
+    identity = config_hash(config, hashes)
+    return Path(out) if out else Path("runs") / f"{name}-{identity[:8]}", identity, hashes
+
+
+def _is_other(
+    path: Path, facts: Mapping[str, Any] | None, identity: str, config: BaseModel | Mapping[str, Any],
+    hashes: Mapping[str, str], fresh: Fresh,
+) -> bool:  # fmt: skip
+    """Does `path` hold a run of another config or input? Raises OtherRun where it must stay as it is."""
+    if facts is None or facts["identity"] == identity:
+        return False
+    if not (fresh or manifest.is_untouched(path)):
+        changes = "; ".join(manifest.differences(path, config, hashes))
+        raise OtherRun(path, changes, fix="start it again here with --fresh, or choose another out")
+    return True
 
 
 def _writing(path: Path) -> AbstractContextManager[None]:

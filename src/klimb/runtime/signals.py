@@ -10,12 +10,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 
+from klimb.runtime.rehearsal import Rehearsal
+
 
 @dataclass
 class Interrupt:
     """The loop reads `requested` at the border between two steps."""
 
     requested: bool = False
+    rehearsal: Rehearsal | None = None
+    """Of a dry run, which leaves by itself."""
 
 
 @contextmanager

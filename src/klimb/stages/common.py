@@ -26,11 +26,13 @@ from klimb.data.store import Chosen, Item
 from klimb.errors import ConfigError, Interrupted
 from klimb.models.load import LoRA, resolve_device, resolve_dtype, without_bfloat16
 from klimb.models.packing import Budget
+from klimb.rollout.engine import Request
 from klimb.runtime import checkpoint
 from klimb.runtime.learner import LEARNING_RATES, Learner, Optimizer, Stage
 from klimb.runtime.memory import available
 from klimb.runtime.plan import Work
 from klimb.runtime.ranks import gather, rank, share
+from klimb.runtime.rehearsal import FEW
 from klimb.runtime.run import Run
 from klimb.runtime.signals import Interrupt
 from klimb.stages.given import Data
@@ -261,14 +263,27 @@ class Session:
         """The numbers of the steps that are left; events carry that of the step in progress."""
         if self.live is not None:
             self.live.begin(self.live.name, done=start, total=total)
+        rehearsal = self.interrupt.rehearsal
         for step in range(start + 1, total + 1):
+            if rehearsal is not None and rehearsal.enough(total):
+                return
             self.run.step = step
             yield step
 
-    def sampling(self, purpose: str) -> None:
-        """Samples are drawn outside the steps, to measure or to keep them."""
+    @contextmanager
+    def sampling(self, purpose: str, requests: list[Request]) -> Iterator[list[Request]]:
+        """Samples are drawn outside the steps, to measure or to keep them; in a dry run a part of them."""
         if self.live is not None:
             self.live.begin(self.live.name if purpose == self.live.name else f"{self.live.name}: {purpose}")
+        if self.interrupt.rehearsal is None:
+            yield requests
+            return
+        with self.interrupt.rehearsal.part(requests) as some:
+            yield some
+
+    def at_the_end(self, items: Chosen[Item]) -> Chosen[Item]:
+        """What a stage goes through when it has trained; in a dry run a few of them."""
+        return items if self.interrupt.rehearsal is None else items.part(np.arange(min(FEW, len(items))))
 
     @property
     def on_tokens(self) -> Callable[[int], None] | None:

@@ -101,13 +101,14 @@ class Judges:
         """Groups of the measurement's prompts with proxy (`score`) and, as a component, gold."""
         params = SamplingParams(self.config.max_tokens, self.loaded.stop_tokens(self.prompts), self.config.temperature)
         engine = local_engine(policy, self.loaded, self.prompts, on_tokens=self.session.on_tokens, say=self.session.say)
-        self.session.sampling(purpose)
         seed = stream_seed(self.seed, purpose)
-        groups = generate(engine, [Request(p, self.config.samples_per_prompt, params, seed) for p in self.prompts])
-        if self.proxy is not None:
-            Scorer(self.proxy, min_scored=1, on_event=self._event).score(groups)
-        if self.gold is not None:
-            add_gold(self.gold, groups, self._event)
+        wanted = [Request(p, self.config.samples_per_prompt, params, seed) for p in self.prompts]
+        with self.session.sampling(purpose, wanted) as requests:
+            groups = generate(engine, requests)
+            if self.proxy is not None:
+                Scorer(self.proxy, min_scored=1, on_event=self._event).score(groups)
+            if self.gold is not None:
+                add_gold(self.gold, groups, self._event)
         return groups
 
     def evaluate(self, policy: Policy, reference: Policy, purpose: str) -> dict[str, Any]:

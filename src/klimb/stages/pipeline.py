@@ -6,7 +6,7 @@ import importlib
 import json
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -126,17 +126,11 @@ def run_seed(
     name: str, values: Mapping[str, Any], seed: int, folder: Path, *, fresh: Fresh, say: Callable[[str], None]
 ) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
-    results: dict[str, dict[str, Any]] = {"recipe": {"data": values.get("data"), "seed": seed}}
-    if "world" in values:
-        spec = resolve_references(values["world"], results, name)
-        results["world"] = share(prepare_world(spec, folder / "world", seed, say) if rank() == 0 else None)
+    results: dict[str, dict[str, Any]] = {}
     finished: dict[str, dict[str, Any]] = {}
-    for stage, settings in values["stages"].items():
-        say(f"─ {stage}")
-        resolved = resolve_references(settings, results, f"{name}: stages.{stage}")
-        config = _stage_config(name, stage, resolved, values, seed)
+    for stage, kind, config in stages_of(name, values, seed, folder, results, say):
         try:
-            finished[stage] = run_stage(settings["stage"], config, name=stage, out=folder / stage, fresh=fresh, say=say)
+            finished[stage] = run_stage(kind, config, name=stage, out=folder / stage, fresh=fresh, say=say)
         except OtherRun as error:
             fix = f"{_what_changed_does(stage, values['stages'])}; --fresh restarts all; or choose another out"
             raise OtherRun(error.path, error.changes, fix) from None
@@ -149,6 +143,21 @@ def run_seed(
     _write_json(folder / "replies.json", replies(finished, results.get("world", {})))
     _report(folder, values)
     return summary
+
+
+def stages_of(
+    name: str, values: Mapping[str, Any], seed: int, folder: Path, results: dict[str, dict[str, Any]],
+    say: Callable[[str], None],
+) -> Iterator[tuple[str, str, Any]]:  # fmt: skip
+    """(name, kind, config) of one stage after the other; what a stage found has to be in `results` before the next."""
+    results["recipe"] = {"data": values.get("data"), "seed": seed}
+    if "world" in values:
+        spec = resolve_references(values["world"], results, name)
+        results["world"] = share(prepare_world(spec, folder / "world", seed, say) if rank() == 0 else None)
+    for stage, settings in values["stages"].items():
+        say(f"─ {stage}")
+        resolved = resolve_references(settings, results, f"{name}: stages.{stage}")
+        yield stage, settings["stage"], _stage_config(name, stage, resolved, values, seed)
 
 
 def _what_changed_does(stage: str, stages: Mapping[str, Any]) -> str:

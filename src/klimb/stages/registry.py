@@ -52,7 +52,7 @@ def run_stage(
 ) -> dict[str, Any]:  # fmt: skip
     """Run one stage, or continue it, or return what it found before. The result names its run directory."""
     module = importlib.import_module(STAGES[stage][0])
-    with _open(out or config.out, config, name, fresh, say) as run:
+    with open_run(out or config.out, config, name, fresh, say) as run:
         if (result := share(run.result)) is not None:
             say(f"{run.path}: finished before, nothing has changed")
             return {**result, "run": str(run.path)}
@@ -70,7 +70,7 @@ def run_stage(
         return {**result, "run": str(run.path)}
 
 
-def _open(out: str | Path | None, config: Any, name: str, fresh: Fresh, say: Callable[[str], None]) -> Run:
+def open_run(out: str | Path | None, config: Any, name: str, fresh: Fresh, say: Callable[[str], None]) -> Run:
     """Rank 0 takes the directory, the others look on."""
     run = None
     if rank() == 0:

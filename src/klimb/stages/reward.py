@@ -116,6 +116,7 @@ def train(config: RewardConfig, run: Run, interrupt: Interrupt, say: Any) -> dic
     if reached is not None:
         say(f"stopped at step {reached}: the wanted accuracy is reached")
 
+    held_out, training = session.at_the_end(held_out), session.at_the_end(training)
     accuracy = _accuracy(model, held_out, session.scoring).result() if held_out else None
     if accuracy is not None and accuracy < config.min_accuracy:
         raise RewardError(
@@ -154,7 +155,7 @@ def _normalisation(
         from klimb.stages.sft import batch_of as examples_batch
 
         examples = session.read(load_examples, config.reference, config, renderer, max_length, "reference")
-        batch = examples_batch(examples.items)
+        batch = examples_batch(session.at_the_end(examples.items))
     scores = reward_scores(model, batch, budget=session.scoring).double()
     std = float(scores.std())
     if not std > 0:

@@ -74,11 +74,11 @@ def train(config: SampleConfig, run: Run, interrupt: Interrupt, say: Any) -> dic
     )  # fmt: skip
     seed = stream_seed(config.seed, "sample")
     engine = local_engine(loaded.policy, loaded, data.items, on_tokens=session.on_tokens, say=session.say)
-    session.sampling("sample")
-    groups = generate(engine, [Request(p, config.samples_per_prompt, params, seed) for p in data.items])
-    if config.reward is not None:
-        reward = open_reward(config.reward, session, loaded.renderer)
-        Scorer(reward, min_scored=1, on_event=lambda event: run.event(**event)).score(groups)
+    with session.sampling("sample", [Request(p, config.samples_per_prompt, params, seed) for p in data.items]) as asked:
+        groups = generate(engine, asked)
+        if config.reward is not None:
+            reward = open_reward(config.reward, session, loaded.renderer)
+            Scorer(reward, min_scored=1, on_event=lambda event: run.event(**event)).score(groups)
     result: dict[str, Any] = {"samples": _write(run.path / "samples.jsonl", _rows(groups))}
     if config.pairs:
         pairs = list(comparisons(groups, config.label_noise, random.Random(stream_seed(config.seed, "labels"))))

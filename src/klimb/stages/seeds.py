@@ -66,12 +66,20 @@ def run_seeds(
 
 
 def _root_of_stage(name: str, configs: Mapping[int, Any], say: Callable[[str], None]) -> Path:
+    return open_root(name, _shared(configs), say, _hashes(configs))
+
+
+def place_of_seeds(name: str, configs: Mapping[int, Any]) -> Path:
+    """Where `run_seeds` would put them. Raises RunError where a run of one seed lies."""
+    return place_of(name, _shared(configs), _hashes(configs))
+
+
+def _hashes(configs: Mapping[int, Any]) -> dict[str, str]:
     config = next(iter(configs.values()))
     if config.out and (Path(config.out) / "manifest.json").exists():
         raise RunError("holds a run of one seed", where=config.out, fix="choose another out for several")
     inputs = inputs_of(config, *code_files(config))
-    hashes = {key: manifest.fingerprint(key, source) for key, source in inputs.items()}
-    return open_root(name, _shared(configs), say, hashes)
+    return {key: manifest.fingerprint(key, source) for key, source in inputs.items()}
 
 
 def _shared(configs: Mapping[int, Any]) -> dict[str, Any]:
@@ -81,9 +89,8 @@ def _shared(configs: Mapping[int, Any]) -> dict[str, Any]:
 def open_root(
     name: str, values: Mapping[str, Any], say: Callable[[str], None], hashes: Mapping[str, str] | None = None
 ) -> Path:
-    """The directory of all seeds: `out`, else one for these values and inputs, whatever their seeds."""
-    identity = config_hash({key: value for key, value in values.items() if key != "seed"}, hashes)
-    root = Path(values.get("out") or f"runs/{name}-{identity[:8]}")
+    """The directory of all seeds, made where there is none."""
+    root = place_of(name, values, hashes)
     previous = None
     if not (values.get("out") or root.exists()):
         previous = manifest.most_recent(root.parent, name, holding="config.yaml")
@@ -95,6 +102,12 @@ def open_root(
         if not (root / "config.yaml").exists():
             keep_config(root, values)
     return root
+
+
+def place_of(name: str, values: Mapping[str, Any], hashes: Mapping[str, str] | None = None) -> Path:
+    """`out`, else a directory for these values and inputs, whatever their seeds."""
+    identity = config_hash({key: value for key, value in values.items() if key != "seed"}, hashes)
+    return Path(values.get("out") or f"runs/{name}-{identity[:8]}")
 
 
 def keep_config(root: Path, values: Mapping[str, Any]) -> None:

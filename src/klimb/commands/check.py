@@ -1,0 +1,189 @@
+"""`klimb check`: what is wrong with data or a recipe, before it costs time; the exit code says whether it is fit."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from klimb.commands.check_data import (
+    SHOWN,
+    CheckConfig,
+    Held,
+    balance,
+    first_good,
+    holds_transcripts,
+    in_characters,
+    in_tokens,
+    quantiles,
+    write_problems,
+)
+from klimb.commands.check_data import reasons as reasons_of
+from klimb.config import load_config, shipped_recipes
+from klimb.data.formats import BadRows, Problem
+from klimb.errors import ConfigError, did_you_mean
+
+_WIDTH = 14
+
+
+def check(words: Sequence[str], as_json: bool) -> int:
+    """words: data or a recipe, or a training command as it is typed; then key=value. Returns the exit code.
+
+    Raises KlimbError where there is nothing to look at.
+    """
+    first = words[0] if words else ""
+    if _is_job(first):
+        from klimb.commands.check_recipe import check_job
+
+        return check_job(words, as_json)
+    if not words:
+        raise ConfigError("nothing to see", where="command line", fix="write klimb check DATA model=DIR, or a recipe")
+    given = {} if "=" in first and not Path(first).exists() else {"data": first}
+    return _check_data(load_config(CheckConfig, given, words[1:] if given else words, "check"), as_json)
+
+
+def _is_job(word: str) -> bool:
+    """A recipe, or what a training command begins with: its name."""
+    if Path(word).suffix.lower() in (".yaml", ".yml"):
+        return True
+    if (not word.isidentifier() and word not in shipped_recipes()) or Path(word).exists():
+        return False
+    from klimb.objective.algorithms import ALGORITHMS
+    from klimb.objective.preference import PREFERENCE_LOSSES
+    from klimb.stages.registry import STAGES
+
+    known = [*shipped_recipes(), *STAGES, *ALGORITHMS, *PREFERENCE_LOSSES]
+    if word not in known:
+        raise ConfigError(f"no file, recipe or method {word!r}", where="check", fix=did_you_mean(word, known))
+    return True
+
+
+def _check_data(config: CheckConfig, as_json: bool) -> int:
+    from klimb.stages.progress import Preparing, live_line
+
+    live = live_line("check")
+    try:
+        held, further = _looked(config, Preparing("check", live, _aside))
+    except BadRows as error:  # and no good one
+        held, further = Held(config.data, "none", error.rows, 0, error.problems, 0, 0, "characters", {}), {}
+    finally:
+        if live is not None:
+            live.close()
+    fit = held.used > 0 and (not held.problems or config.on_bad == "drop")
+    file = write_problems(held.problems, held.source) if len(held.problems) > SHOWN else None
+    if as_json:
+        facts = {**held.facts(), **further, "fit": fit, "bad_rows_file": file and str(file)}
+        print(json.dumps(facts, indent=1, ensure_ascii=False))
+    else:
+        print("\n".join([*_lines(held, file), *_text_lines(further), _verdict(held, fit)]))
+    return int(not fit)
+
+
+def _aside(line: str) -> None:
+    from klimb.stages.common import say_aside
+
+    say_aside(line)
+
+
+def _looked(config: CheckConfig, progress: Any) -> tuple[Held, dict[str, Any]]:
+    kind, first = first_good(config)
+    further: dict[str, Any] = {"transcripts": holds_transcripts(first)}
+    if config.model is None:
+        missed = ["lengths in tokens and what limits cut off", "the chat template", "which tokens are trained on"]
+        return in_characters(config), {**further, "not_looked_at": missed}
+    from klimb.commands.check_text import ends, examples, template_facts
+    from klimb.data.render import Renderer
+    from klimb.models.load import base_of, declared_context, load_tokenizer
+
+    renderer = Renderer(load_tokenizer(config.model))
+    local = Path(base_of(config.model))
+    context = declared_context(config.model) if (local / "config.json").exists() or not local.exists() else None
+    held, loaded = in_tokens(config, kind, renderer, context, progress)
+    chat = loaded.conversational or renderer.tokenizer.chat_template
+    return held, {
+        **further,
+        "ends": ends(loaded.items, renderer, loaded.conversational),
+        "template": template_facts(renderer) if chat else {},
+        "examples": [{"row": row, "text": text} for row, text in examples(loaded.items, renderer)],
+    }
+
+
+# In lines -------------------------------------------------------------------------------------------------------------
+
+
+def _lines(held: Held, file: Path | None) -> Iterator[str]:
+    yield f"{held.source}: {held.rows:,} rows, {held.type}; {held.used:,} can be read"
+    yield from bad_lines(held.problems, file)
+    if held.used:
+        yield _line("repeats", f"{held.repeats:,} rows repeat an earlier one exactly; {held.prompts:,} prompts differ")
+    if held.columns:
+        yield _line("columns", f"{', '.join(held.columns)}: reach a reward function by their names")
+    if held.lengths:
+        yield from _table(held)
+    for what, (over, most) in held.limits.items():
+        share = over / max(held.used, 1)
+        yield _line("over the limit", f"{over:,} {what} ({share:.2%}) have more than {most:,} tokens")
+    if shares := balance(held):
+        yield _line("balance", ", ".join(f"{what}: {share:.1%}" for what, share in shares.items()))
+    yield from (_line("note", note) for note in held.notes)
+    if held.cache:
+        yield _line("cache", held.cache)
+
+
+def bad_lines(problems: Sequence[Problem], file: Path | None) -> Iterator[str]:
+    """How many, why, and the first of them."""
+    if not problems:
+        yield _line("bad rows", "none")
+        return
+    why = "; ".join(f"{count:,} × {reason}" for reason, count in list(reasons_of(problems).items())[:8])
+    yield _line("bad rows", f"{len(problems):,}: {why}")
+    yield from (f"  {problem}" for problem in problems[:SHOWN])
+    if file is not None:
+        yield f"  and {len(problems) - SHOWN:,} more; all of them are in {file}"
+
+
+def _table(held: Held) -> Iterator[str]:
+    rows = {part: quantiles(lengths) for part, lengths in held.lengths.items() if len(lengths)}
+    for number, (part, values) in enumerate(rows.items()):
+        if number == 0:
+            yield _line(held.unit, "  ".join(f"{name:>7}" for name in values))
+        yield _line(f"  {part}", "  ".join(f"{value:>7,}" for value in values.values()))
+
+
+def _text_lines(found: Mapping[str, Any]) -> Iterator[str]:
+    if counts := found.get("ends"):
+        told = [f"{count:,} {what}" for what, count in counts.items() if what != "rows" and count]
+        twice = "" if counts["begin with two"] or counts["end with two"] else "none has one of them twice"
+        yield _line("BOS and EOS", f"of the first {counts['rows']:,} rows {', '.join([*told, twice]).rstrip(', ')}")
+    for what, does in found.get("template", {}).items():
+        yield _line("chat template", f"{what}: {does}")
+    if found.get("examples"):
+        yield from _example_lines(found["examples"])
+    if found.get("transcripts"):
+        how = "these are transcripts of Human: and Assistant: turns; transcripts=chat makes messages of them"
+        yield _line("note", how)
+    if missed := found.get("not_looked_at"):
+        yield _line("not looked at", f"{', '.join(missed)}: add model=DIR, a Hugging Face directory or hub name")
+
+
+def _example_lines(examples: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    from klimb.commands.check_text import in_colour, shown
+
+    colour = in_colour()
+    yield _line("examples", "what is trained on is green" if colour else "what is trained on stands between ⟦ and ⟧")
+    for example in examples:
+        yield f"── {example['row']}"
+        yield from (f"  {line}" for line in shown(example["text"], colour).split("\n"))
+
+
+def _verdict(held: Held, fit: bool) -> str:
+    if fit:
+        return f"fit to train on{f', {len(held.problems):,} rows left out' if held.problems else ''}"
+    if not held.used:
+        return "not fit to train on: no row can be used"
+    return f"not fit to train on: {len(held.problems):,} bad rows stop a run; mend them, or set on_bad=drop"
+
+
+def _line(name: str, text: str) -> str:
+    return f"{name:{_WIDTH}} {text}"
