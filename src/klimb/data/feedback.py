@@ -6,7 +6,8 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
-from klimb.data.kinds import CHECKS, Kind, OnBad, Record, Table, read_table
+from klimb.data.checks import CHECKS
+from klimb.data.kinds import Kind, OnBad, Record, Table, read_table
 from klimb.data.load import (
     PREFERENCES,
     Options,
@@ -21,9 +22,9 @@ from klimb.data.load import (
     tools_of,
 )
 from klimb.data.mix import parts_of
-from klimb.data.readers import BadRow, Source
 from klimb.data.render import Renderer, Tokens
 from klimb.data.report import Loaded
+from klimb.data.source import BadRow, Source
 from klimb.data.template import RenderError
 from klimb.errors import DataError
 from klimb.types import Labelled, Preference

@@ -131,7 +131,7 @@ def load_as(
 
     Labels and steps come as examples; how many of them are true stands in the report.
     """
-    return _load(TASKS[kind], source, renderer, Options(None, columns or {}, "drop", transcripts, True, progress))
+    return load_task(TASKS[kind], source, renderer, Options(None, columns or {}, "drop", transcripts, True, progress))
 
 
 # --- what each of them does with a row ----------------------------------------------------------------------
