@@ -333,7 +333,7 @@ CASES: dict[str, list[Bad]] = {
         Bad("a chat template that reaches into Python", "SFT model=broken data=bad.jsonl", ("broken", "__class__"), template("{{ ''.__class__.__mro__ }}" + TURNS), foreign=True),
         Bad("a chat template that raises", "SFT model=broken data=bad.jsonl", ("broken", "not today"), template("{{ raise_exception('not today') }}" + TURNS)),
         Bad("a chat template that is none", "SFT model=broken data=bad.jsonl", ("broken", "chat template"), template("{% for %}"), foreign=True),
-        Bad("a chat template that drops turns", "SFT model=broken data=bad.jsonl", ("bad.jsonl:1", "chat template", "message 0"), template(TURNS.replace("messages", "messages[-1:]"))),
+        Bad("a chat template that drops turns", "SFT model=broken data=bad.jsonl", ("bad.jsonl:1", "chat template"), template(TURNS.replace("messages", "messages[-1:]"))),
         Bad("a tokenizer without an end of text", "SFT model=broken", ("EOS",), without_eos),
         Bad("a critic that is no model", "PPO critic.model=empty", ("model=empty",), empty),
         Bad("a reward model that is no model", "GRPO reward=empty", ("model=empty",), empty),
