@@ -286,10 +286,10 @@ def table_of_text(file: File, rows: list[Row], draw: random.Random, huge: bool) 
             line = b'"a"b' + line
         if fault == "empty line":
             data, number = data + end.encode(), number + 1
-        bad = fault not in ("", "empty line") and bool(line.strip())
-        if line.strip():
+        bad = fault not in ("", "empty line")
+        if line.strip():  # no cells at all are an empty line
             file.verdicts[f"{file.path}:{number}"] = "bad" if bad else "good"
-        file.good += [] if bad else [dict(zip(names, cells))]
+            file.good += [] if bad else [dict(zip(names, cells))]
         file.faults += [fault] if fault else []
         data, number = data + line, number + line.count(b"\n")
         if fault == "quote":  # what it takes with it depends on the quotes that follow

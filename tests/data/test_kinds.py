@@ -145,7 +145,7 @@ def test_bad_rows_and_rows_of_no_type_do_not_decide() -> None:
         (("prompt", "answer"), ("prompt-completion",), "{completion: answer}"),
         (("winner", "loser"), ("preference",), "{chosen: winner, rejected: loser}"),
         (("promt", "id"), ("messages", "prompt"), "{prompt: promt}"),
-        (("a", "b"), ("prompt-completion",), "{prompt: question}"),
+        (("a", "b"), ("prompt-completion",), "{prompt: NAME}"),
     ],
 )
 def test_a_file_in_which_nothing_fits_says_what_it_has_and_proposes_names(

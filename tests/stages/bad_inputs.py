@@ -350,7 +350,7 @@ CASES: dict[str, list[Bad]] = {
         Bad("a chat template that reaches into Python", "SFT model=broken data=bad.jsonl", ("broken", "__class__"), template("{{ ''.__class__.__mro__ }}" + TURNS), foreign=True),
         Bad("a chat template that raises", "SFT model=broken data=bad.jsonl", ("broken", "not today"), template("{{ raise_exception('not today') }}" + TURNS)),
         Bad("a chat template that is none", "SFT model=broken data=bad.jsonl", ("broken", "chat template"), template("{% for %}"), foreign=True),
-        Bad("a chat template that drops turns", "SFT model=broken data=bad.jsonl", ("bad.jsonl:1", "chat template", "message 0"), template(TURNS.replace("messages", "messages[-1:]"))),
+        Bad("a chat template that drops turns", "SFT model=broken data=bad.jsonl", ("bad.jsonl:1", "chat template"), template(TURNS.replace("messages", "messages[-1:]"))),
         Bad("a tokenizer without an end of text", "SFT model=broken", ("EOS",), without_eos),
         Bad("Python code of the model's own", "SFT model=broken", ("model=broken", "trust_remote_code=true"), own_code),
         Bad("code from a hub without a commit", "SFT model=some/model trust_remote_code=true", ("some/model", "revision=COMMIT")),

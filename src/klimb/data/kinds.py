@@ -216,7 +216,7 @@ def _renaming(row: Row, wanted: Sequence[Kind]) -> str:
         meant = {column: column if column in names else _meant(column, names) for column in COLUMNS[kind]}
         if all(meant.values()) and len({*meant.values()}) == len(meant):
             return "{" + ", ".join(f"{column}: {name}" for column, name in meant.items() if column != name) + "}"
-    return "{prompt: question}"
+    return f"{{{COLUMNS[wanted[0]][0]}: NAME}}"
 
 
 def _meant(column: str, names: Sequence[str]) -> str | None:

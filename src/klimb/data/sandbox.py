@@ -2,8 +2,9 @@
 
 jinja keeps a template away from Python's insides, and lets it run for ever: loops within loops, macros that call
 themselves, texts that double. Here a turn of a loop and a call are a step each, and filters and operators cost by
-the lengths of their values. It is counted and not timed, so a template ends at the same place in any thread and on any machine.
-Not bounded is what one operation does that is cheap to write down, as printing a list that is nested in itself.
+the lengths of their values. It is counted and not timed, so a template ends at the same place in any thread and on
+any machine. Not bounded is what one operation does that is cheap to write down, as printing a list that holds
+itself many times over.
 """
 
 from __future__ import annotations

@@ -182,10 +182,12 @@ class ChatTemplate:
         except TooManySteps:  # no row's fault, and every row would wait for it
             raise DataError(
                 "the chat template does not end", where=self._model,
-                why=f"more than {STEPS:,} steps for {len(messages)} messages", fix="use another",
+                why=f"{STEPS:,} steps were not enough for one conversation", fix="use another",
             ) from None  # fmt: skip
         except Exception as error:  # a template is a program of somebody else's and raises what it likes
-            raise RenderError("the chat template refuses the conversation", why=one_line(error)) from error
+            raise RenderError(
+                "the chat template refuses the conversation", why=one_line(error), fix="change one or the other"
+            ) from error
         return texts[0], [(start, end) for start, end in spans[0]] if self._marked else []
 
     def asked(self, prompt: Sequence[Message]) -> Written:
