@@ -24,6 +24,6 @@ def execute(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ["PYTHONWARNINGS"] = "ignore:IProgress not found"  # tqdm's, where there are no ipywidgets
     for name in sys.argv[1:]:
         execute(Path(name))

@@ -65,6 +65,7 @@ def test_samples_are_those_of_a_step(found: Result) -> None:
     assert {row["step"] for row in first} == {1}
     assert len(first) == 48
     assert all(row["score"] == len(row["completion"]) for row in first)
+    assert isinstance(last[0]["prompt"], str)
     assert found["sft"].samples() == []
     with pytest.raises(FileNotFoundError):
         found["grpo"].samples(9)

@@ -133,16 +133,17 @@ class InPlace:
     stage that it is about."""
 
     def __init__(self) -> None:
-        from IPython.display import display  # whoever calls this runs in it
-
-        self._update = display(self._shown("…"), raw=True, display_id=True).update
+        self._update: Callable[..., None] | None = None
         self._stage = ""
 
     def __call__(self, line: str) -> None:
         if line.startswith("─"):
             self._stage = line.strip("─ ")
-        elif rank() == 0:
-            self._update(self._shown(f"{self._stage}: {line.strip()}"), raw=True)
+            return
+        shown = {"text/plain": f"{self._stage}: {line.strip()}".splitlines()[0][:200]}
+        if self._update is not None:
+            self._update(shown, raw=True)
+        else:
+            from IPython.display import display  # whoever calls this runs in it
 
-    def _shown(self, text: str) -> dict[str, str]:
-        return {"text/plain": text.splitlines()[0][:200]}
+            self._update = display(shown, raw=True, display_id=True).update

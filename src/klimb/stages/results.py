@@ -66,14 +66,18 @@ class StageResult:
         return self._lines("events.jsonl")
 
     def samples(self, step: int | None = None) -> list[dict[str, Any]]:
-        """Every completion of a step (None: the last one), with its prompt, tokens and scores; messages as JSON.
+        """Every completion of a step (None: the last one), with its prompt, tokens and scores.
 
         Empty where the stage keeps none. Raises FileNotFoundError for a step that there was not.
         """
         files = sorted((self.path / "samples").glob("step-*.parquet"))
         if step is not None:
             files = [self.path / "samples" / f"step-{step:06d}.parquet"]
-        return pyarrow.parquet.read_table(files[-1]).to_pylist() if files else []
+        rows: list[dict[str, Any]] = pyarrow.parquet.read_table(files[-1]).to_pylist() if files else []
+        manifest = json.loads((self.path / "manifest.json").read_text())
+        if manifest["decisions"].get("conversational"):  # messages are kept as JSON
+            rows = [{**row, **{key: json.loads(row[key]) for key in ("prompt", "completion")}} for row in rows]
+        return rows
 
     def _lines(self, name: str) -> list[dict[str, Any]]:
         path = self.path / name
