@@ -90,6 +90,10 @@ def doctor(
     raise typer.Exit(int(any(finding.ok is False for finding in findings)))
 
 
+_COMMANDS = (new, chat, export, doctor, schema, completion)
+"""Now: once a file of the same name is imported, the name stands for that."""
+
+
 def add_to(app: typer.Typer) -> None:
-    for command in (new, chat, export, doctor, schema, completion):
+    for command in _COMMANDS:
         app.command()(command)

@@ -191,7 +191,7 @@ def prepare_world(spec: Any, folder: Path, seed: int, say: Callable[[str], None]
         module = importlib.import_module(WORLDS[name])
         prepare, code = module.prepare, str(module.__file__)
     else:
-        raise ConfigError(f"unknown world {name!r}", fix=did_you_mean(name, WORLDS))
+        raise ConfigError(f"unknown world {name!r}", where="world", fix=did_you_mean(name, WORLDS))
     done = folder / "world.json"
     asked = {"name": name, "seed": seed, **options, "content": _content([code, options])}
     if done.is_file():
