@@ -80,8 +80,8 @@ def _fit(differences: Tensor) -> Tensor:
     def loss() -> Tensor:
         optimizer.zero_grad()
         value = softplus(-(differences @ weights)).sum() + _PENALTY / 2 * weights.square().sum()
-        value.backward()  # type: ignore[no-untyped-call]
+        value.backward()
         return value
 
-    optimizer.step(loss)  # type: ignore[arg-type]
+    optimizer.step(loss)
     return weights.detach()
