@@ -13,3 +13,11 @@ def test_the_module_is_the_command() -> None:
     assert klimb("--version") == f"klimb {version('klimb')}\n"
     assert "quickstart" in klimb("--help")
     assert klimb() == klimb("--help")
+
+
+def test_a_command_may_be_imported_before_the_command_line() -> None:
+    """The file of a command has its name, and takes it in the package when it is loaded."""
+    code = "import klimb.commands.new, klimb.commands.export, klimb.cli; klimb.cli.main()"
+    said = subprocess.run([sys.executable, "-c", code, "new", "--help"], capture_output=True, text=True)
+    assert said.returncode == 0, said.stderr[-500:]
+    assert "A folder to begin with" in said.stdout

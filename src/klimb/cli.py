@@ -261,6 +261,7 @@ def _pipeline(
     for row in summary["rows"]:
         if row.get("algorithm"):
             print(f"{row['method']}: {row['algorithm']}")
+    _print_table(summary["accuracies"])
     print(f"summary: {summary['out']}/summary.json\nreport:  {summary['out']}/report.html")
 
 
@@ -281,6 +282,8 @@ def _print_result(result: Mapping[str, Any], as_json: bool) -> None:
     if as_json:
         print(json.dumps(result, indent=1, ensure_ascii=False))
         return
+    from klimb.report.text import cell
+
     evaluation = result.get("evaluation") or {}
     facts = {k: v for k, v in {**result, **evaluation}.items() if isinstance(v, str | int | float) and v != ""}
     for key in (
@@ -297,7 +300,7 @@ def _print_result(result: Mapping[str, Any], as_json: bool) -> None:
         "run",
     ):
         if key in facts:
-            print(f"{key:10} {_cell(facts[key])}")
+            print(f"{key:10} {cell(facts[key])}")
 
 
 def _print_seeds(summary: Mapping[str, Any], as_json: bool) -> None:
@@ -316,20 +319,10 @@ def _print_seeds(summary: Mapping[str, Any], as_json: bool) -> None:
 
 
 def _print_table(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Plain columns: they survive a pipe, a log and NO_COLOR."""
-    if not rows:
-        return
-    names = list(rows[0])
-    cells = [[_cell(row.get(name)) for name in names] for row in rows]
-    widths = [max(len(name), *(len(line[i]) for line in cells)) for i, name in enumerate(names)]
-    for line in [names, *cells]:
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+    from klimb.report.text import columns
 
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return "–"
-    return f"{value:.3f}" if isinstance(value, float) else str(value)
+    if rows:
+        print(columns(rows))
 
 
 def main() -> None:

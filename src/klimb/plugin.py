@@ -26,7 +26,7 @@ def load_attribute(reference: str) -> Any:
     path, name = _split(reference)
     module = _module(path)
     if not hasattr(module, name):
-        own = (key for key in vars(module) if not key.startswith("_"))
+        own = (key for key, value in vars(module).items() if not (key.startswith("_") or isinstance(value, ModuleType)))
         raise unknown_name(f"{reference}: the file has no", name, own)
     return getattr(module, name)
 

@@ -108,8 +108,10 @@ def test_every_figure_of_a_card_is_the_runs(runs: dict[str, Played], here: Path)
 def test_the_accuracy_of_a_reward_model_is_on_its_card(runs: dict[str, Played], here: Path) -> None:
     export(runs["rm"].path, "out=mine")
     card = Path("mine/README.md").read_text()
-    assert f"| accuracy | {runs['rm'].result['accuracy']:.4g} | {runs['rm'].result['held_out_pairs']} held-out" in card
-    assert f"its mean was {runs['rm'].result['mean']:.4g}" in card
+    result = runs["rm"].result
+    interval = f"(95 % interval {result['accuracy_low']:.4g} to {result['accuracy_high']:.4g})"
+    assert f"| accuracy | {result['accuracy']:.4g} {interval} | {result['held_out_pairs']} held-out" in card
+    assert f"its mean was {result['mean']:.4g}" in card
 
 
 def test_a_start_that_changed_since_is_not_told_of(world: World, here: Path) -> None:

@@ -271,15 +271,14 @@ def test_a_pipeline_of_python_values_runs_and_is_reused(world: World, here: Path
         **SMALL_RL,
     }
     said: list[str] = []
-    summary = library.run(pipeline(world, rl=rl), say=said.append, **{"stages.sft.steps": 2})
-    assert [row["method"] for row in summary["rows"]] == ["GRPO"]
-    assert summary["stages"]["sft"]["steps"] == 2
-    root = Path(summary["out"])
-    assert json.loads((root / "summary.json").read_text())["rows"] == summary["rows"]
-    assert (root / "report.html").is_file()
+    found = library.run(pipeline(world, rl=rl), say=said.append, **{"stages.sft.steps": 2})
+    assert [row["method"] for row in found.table] == ["GRPO"]
+    assert found["sft"].result["steps"] == 2
+    assert json.loads((found.out / "summary.json").read_text()) == found.summary
+    assert found.report.is_file()
     said.clear()
     again = library.run(pipeline(world, rl=rl), say=said.append, **{"stages.sft.steps": 2})
-    assert again == summary
+    assert again == found
     assert sum("finished before, nothing has changed" in line for line in said) == 2
     said.clear()
     library.run(pipeline(world, rl=rl), say=said.append, **{"stages.sft.steps": 1})
@@ -300,7 +299,7 @@ def test_seeds_give_one_table_with_paired_differences(world: World, here: Path) 
         "optimizer": FAST,
         "measure": measure,
     }
-    summary = library.run(recipe, say=lambda line: None, seed="0..2")
+    summary = library.run(recipe, say=lambda line: None, seed="0..2").summary
     assert summary["seeds"] == [0, 1, 2]
     sft_row, dpo_row = summary["rows"]
     assert dpo_row["gold"] > sft_row["gold"] + 0.2

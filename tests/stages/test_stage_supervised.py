@@ -261,7 +261,7 @@ def test_rows_from_python_are_known_by_their_content(world: World, here: Path, f
 
     def run(rows: list[dict[str, str]]) -> str:
         recipe = {"name": "own", "stages": {"sft": {"stage": "sft", "data": make(rows), **common}}}
-        return str(klimb.run(recipe, say=lambda line: None)["out"])
+        return str(klimb.run(recipe, say=lambda line: None).out)
 
     first, again, other = run(ASKED), run(ASKED), run(ASKED[:5])
     assert first == again != other

@@ -103,6 +103,10 @@ def check(
     raise typer.Exit(look(arguments or [], as_json))
 
 
+_COMMANDS = (new, check, chat, export, doctor, schema, completion)
+"""Now: once a file of the same name is imported, the name stands for that."""
+
+
 def add_to(app: typer.Typer) -> None:
-    for command in (new, check, chat, export, doctor, schema, completion):
+    for command in _COMMANDS:
         app.command()(command)

@@ -10,12 +10,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 # Not qwen2: AutoTokenizer replaces whatever tokenizer such a directory holds with Qwen's own.
@@ -48,6 +48,17 @@ def character_tokenizer(characters: Sequence[str], specials: Specials = SPECIALS
         raise ValueError(f"a character tokenizer was given {long[0]!r}, which is not one character")
     each = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
     return _tokenizer(list(characters), specials, each, decoder=decoders.Fuse())
+
+
+def piece_tokenizer(texts: Iterable[str], size: int, specials: Specials = SPECIALS) -> PreTrainedTokenizerFast:
+    """Byte-level BPE of at most `size` tokens, learnt from `texts`: reads any text, and decodes to exactly itself."""
+    pieces = Tokenizer(models.BPE())
+    pieces.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=size - len(specials), initial_alphabet=alphabet, show_progress=False)
+    pieces.train_from_iterator(texts, trainer)
+    pieces.decoder = decoders.ByteLevel()
+    return _finished(pieces, specials)
 
 
 def make_model(
@@ -133,11 +144,15 @@ def _tokenizer(
         twice = next(item for item in vocabulary if vocabulary.count(item) > 1)
         raise ValueError(f"{twice!r} is listed twice: every word needs one id")
     tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(vocabulary)}))
-    # Not in the vocabulary of words, so that text encoded without the added tokens can never become one.
-    tokenizer.add_special_tokens(list(specials))
     tokenizer.pre_tokenizer = splitter
     if decoder is not None:
         tokenizer.decoder = decoder
+    return _finished(tokenizer, specials)
+
+
+def _finished(tokenizer: Tokenizer, specials: Specials) -> PreTrainedTokenizerFast:
+    # Not in the vocabulary of words, so that text encoded without the added tokens can never become one.
+    tokenizer.add_special_tokens(list(specials))
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{specials.bos} $A",
         special_tokens=[(specials.bos, tokenizer.token_to_id(specials.bos))],

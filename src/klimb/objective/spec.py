@@ -159,6 +159,9 @@ def _construct(where: str, kind: type, arguments: Any) -> Any:
     if arguments is None:
         return kind()
     listed = arguments if isinstance(arguments, list | tuple) else [arguments]
+    known = [field.name for field in fields(kind)] if is_dataclass(kind) else []
+    if known and len(listed) > len(known):
+        raise ValueError(f"{where}: takes {', '.join(known)} at most, got {len(listed)} values: {listed}.")
     try:
         return kind(*(_number(where, value) for value in listed))
     except TypeError as error:

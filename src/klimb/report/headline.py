@@ -222,6 +222,36 @@ def _trends(runs: list[Run]) -> list[str]:
     return sentences
 
 
+def accuracies(run: Run) -> list[tuple[str, float, float, float]]:
+    """(who, accuracy, low, high) on held-out pairs: of the reward model first, then of what it has to beat."""
+    beside = run.result.get("baselines")
+    beside = beside if isinstance(beside, dict) else {}
+    told = {run.method: run.result, **{str(name).replace("_", " "): found for name, found in beside.items()}}
+    found = []
+    for name, result in told.items():
+        values = (
+            [finite(result.get(f"accuracy{end}")) for end in ("", "_low", "_high")] if isinstance(result, dict) else []
+        )
+        if values and None not in values:
+            found.append((name, *values))
+    return found  # type: ignore[return-value]
+
+
+def _accuracy(run: Run) -> list[str]:
+    """How often the reward model is right on held-out pairs, and whether simpler judges are shown to be worse."""
+    found = accuracies(run)
+    if not found or found[0][0] != run.method:
+        return []
+    (_, own, low, high), *beside = found
+    name = run.method if run.seed is None else f"{run.method}, seed {run.seed}"
+    sentences = [f"{name}: {own:.3f} [{low:.3f}, {high:.3f}] of {run.result.get('held_out_pairs')} held-out pairs in "
+                 "the right order."]  # fmt: skip
+    for other, value, below, above in beside:
+        verdict = "worse" if above < low else "better" if below > high else "not told apart from it"
+        sentences.append(f"{other} alone: {value:.3f} [{below:.3f}, {above:.3f}], {verdict}.")
+    return [" ".join(sentences)]
+
+
 def _without_gold(trained: list[Row], base: Row | None) -> Headline:
     if not trained:
         return Headline("Nothing has been trained on a reward here, so there is nothing to compare.", [], "open")
@@ -242,6 +272,9 @@ def _without_rows(records: Records) -> Headline:
     if going:
         answer = f"No result yet: {', '.join(going)} left no result.json so far."
     elif done:
+        told = [sentence for run in records.runs for sentence in _accuracy(run)]
+        if told:
+            return Headline("No policy was trained on a reward here; of the reward model this is known.", told, "open")
         answer = f"Finished: {'; '.join(done)}. Nothing was evaluated, so nothing is claimed."
     else:
         answer = "Nothing has been written here yet."

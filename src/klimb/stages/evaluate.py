@@ -43,6 +43,7 @@ class Measurement(StageConfig):
     """How a policy is measured: what it is asked, how often, and who judges the answers."""
 
     data: Data = Field(description="prompts")
+    columns: dict[str, str] = Field({}, description="names of its columns: {prompt: question}")
     reward: Given = Field(None, description="the proxy: what training climbs")
     gold: Given = Field(None, description="the held-out judge of quality that training never sees")
     samples_per_prompt: int = Field(16, ge=1)
@@ -64,6 +65,8 @@ class EvaluateConfig(RunConfig):
 
     def contradictions(self) -> Iterator[str]:
         yield from super().contradictions()
+        if self.columns:
+            yield "columns: what is asked is measure.data; give measure.columns"
         if self.best_of and self.measure.reward is None:
             yield "best_of: a proxy has to say which sample is best; give measure.reward"
         if self.best_of and max(*self.best_of, self.report_n or 0) > self.measure.samples_per_prompt:
@@ -90,7 +93,7 @@ class Judges:
         if config is None:
             return None
         room = prompt_room(loaded.backbone.context, config.max_tokens)
-        prompts = load_prompts(config.data, loaded.renderer, max_length=room).items
+        prompts = load_prompts(config.data, loaded.renderer, max_length=room, columns=config.columns).items
         if shared := session.overlap("measure.data", prompts):
             session.run.found("measure.data", shared)
         proxy = None if config.reward is None else open_reward(config.reward, session, loaded.renderer)

@@ -19,14 +19,17 @@ from klimb.runtime.ranks import rank, share
 from klimb.runtime.run import Fresh, OtherRun
 from klimb.stages.common import say_aside
 from klimb.stages.given import described, with_known_rows
+from klimb.stages.progress import notebook
 from klimb.stages.registry import run_stage, stage_config
+from klimb.stages.results import Result, result_of
 from klimb.stages.rounds import unroll
-from klimb.stages.seeds import keep_config, open_root, over_seeds, rows_of
+from klimb.stages.seeds import accuracies_of, keep_config, open_root, over_seeds, rows_of
 
 WORLDS: Mapping[str, str] = {
     "clerk": "klimb.lab.clerk",
-    "digits": "klimb.lab.digits",
     "countdown": "klimb.lab.countdown",
+    "digits": "klimb.lab.digits",
+    "transcripts": "klimb.lab.transcripts",
 }
 _ROUNDS_APART = 10_000
 """Seeds between two rounds, so that no two rounds of a recipe's few seeds meet."""
@@ -34,20 +37,32 @@ _KEYS = ("name", "world", "data", "seed", "device", "out", "stages", "threads", 
 
 
 def run(
-    recipe: str | Mapping[str, Any], *, fresh: Fresh = False, say: Callable[[str], None] = say_aside, **overrides: Any
-) -> dict[str, Any]:
-    """Run a recipe (a path, the name of a shipped one, or a dict) and return its summary.
+    recipe: str | Path | Mapping[str, Any], *, fresh: Fresh = False, say: Callable[[str], None] | None = None,
+    **overrides: Any,
+) -> Result:  # fmt: skip
+    """Run a recipe (a path, the name of a shipped one, or a dict) and return what it found.
 
-    ``klimb.run("quickstart", seed=1)``; a key of a stage is given as ``**{"stages.sft.steps": 10}``. `fresh`: True
-    starts every stage anew, "changed" those that differ from what `out` holds, and those that use what they make.
+    ``klimb.run("quickstart", seed=1)``; a key of a stage is given as ``**{"sft.steps": 10}``. A dict with the key
+    `stage` is that one stage: ``klimb.run({"stage": "rl", "model": …, "data": rows, "reward": function})["rl"]``.
+    `fresh`: True starts every stage anew, "changed" those that differ from what `out` holds, and those that use what
+    they make. `say` is given lines about the progress: by default they go to standard error, in a notebook each takes
+    the place of the one before it. Raises KlimbError where something is wrong, Interrupted after Ctrl-C.
     """
-    if isinstance(recipe, str):
-        name, _, values = load_recipe(recipe)
+    if isinstance(recipe, Mapping):
+        values = dict(with_known_rows(recipe))
+        if "stage" in values:
+            values = {"name": values["stage"], "stages": {values["stage"]: values}}
+        name = str(values.get("name", "recipe"))
     else:
-        name, values = str(recipe.get("name", "recipe")), dict(with_known_rows(recipe))
+        name, _, values = load_recipe(str(recipe))
     for key, value in overrides.items():
-        _set(values, key, with_known_rows(value, key.split(".")[-1]))
-    return run_pipeline(name, values, fresh=fresh, say=say)
+        path = f"stages.{key}" if key.split(".")[0] in values.get("stages", {}) else key
+        _set(values, path, with_known_rows(value, key.split(".")[-1]))
+    say = say or notebook() or say_aside
+    summary, stages = _run(name, values, fresh=fresh, say=say)
+    found = result_of(summary, stages)
+    say(f"report: {found.report}")
+    return found
 
 
 def _set(values: dict[str, Any], key: str, value: Any) -> None:
@@ -71,6 +86,13 @@ def run_pipeline(
     name: str, values: Mapping[str, Any], *, fresh: Fresh = False, say: Callable[[str], None] = say_aside
 ) -> dict[str, Any]:
     """All seeds of a recipe, one after the other; returns what summary.json holds."""
+    return _run(name, values, fresh=fresh, say=say)[0]
+
+
+def _run(
+    name: str, values: Mapping[str, Any], *, fresh: Fresh, say: Callable[[str], None]
+) -> tuple[dict[str, Any], dict[int, dict[str, Any]]]:
+    """The summary, and the results of the stages by seed."""
     values = check_recipe(name, values)
     seeds = parse_seeds(values.get("seed", 0))
     root = Path(share(str(open_root(name, described(values), say)) if rank() == 0 else None))
@@ -83,7 +105,7 @@ def run_pipeline(
     if len(seeds) > 1:
         _write_json(root / "summary.json", summary)
         _report(root, values)
-    return {**summary, "out": str(root)}
+    return {**summary, "out": str(root)}, {seed: found["stages"] for seed, found in summaries.items()}
 
 
 def check_recipe(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -136,7 +158,8 @@ def run_seed(
             raise OtherRun(error.path, error.changes, fix) from None
         results[stage] = finished[stage]
     summary = {
-        "name": name, "seed": seed, "rows": rows_of([*finished.values()]), "stages": finished,
+        "name": name, "seed": seed, "rows": rows_of([*finished.values()]),
+        "accuracies": accuracies_of([*finished.values()]), "stages": finished,
         "simulated_labels": bool(values.get("simulated_labels", False)), "kl_estimator": "full",
     }  # fmt: skip
     _write_json(folder / "summary.json", summary)
@@ -186,7 +209,7 @@ def prepare_world(spec: Any, folder: Path, seed: int, say: Callable[[str], None]
         module = importlib.import_module(WORLDS[name])
         prepare, code = module.prepare, str(module.__file__)
     else:
-        raise ConfigError(f"unknown world {name!r}", fix=did_you_mean(name, WORLDS))
+        raise ConfigError(f"unknown world {name!r}", where="world", fix=did_you_mean(name, WORLDS))
     done = folder / "world.json"
     asked = {"name": name, "seed": seed, **options, "content": _content([code, options])}
     if done.is_file():

@@ -116,3 +116,34 @@ class Preparing:
             self._told = time.monotonic()
             share = f" ({fraction:.0%})" if fraction is not None else ""
             self._say(f"  {self._what}: {rows:,} rows prepared{share}")
+
+
+# From Python ----------------------------------------------------------------------------------------------------------
+
+
+def notebook() -> InPlace | None:
+    """Where a notebook runs this, its cell."""
+    module = sys.modules.get("IPython")
+    shell = module.get_ipython() if module is not None else None
+    return InPlace() if hasattr(shell, "kernel") else None
+
+
+class InPlace:
+    """One line below a notebook's cell: what is said takes the place of what was said before, under the name of the
+    stage that it is about."""
+
+    def __init__(self) -> None:
+        self._update: Callable[..., None] | None = None
+        self._stage = ""
+
+    def __call__(self, line: str) -> None:
+        if line.startswith("─"):
+            self._stage = line.strip("─ ")
+            return
+        shown = {"text/plain": f"{self._stage}: {line.strip()}".splitlines()[0][:200]}
+        if self._update is not None:
+            self._update(shown, raw=True)
+        else:
+            from IPython.display import display  # whoever calls this runs in it
+
+            self._update = display(shown, raw=True, display_id=True).update

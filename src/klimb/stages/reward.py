@@ -20,10 +20,13 @@ from klimb.models.faces import RewardModel, reward_scores
 from klimb.models.load import check_vocabulary, load_tokenizer, save_classifier
 from klimb.models.packing import Budget
 from klimb.objective.critic import reward_loss
+from klimb.rewards.rules import plain_text
 from klimb.runtime.plan import Work
 from klimb.runtime.ranks import rank
 from klimb.runtime.run import Run
 from klimb.runtime.signals import Interrupt
+from klimb.stages import baselines
+from klimb.stages.baselines import Baseline
 from klimb.stages.common import Session, SupervisedConfig
 from klimb.stages.given import Given
 from klimb.stages.memory import of_pairs
@@ -42,13 +45,16 @@ class RewardConfig(SupervisedConfig):
     until_accuracy: float | None = Field(
         None, gt=0.5, le=1, description="training ends when held-out accuracy reaches it, every `eval_every` steps"
     )
+    baselines: list[Baseline] = Field(
+        [], description="what to measure beside it, fitted and held out on the same pairs: length, bag_of_words"
+    )
 
     def work(self, context: int) -> Work:
         return of_pairs(self, context, classifier=True)
 
     def contradictions(self) -> Iterator[str]:
         yield from super().contradictions()
-        for key in ("min_accuracy", "until_accuracy"):
+        for key in ("min_accuracy", "until_accuracy", "baselines"):
             if self.given(key) and not (self.given("eval_data") or self.given("eval_fraction")):
                 yield f"{key}: nothing is held out to measure it on; give eval_data or eval_fraction"
         if self.lora is not None and self.lora.base == "4bit":
@@ -117,10 +123,13 @@ def train(config: RewardConfig, run: Run, interrupt: Interrupt, say: Any) -> dic
         say(f"stopped at step {reached}: the wanted accuracy is reached")
 
     held_out, training = session.at_the_end(held_out), session.at_the_end(training)
-    accuracy = _accuracy(model, held_out, session.scoring).result() if held_out else None
-    if accuracy is not None and accuracy < config.min_accuracy:
+    outcome: dict[str, Any] = {"accuracy": None}
+    if held_out:
+        differences = _differences(model, held_out, session.scoring)
+        outcome = _compared(differences, config, renderer, data.conversational, training, held_out, say)
+    if held_out and outcome["accuracy"] < config.min_accuracy:
         raise RewardError(
-            f"held-out accuracy is {accuracy:.3f}, below min_accuracy={config.min_accuracy}", where=run.path,
+            f"held-out accuracy is {outcome['accuracy']:.3f}, below min_accuracy={config.min_accuracy}", where=run.path,
             why="what climbs such a reward climbs noise", fix="more pairs, more epochs, or a larger model",
         )  # fmt: skip
     normalisation = _normalisation(session, model, config, renderer, training, max_length)
@@ -129,14 +138,35 @@ def train(config: RewardConfig, run: Run, interrupt: Interrupt, say: Any) -> dic
     if rank() == 0:
         with model_folder(run.model) as folder:
             save_classifier(model.backbone.model, tokenizer, folder, normalisation)
-    return {"model": str(run.model), "steps": learner.steps, "evaluation": None, "accuracy": accuracy,
+    return {"model": str(run.model), "steps": learner.steps, "evaluation": None, **outcome,
             "held_out_pairs": len(held_out), **normalisation}  # fmt: skip
 
 
 @torch.no_grad()
-def _accuracy(model: RewardModel, pairs: Sequence[Preference], budget: Budget) -> metrics.Metric:
+def _differences(model: RewardModel, pairs: Sequence[Preference], budget: Budget) -> Tensor:
+    """[P]: the chosen one's score minus the rejected one's."""
     scores = reward_scores(model, batch_of(pairs), budget=budget)
-    return metrics.mean(((scores[0::2] - scores[1::2]).sign() + 1) / 2)
+    return scores[0::2] - scores[1::2]
+
+
+def _accuracy(model: RewardModel, pairs: Sequence[Preference], budget: Budget) -> metrics.Metric:
+    return metrics.mean((_differences(model, pairs, budget).sign() + 1) / 2)
+
+
+def _compared(
+    differences: Tensor, config: RewardConfig, renderer: Renderer, conversational: bool,
+    training: Sequence[Preference], held_out: Sequence[Preference], say: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """The held-out accuracy, and those of the baselines that are asked for."""
+
+    def decode(tokens: list[int]) -> str:
+        return plain_text(renderer.decode(tokens, [] if conversational else ""))
+
+    found: dict[str, Any] = baselines.accuracy_of(differences)
+    others = baselines.measure(config.baselines, training, held_out, decode)
+    for name, of in {"held-out pairs in the right order": found, **others}.items():
+        say(f"  {name}: {of['accuracy']:.3f} [{of['accuracy_low']:.3f}, {of['accuracy_high']:.3f}]")
+    return {**found, "baselines": others} if others else found
 
 
 def _normalisation(

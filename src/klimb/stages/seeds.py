@@ -55,7 +55,8 @@ def run_seeds(
         first = results[next(iter(configs))]
         summary = {
             "stage": stage, "method": first["method"], "algorithm": first.get("algorithm"),
-            **over_seeds(name, {seed: {"rows": rows_of([result])} for seed, result in results.items()}),
+            **over_seeds(name, {seed: {"rows": rows_of([result]), "accuracies": accuracies_of([result])}
+                                for seed, result in results.items()}),
             "figures": _over_results(results),
         }  # fmt: skip
         replace_file(root / "summary.json", manifest.to_json(summary))
@@ -130,6 +131,17 @@ def rows_of(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
+def accuracies_of(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The share of held-out pairs that every reward model puts in order, and below it that of its baselines."""
+    table = []
+    for result in results:
+        if result.get("accuracy") is not None:
+            for method, found in {result["method"]: result, **result.get("baselines", {})}.items():
+                shown = {key: found[key] for key in ("accuracy", "accuracy_low", "accuracy_high")}
+                table.append({"seed": result["seed"], "method": method, **shown, "pairs": result["held_out_pairs"]})
+    return table
+
+
 def over_seeds(name: str, summaries: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
     """Mean and t interval over seeds for each method, and paired differences to the first one."""
     tables = {seed: {row["method"]: row for row in summary["rows"]} for seed, summary in summaries.items()}
@@ -149,6 +161,7 @@ def over_seeds(name: str, summaries: Mapping[int, Mapping[str, Any]]) -> dict[st
             paired.append({"method": method, "against": methods[0], "difference": difference.mean,
                            "low": difference.low, "high": difference.high})  # fmt: skip
     return {"name": name, "seeds": list(summaries), "rows": rows, "paired": paired,
+            "accuracies": [row for summary in summaries.values() for row in summary["accuracies"]],
             "kl_estimator": "full", "by_seed": {str(seed): summary["rows"] for seed, summary in summaries.items()},
             "simulated_labels": any(summary.get("simulated_labels") for summary in summaries.values())}  # fmt: skip
 
@@ -178,6 +191,7 @@ def figures(result: Mapping[str, Any]) -> dict[str, float]:
         lines = Path(result["run"], "metrics.jsonl")
         last = json.loads(lines.read_text(encoding="utf-8").splitlines()[-1]) if lines.exists() else {}
         measured = {**{k: v for k, v in last.items() if not k.startswith("time/")}, **result}
+        measured = {k: v for k, v in measured.items() if not k.endswith(_BOUNDS)}
     numbers = {**measured, "seconds": result["seconds"]}
     return {key: value for key, value in numbers.items() if key not in _NO_FIGURES and _is_number(value)}
 
