@@ -107,3 +107,17 @@ class Preference:
     chosen_mask: list[bool]
     rejected_mask: list[bool]
     margin: float = 0.0
+    gold: list[int] = field(default_factory=list)
+    """Of a triple: a completion better than both."""
+    gold_mask: list[bool] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Labelled:
+    """A tokenised completion that somebody found desirable, or not."""
+
+    id: str
+    prompt: list[int]
+    completion: list[int]
+    mask: list[bool]
+    label: bool

@@ -57,10 +57,14 @@ def _keys(config: type[BaseModel], above: str = "") -> Iterator[tuple[str, list[
 
 def _choices(name: str, annotation: Any) -> list[str]:
     known = {"algorithm": ALGORITHMS, "loss": PREFERENCE_LOSSES, "device": ("auto", "cpu", "cuda", "mps")}
-    if name in known:
+    if name in known and not _literals(annotation):
         return [*known[name]]
     if bool in _parts(annotation):
         return ["true", "false"]
+    return _literals(annotation)
+
+
+def _literals(annotation: Any) -> list[str]:
     return [str(value) for part in _parts(annotation) if typing.get_origin(part) is typing.Literal
             for value in typing.get_args(part)]  # fmt: skip
 

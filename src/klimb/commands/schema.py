@@ -55,7 +55,7 @@ def _stage(stage: str) -> dict[str, Any]:
     found: dict[str, Any] = config_class(stage).model_json_schema()
     properties = found["properties"]
     for key, known in _METHODS.items():
-        if key in properties:  # a name, a name with changes, my_file.py:NAME
+        if key in properties and "enum" not in properties[key]:  # a name, a name with changes, my_file.py:NAME
             properties[key]["anyOf"] = [{"enum": [*known]}, {"type": ["string", "object"]}]
     properties["seed"] = _SEEDS
     return found

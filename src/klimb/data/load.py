@@ -40,7 +40,8 @@ class Task(Generic[Item]):
     kinds: tuple[Kind, ...]
     render: Callable[[Renderer, Kind, list[Record]], list[Any]]
     content: Callable[[Record], Any]
-    build: Callable[[Record, Any, str, int | None], Item]
+    build: Callable[[Record, Any, str, int | None], Item | list[Item]]
+    """One item of a row, or several."""
     prompts_only: bool = False
 
 
@@ -74,7 +75,9 @@ def load_prompts(
     cache: keep what was prepared from a file, and read it from there the next time (see `klimb.data.cache`);
     rows from Python are held in memory. Raises BadRows or DataError.
     """
-    return _load(PROMPTS, source, renderer, Options(max_length, columns or {}, on_bad, transcripts, cache, progress))
+    return load_task(
+        PROMPTS, source, renderer, Options(max_length, columns or {}, on_bad, transcripts, cache, progress)
+    )
 
 
 def load_examples(
@@ -92,7 +95,9 @@ def load_examples(
 
     max_length: of prompt and completion together, in tokens. The rest as in `load_prompts`.
     """
-    return _load(EXAMPLES, source, renderer, Options(max_length, columns or {}, on_bad, transcripts, cache, progress))
+    return load_task(
+        EXAMPLES, source, renderer, Options(max_length, columns or {}, on_bad, transcripts, cache, progress)
+    )
 
 
 def load_preferences(
@@ -110,7 +115,7 @@ def load_preferences(
 
     max_length: of the prompt and either completion, in tokens. The rest as in `load_prompts`.
     """
-    return _load(
+    return load_task(
         PREFERENCES, source, renderer, Options(max_length, columns or {}, on_bad, transcripts, cache, progress)
     )
 
@@ -119,16 +124,16 @@ def load_preferences(
 
 
 def _render_prompts(renderer: Renderer, kind: Kind, records: list[Record]) -> list[Any]:
-    return list(renderer.prompts([record.values["prompt"] for record in records], _tools(records)))
+    return list(renderer.prompts([record.values["prompt"] for record in records], tools_of(records)))
 
 
 def _prompt(record: Record, tokens: list[int], id: str, limit: int | None) -> Prompt:
-    _check_length("the prompt", len(tokens), limit)
+    check_length("the prompt", len(tokens), limit)
     return Prompt(id, tokens, record.values["prompt"], record.columns)
 
 
 def _render_examples(renderer: Renderer, kind: Kind, records: list[Record]) -> list[Any]:
-    rows, tools = [record.values for record in records], _tools(records)
+    rows, tools = [record.values for record in records], tools_of(records)
     if kind == "prompt-completion":
         return list(renderer.completions([(values["prompt"], values["completion"]) for values in rows], tools))
     if kind == "messages":
@@ -137,22 +142,22 @@ def _render_examples(renderer: Renderer, kind: Kind, records: list[Record]) -> l
 
 
 def _example(record: Record, tokens: Tokens, id: str, limit: int | None) -> Example:
-    _check_length("the row", len(tokens.prompt) + len(tokens.completion), limit)
+    check_length("the row", len(tokens.prompt) + len(tokens.completion), limit)
     return Example(id, tokens.prompt, tokens.completion, tokens.mask)
 
 
-def _render_pairs(renderer: Renderer, kind: Kind, records: list[Record]) -> list[Any]:
+def render_pairs(renderer: Renderer, kind: Kind, records: list[Record]) -> list[Any]:
     sides = (
-        renderer.completions([(record.values["prompt"], record.values[side]) for record in records], _tools(records))
+        renderer.completions([(record.values["prompt"], record.values[side]) for record in records], tools_of(records))
         for side in ("chosen", "rejected")
     )
     return [next((side for side in pair if isinstance(side, RenderError)), pair) for pair in zip(*sides)]
 
 
-def _preference(record: Record, tokens: tuple[Tokens, Tokens], id: str, limit: int | None) -> Preference:
+def preference_of(record: Record, tokens: tuple[Tokens, Tokens], id: str, limit: int | None) -> Preference:
     chosen, rejected = tokens
     longer = max(len(chosen.completion), len(rejected.completion))
-    _check_length("the row", len(chosen.prompt) + longer, limit)
+    check_length("the row", len(chosen.prompt) + longer, limit)
     if chosen.completion == rejected.completion:
         raise BadRow("chosen and rejected are the same tokens")
     return Preference(
@@ -166,21 +171,21 @@ def _preference(record: Record, tokens: tuple[Tokens, Tokens], id: str, limit: i
     )
 
 
-def _tools(records: list[Record]) -> list[Any]:
+def tools_of(records: list[Record]) -> list[Any]:
     return [record.columns.get("tools") for record in records]
 
 
-def _content(record: Record) -> Any:
+def content_of(record: Record) -> Any:
     tools = record.columns.get("tools")
     return {**record.values, "tools": tools} if tools else record.values
 
 
 PROMPTS = Task(Prompt, (), _render_prompts, lambda r: [r.values["prompt"], r.columns], _prompt, prompts_only=True)
-EXAMPLES = Task(Example, EXAMPLE_KINDS, _render_examples, _content, _example)
-PREFERENCES = Task(Preference, ("preference",), _render_pairs, _content, _preference)
+EXAMPLES = Task(Example, EXAMPLE_KINDS, _render_examples, content_of, _example)
+PREFERENCES = Task(Preference, ("preference",), render_pairs, content_of, preference_of)
 
 
-def _check_length(what: str, length: int, limit: int | None) -> None:
+def check_length(what: str, length: int, limit: int | None) -> None:
     if limit is not None and length > limit:
         raise BadRow(f"{what} has {length} tokens, where at most {limit} fit")
 
@@ -234,11 +239,12 @@ class Preparation(Generic[Item]):
                 if isinstance(tokens, RenderError):
                     raise tokens
                 id = _hash(self._task.content(each))
-                items.append(self._task.build(each, tokens, id, self._options.max_length))
+                built = self._task.build(each, tokens, id, self._options.max_length)
+                items += built if isinstance(built, list) else [built]
+                self._good += 1
             except (BadRow, RenderError) as error:
                 self._problems.append(Problem(each.where, str(error)))
             self._look_for_control(each)
-        self._good += len(items)
         return items
 
     def _look_for_control(self, record: Record) -> None:
@@ -262,7 +268,7 @@ class Preparation(Generic[Item]):
         }
 
 
-def _load(task: Task[Item], source: Any, renderer: Renderer, options: Options) -> Loaded[Item]:
+def load_task(task: Task[Item], source: Any, renderer: Renderer, options: Options) -> Loaded[Item]:
     parts = parts_of(source)
     if parts is None:
         return _one(task, source, renderer, options)
@@ -277,7 +283,7 @@ def _one(task: Task[Item], source: Source, renderer: Renderer, options: Options)
     facts = {
         "content": identity, "item": task.item.__name__, "renderer": renderer.identity,
         "columns": dict(options.columns), "transcripts": options.transcripts, "max_length": options.max_length,
-        "on_bad": options.on_bad,
+        "on_bad": options.on_bad, "task": [task.render.__name__, task.build.__name__],
     }  # fmt: skip
     key = kept.key_of(facts)
     note, found = kept.find(key), "hit"

@@ -12,9 +12,9 @@ from typing import Any, Generic, TypeAlias, TypeVar, overload
 import numpy as np
 import pyarrow as pa
 
-from klimb.types import Example, Preference, Prompt
+from klimb.types import Example, Labelled, Preference, Prompt
 
-Item = TypeVar("Item", Prompt, Example, Preference)
+Item = TypeVar("Item", Prompt, Example, Preference, Labelled)
 
 TOKENS, MASK = pa.list_(pa.int32()), pa.list_(pa.bool_())
 SCHEMAS: dict[type, dict[str, pa.DataType]] = {
@@ -22,11 +22,13 @@ SCHEMAS: dict[type, dict[str, pa.DataType]] = {
     Example: {"prompt": TOKENS, "completion": TOKENS, "mask": MASK},
     Preference: {
         "prompt": TOKENS, "chosen": TOKENS, "rejected": TOKENS,
-        "chosen_mask": MASK, "rejected_mask": MASK, "margin": pa.float64(),
+        "chosen_mask": MASK, "rejected_mask": MASK, "margin": pa.float64(), "gold": TOKENS, "gold_mask": MASK,
     },
+    Labelled: {"prompt": TOKENS, "completion": TOKENS, "mask": MASK, "label": pa.bool_()},
 }  # fmt: skip
 """Beside these: `id` and `key`, 64 bits each. What is text or of any form is kept as JSON."""
 LENGTHS = {Prompt: {"prompt": "tokens"}, Example: {"prompt": "prompt", "completion": "completion"}}
+LENGTHS[Labelled] = LENGTHS[Example]
 LENGTHS[Preference] = {name: name for name in ("prompt", "chosen", "rejected")}
 AS_JSON = ("text", "columns")
 
@@ -181,7 +183,7 @@ def occurrences(ids: np.ndarray) -> np.ndarray:
     return numbers
 
 
-def prompt_tokens(item: Prompt | Example | Preference) -> list[int]:
+def prompt_tokens(item: Prompt | Example | Preference | Labelled) -> list[int]:
     """What tells one prompt from another. Plain text has none but BOS or its own first token: there it is all of it."""
     if isinstance(item, Prompt):
         return item.tokens
@@ -190,7 +192,7 @@ def prompt_tokens(item: Prompt | Example | Preference) -> list[int]:
     return item.prompt
 
 
-def prompt_key(item: Prompt | Example | Preference) -> int:
+def prompt_key(item: Prompt | Example | Preference | Labelled) -> int:
     """64 bits that two items share when they have the same prompt (or, once in 10^19, by chance)."""
     digest = hashlib.blake2b(np.array(prompt_tokens(item), np.int32).tobytes(), digest_size=8).digest()
     return int.from_bytes(digest, "little")

@@ -75,6 +75,14 @@ def full_kl(
     return torch.cat(kls) if kls else hidden.new_zeros(0)
 
 
+@torch.no_grad()
+def log_collisions(head: Head, hidden: Tensor) -> Tensor:
+    """log Σ_v π(v | state)², without gradient: [M]. How likely two draws are to be the same token."""
+    vocabulary = hidden.shape[1] if head.weight is None else head.weight.shape[0]
+    parts = [(2 * head.logits(hidden[part]).log_softmax(-1)).logsumexp(-1) for part in _chunks(len(hidden), vocabulary)]
+    return torch.cat(parts) if parts else hidden.new_zeros(0)
+
+
 def precision(states: Tensor) -> torch.dtype:
     """What is computed off hidden states is in fp32, or in float64 where they are."""
     return torch.float64 if states.dtype == torch.float64 else torch.float32

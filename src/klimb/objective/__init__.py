@@ -28,15 +28,14 @@ from klimb.objective.kl import KL, NO_KL, k1, k2, k3
 from klimb.objective.policy_loss import policy_loss
 from klimb.objective.preference import (
     PREFERENCE_LOSSES,
+    Completions,
+    Pairs,
     PreferenceLoss,
-    cdpo,
-    dpo,
-    ipo,
-    ipo_average,
     known_start,
     parse_preference,
     preference_loss,
 )
+from klimb.objective.preference.margin import cdpo, dpo, ipo, ipo_average
 from klimb.objective.spec import algorithm_row, algorithm_table, describe, parse_algorithm
 from klimb.objective.supervised import forward_kl, nll, reverse_kl, sft_loss
 from klimb.objective.surrogate import SURROGATES
@@ -59,9 +58,11 @@ __all__ = [
     "RLOO",
     "SURROGATES",
     "Algorithm",
+    "Completions",
     "Credit",
     "Critic",
     "Needs",
+    "Pairs",
     "PreferenceLoss",
     "Rewards",
     "algorithm_row",

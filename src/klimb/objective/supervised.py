@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 import torch
 from torch import Tensor
 
@@ -16,10 +18,29 @@ def nll(logps: Tensor) -> Tensor:
     return -logps
 
 
-def sft_loss(logps: Tensor, mask: Tensor, totals: BatchTotals) -> tuple[Tensor, Metrics]:
-    """Mean negative log-likelihood in nats over the update's trained tokens. logps, mask [B, T]."""
-    per_token = nll(torch.where(mask, logps, 0.0))
-    return token_mean(per_token, mask, totals), {"loss": metrics.mean(per_token, mask)}
+def dft(logps: Tensor) -> Tensor:
+    """−sg(π) log π, per token, any shape: dynamic fine-tuning (arXiv 2508.05629, equation 9).
+
+    SFT's gradient is that of a reward 1/π, which is largest where the policy knows least; weighed by π it is that of a
+    reward of 1. Tokens that the policy finds impossible are hardly learnt: start from one that knows the task.
+    """
+    return -logps.detach().exp() * logps
+
+
+TOKEN_LOSSES: Mapping[str, Callable[[Tensor], Tensor]] = {"nll": nll, "dft": dft}
+
+
+def sft_loss(
+    logps: Tensor, mask: Tensor, totals: BatchTotals, loss: Callable[[Tensor], Tensor] = nll
+) -> tuple[Tensor, Metrics]:
+    """Mean of `loss` in nats over the update's trained tokens: negative log-likelihood. logps, mask [B, T]."""
+    kept = torch.where(mask, logps, 0.0)
+    per_token = loss(kept)
+    measured = {"loss": metrics.mean(per_token, mask)}
+    return token_mean(per_token, mask, totals), measured if loss is nll else {
+        **measured,
+        "nll": metrics.mean(-kept, mask),
+    }
 
 
 def forward_kl(teacher_logps: Tensor, student_logps: Tensor) -> Tensor:

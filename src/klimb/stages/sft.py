@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -43,6 +43,7 @@ class Until(StageConfig):
 class SftConfig(SupervisedConfig):
     """One pass over 10,000–100,000 demonstrations at the table's rate is usual (arXiv 2411.15124, section 4)."""
 
+    loss: Literal["nll", "dft"] = Field("nll", description="dft: tokens weigh what the policy gives them")
     batch_size: int = Field(64, ge=1, description="examples in an update")
     until: Until | None = None
     measure: Measurement | None = None
@@ -56,9 +57,9 @@ def batch_of(examples: Sequence[Example]) -> TokenBatch:
     return TokenBatch.from_rows(rows, range(len(rows)), [e.id for e in examples])
 
 
-def sft_loss(policy: Policy, batch: TokenBatch, totals: BatchTotals) -> tuple[Tensor, Metrics]:
-    """Mean negative log-likelihood of the trained tokens, nats per token."""
-    return supervised.sft_loss(policy(batch).logps, batch.mask, totals)
+def sft_loss(policy: Policy, batch: TokenBatch, totals: BatchTotals, loss: str = "nll") -> tuple[Tensor, Metrics]:
+    """Mean loss of the trained tokens, nats per token: by default their negative log-likelihood."""
+    return supervised.sft_loss(policy(batch).logps, batch.mask, totals, supervised.TOKEN_LOSSES[loss])
 
 
 def train(config: SftConfig, run: Run, interrupt: Interrupt, say: Any) -> dict[str, Any]:
@@ -86,7 +87,7 @@ def train(config: SftConfig, run: Run, interrupt: Interrupt, say: Any) -> dict[s
             break
         batch = batch_of([training[i] for i in sampler.next_batch()])
         with session.timed("train"):
-            measured = learner.step(batch, lambda micro, totals: sft_loss(loaded.policy, micro, totals))
+            measured = learner.step(batch, lambda micro, totals: sft_loss(loaded.policy, micro, totals, config.loss))
         measured["tokens"] = metrics.total(batch.totals.tokens)
         if held_out and (step % config.eval_every == 0 or step == steps):
             measured["eval/loss"] = _held_out_loss(loaded.policy, held_out, session.scoring)
