@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from klimb.lab.bandit import TokenBandit, total_variation
-from klimb.objective import cdpo, dpo, ipo
+from klimb.objective import Completions, Pairs, cdpo, dpo, ipo
+from klimb.objective.preference.margin import dpo_shift, robust
 
 BETA = 0.5
 BANDIT = TokenBandit.make(1, spread=0.5)
@@ -18,7 +19,11 @@ WINS = torch.sigmoid(BANDIT.rewards[:, None] - BANDIT.rewards[None, :])
 POPULATION = 2 * REF[:, None] * REF[None, :] * WINS
 """[S, S]: how often (chosen, rejected) is drawn when both are sampled from the reference; sums to 1."""
 POPULATION = POPULATION / POPULATION.sum()
-LENGTHS = BANDIT.mask.sum(dim=1).double()
+
+
+def alone(h):
+    """Completions of which nothing but the log-ratio [N] is known."""
+    return Completions(h[:, None], torch.zeros_like(h)[:, None], torch.ones(len(h), 1, dtype=torch.bool))
 
 
 def fit(loss, weight):
@@ -38,7 +43,7 @@ def fit(loss, weight):
     def closure():
         optimizer.zero_grad()
         h = BANDIT.log_ratios(logits)
-        per_pair = loss(h[chosen], h[rejected], LENGTHS[chosen], LENGTHS[rejected])
+        per_pair = loss(Pairs(alone(h[chosen]), alone(h[rejected])))
         value = (weight * per_pair).sum()
         value.backward()
         return value
@@ -72,6 +77,51 @@ def test_ipo_on_the_population_is_its_own_closed_form():
     found = BANDIT.probabilities(fit(ipo(BETA), POPULATION))
     assert total_variation(found, BANDIT.tilted(WINS @ REF / BETA)) <= 1e-3
     assert total_variation(found, BANDIT.optimum(BETA)) > 0.1
+
+
+def test_robust_dpo_on_flipped_labels_is_the_optimum_of_the_clean_ones():
+    noisy = 0.8 * POPULATION + 0.2 * POPULATION.T
+    found = BANDIT.probabilities(fit(robust(BETA, 0.2), noisy))
+    assert total_variation(found, BANDIT.optimum(BETA)) <= 1e-3
+    assert total_variation(BANDIT.probabilities(fit(dpo(BETA), noisy)), BANDIT.optimum(BETA)) > 0.1
+
+
+@pytest.mark.parametrize("scale", [0.5, 0.95, 1.0])
+def test_dpo_shift_on_two_answers_stops_where_its_derivative_says(scale):
+    """π = (x, 1 − x), π_ref = (½, ½), the first answer chosen with probability p; u = h_1 − λh_2, v = h_2 − λh_1.
+
+    dL/dx = 0 reads p σ(−βu) (1/x + λ/(1−x)) = (1−p) σ(−βv) (λ/x + 1/(1−x)): solved by bisection, fitted by L-BFGS.
+    At λ = 1 it is DPO's x = 1/(1 + ((1−p)/p)^(1/β)).
+    """
+    share, beta = 0.7, 0.5
+
+    def slope(x):
+        h1, h2 = math.log(2 * x), math.log(2 * (1 - x))
+        lost_u = 1 / (1 + math.exp(beta * (h1 - scale * h2)))
+        lost_v = 1 / (1 + math.exp(beta * (h2 - scale * h1)))
+        return (1 - share) * lost_v * (scale / x + 1 / (1 - x)) - share * lost_u * (1 / x + scale / (1 - x))
+
+    low, high = 1e-9, 1 - 1e-9
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (middle, high) if slope(middle) < 0 else (low, middle)
+    logits = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([logits], max_iter=500, tolerance_grad=1e-12, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        h = logits.log_softmax(0) + math.log(2)
+        value = torch.tensor([share, 1 - share], dtype=torch.float64) @ dpo_shift(beta, scale)(
+            Pairs(alone(h), alone(h.flip(0)))
+        )
+        value.backward()
+        return value
+
+    optimizer.step(closure)
+    found = logits.softmax(0)[0].item()
+    assert found == pytest.approx(low, abs=1e-6)
+    if scale == 1.0:
+        assert found == pytest.approx(1 / (1 + ((1 - share) / share) ** (1 / beta)), abs=1e-6)
 
 
 def predicted_error(pairs):

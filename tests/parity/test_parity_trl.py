@@ -6,8 +6,10 @@ would generate is put in its mouth. Weights move between sampling and loss so fa
 
 from __future__ import annotations
 
+import importlib
 import random
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,14 +26,31 @@ from updates import WHOLE, Update, outcome, relative_error, tiny_classifier
 from klimb.batch import Row, TokenBatch
 from klimb.models.backbone import Backbone
 from klimb.models.faces import Policy, RewardModel, policy_logps
+from klimb.models.packing import Budget
 from klimb.objective.advantage import group_mean
 from klimb.objective.aggregate import sequence_mean, sequence_sum, token_mean
 from klimb.objective.algorithms import CISPO, DAPO, DR_GRPO, GRPO, GSPO, RLOO, Algorithm
 from klimb.objective.credit import assign_credit
 from klimb.objective.kl import KL, NO_KL, k3
-from klimb.objective.preference import cdpo, dpo, ipo_average
+from klimb.objective.preference import Mixed
+from klimb.objective.preference.batchwise import aot, aot_unpaired, wpo
+from klimb.objective.preference.divergence import fdpo_alpha, fdpo_js, fdpo_kl
+from klimb.objective.preference.likelihood import alphapo, chosen_nll, cpo, orpo, rpo, simpo
+from klimb.objective.preference.margin import (
+    cdpo,
+    discopop,
+    dpo,
+    dpo_norm,
+    exo,
+    hinge,
+    ipo_average,
+    ld_dpo,
+    robust,
+)
+from klimb.objective.preference.pointwise import apo_down, apo_zero, bco_pair, kto, nca, sppo_hard
 from klimb.objective.surrogate import cispo, clip, dual_clip, product_clip
 from klimb.stages import preference, reward, rl, sft
+from klimb.stages.feedback import mismatched
 
 trl = pytest.importorskip("trl", minversion="1.16", reason="parity with TRL needs trl>=1.16 (the extra [dev])")
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
@@ -255,13 +274,14 @@ def lines_of(batch: TokenBatch) -> dict[str, Tensor]:
     }  # fmt: skip
 
 
-def test_sft(reference: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+@pytest.mark.parametrize("loss_type", ["nll", "dft"])
+def test_sft(loss_type: str, reference: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     from datasets import Dataset
 
     own = tiny("llama")
     own.set_attn_implementation("eager")
     trainer = trl.SFTTrainer(
-        model=own, args=trl.SFTConfig(**settings(tmp_path)), processing_class=tokenizer,
+        model=own, args=trl.SFTConfig(**settings(tmp_path, loss_type=loss_type)), processing_class=tokenizer,
         train_dataset=Dataset.from_list([{"input_ids": [5, 6, 7]}] * 2),
     )  # fmt: skip
     batch = rows(masked=True)
@@ -270,7 +290,7 @@ def test_sft(reference: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
     inputs["labels"] = torch.where(marked, inputs["input_ids"], -100)
     loss = trainer.compute_loss(own, inputs, num_items_in_batch=marked.sum())
     policy = Policy(Backbone(tiny("llama")), None)
-    update = Update(policy.trainable(), batch, lambda micro, totals: sft.sft_loss(policy, micro, totals))
+    update = Update(policy.trainable(), batch, lambda micro, totals: sft.sft_loss(policy, micro, totals, loss_type))
     assert_equal(update, gradients_of(own, loss), loss)
 
 
@@ -278,7 +298,9 @@ def pair_rows(masked: bool) -> TokenBatch:
     """A prompt's samples 0 and 1, 2 and 3 as pairs, the first one chosen; margins for the reward model."""
     batch = rows(masked)
     pairs = TokenBatch.from_rows(batch.rows, [i // 2 for i in range(len(batch))], batch.ids, whole_groups=True)
-    return pairs.with_columns(margin=torch.linspace(0, 1, len(batch) // 2).repeat_interleave(2))
+    return pairs.with_columns(
+        margin=torch.linspace(0, 1, len(batch) // 2).repeat_interleave(2), side=torch.arange(len(batch)) % 2
+    )
 
 
 def chosen_then_rejected(inputs: dict[str, Tensor], pairs: slice = slice(None)) -> dict[str, Tensor]:
@@ -296,27 +318,127 @@ def dpo_setting(reference: Path) -> tuple[Any, Any, TokenBatch, Policy]:
     return own, ref, batch, Policy(Backbone(tiny("llama")), None)
 
 
-@pytest.mark.parametrize(("loss_type", "mine"), [("sigmoid", dpo), ("ipo", ipo_average), ("aot", cdpo)])
-def test_dpo(loss_type: str, mine: Any, dpo_setting: Any, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    """TRL's aot sorts the pairs of a batch: on one pair it is cDPO, so it is called pair by pair."""
+DPO_CASES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "sigmoid": (dpo(0.3), {}),
+    "ipo": (ipo_average(0.3), {}),
+    "robust": (robust(0.3, 0.2), {"label_smoothing": 0.2}),
+    "hinge": (hinge(0.3), {}),
+    "exo_pair": (exo(0.3, 0.01), {"label_smoothing": 0.01}),
+    "nca_pair": (nca(0.3), {}),
+    "sppo_hard": (sppo_hard(0.3), {}),
+    "bco_pair": (bco_pair(0.3), {}),
+    "apo_zero": (apo_zero(0.3), {}),
+    "apo_down": (apo_down(0.3), {}),
+    "aot": (aot(0.3), {}),
+    "aot_unpaired": (aot_unpaired(0.3), {}),
+    "discopop": (discopop(0.3, 0.5), {"discopop_tau": 0.5}),
+    "sigmoid_norm": (dpo_norm(0.3), {}),
+    "sigmoid, forward KL": (fdpo_kl(0.3), {"f_divergence_type": "forward_kl"}),
+    "sigmoid, JS": (fdpo_js(0.3), {"f_divergence_type": "js_divergence"}),
+    "sigmoid, alpha": (fdpo_alpha(0.3, 0.4), {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.4}),
+    "sigmoid, ld": (ld_dpo(0.3, 0.4), {"ld_alpha": 0.4}),
+    "sigmoid, wpo": (wpo(0.3), {"use_weighting": True}),
+    "cdpo, as aot of single pairs": (cdpo(0.3, 0.2), {"label_smoothing": 0.2}),
+    "rpo, pair by pair": (rpo(0.3, 0.7), {}),
+    "mpo, pair by pair": (Mixed(((0.8, dpo(0.3)), (0.2, bco_pair(0.3)), (1.0, chosen_nll()))), {}),
+}
+ALONE = {"cdpo": (["aot"], [1.0]), "rpo": (["sigmoid", "sft"], [1.0, 0.7]),
+         "mpo": (["sigmoid", "bco_pair", "sft"], [0.8, 0.2, 1.0])}  # fmt: skip
+"""Called with one pair at a time: TRL's sft is a mean over the batch's tokens, klimb's over each completion's."""
+
+
+@pytest.mark.parametrize("case", DPO_CASES)
+def test_dpo(case: str, dpo_setting: Any, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     from datasets import Dataset
 
     own, ref, batch, policy = dpo_setting
-    smoothing = 0.2 if mine is cdpo else 0.0
+    mine, options = DPO_CASES[case]
+    name = case.partition(",")[0]
+    types, weights = ALONE.get(name, ([name], [1.0]))
     trainer = trl.DPOTrainer(
         model=own, ref_model=ref, processing_class=tokenizer,
-        args=trl.DPOConfig(**settings(tmp_path, loss_type=[loss_type], beta=0.3, label_smoothing=smoothing)),
+        args=trl.DPOConfig(**settings(tmp_path, loss_type=types, loss_weights=weights, beta=0.3, **options)),
         train_dataset=Dataset.from_list([{"prompt": "w5", "chosen": "w6", "rejected": "w7"}] * 2),
     )  # fmt: skip
     inputs, pairs = lines_of(batch), len(batch) // 2
-    parts = [slice(i, i + 1) for i in range(pairs)] if mine is cdpo else [slice(None)]
+    parts = [slice(i, i + 1) for i in range(pairs)] if name in ALONE else [slice(None)]
     losses = [trainer.compute_loss(own, chosen_then_rejected(inputs, part)) for part in parts]
     loss = torch.stack(losses).mean()
-    chosen = cdpo(beta=0.3, epsilon=smoothing) if mine is cdpo else mine(beta=0.3)
-    update = Update(
-        policy.trainable(), batch, lambda micro, totals: preference.pair_loss(policy, chosen, micro, totals)
-    )
-    assert_equal(update, gradients_of(own, loss), loss)
+    assert_equal(prepared(policy, mine, batch), gradients_of(own, loss), loss)
+
+
+def prepared(policy: Policy, loss: Any, batch: TokenBatch, reference: Policy | None = None) -> Update:
+    """The update as the stage makes it, its statistics taken first."""
+    session = SimpleNamespace(scoring=Budget(WHOLE))
+    update = preference.Update(policy, loss, session, reference)  # type: ignore[arg-type]
+    batch, fixed, _ = preference.with_statistics(update, batch, seed=0)
+    return Update(policy.trainable(), batch, partial(update.part, fixed))
+
+
+@pytest.mark.parametrize("weights", [(1.0, 1.0), (1.5, 0.5)])
+def test_kto(weights: tuple[float, float], reference: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """TRL makes its mismatched completions when it prepares the data; here both get klimb's."""
+    from datasets import Dataset
+
+    own, ref = tiny("llama"), AutoModelForCausalLM.from_pretrained(reference, attn_implementation="eager").eval()
+    own.set_attn_implementation("eager")
+    trainer = trl.KTOTrainer(
+        model=own, ref_model=ref, processing_class=tokenizer,
+        args=trl.KTOConfig(**settings(tmp_path, beta=0.3, desirable_weight=weights[0], undesirable_weight=weights[1])),
+        train_dataset=Dataset.from_list([{"prompt": "w5", "completion": f"w{i}", "label": i % 2 == 0}
+                                         for i in range(6, 6 + GROUPS * SAMPLES)]),
+    )  # fmt: skip
+    batch = rows(masked=True)
+    label = torch.arange(len(batch)) % 3 == 0
+    alone = TokenBatch.from_rows(batch.rows, range(len(batch)), batch.ids)
+    frozen = Policy(Backbone(AutoModelForCausalLM.from_pretrained(reference, attn_implementation="klimb").eval()), None)
+    alone = alone.with_columns(side=(~label).long(), ref_logps=policy_logps(frozen, alone, budget=WHOLE).logps)
+    others = lines_of(mismatched(alone, context=10_000))
+    inputs = {**lines_of(alone), "label": label, **{f"KL_{name}": lines for name, lines in others.items()}}
+    loss = trainer.compute_loss(own, inputs)
+    policy = Policy(Backbone(tiny("llama")), None)
+    assert_equal(prepared(policy, kto(0.3, *weights), alone, frozen), gradients_of(own, loss), loss)
+
+
+FREE_CASES: dict[str, tuple[Any, str, dict[str, Any]]] = {
+    "simpo": (simpo(2.0, 0.8), "cpo", {"loss_type": "simpo", "beta": 2.0, "simpo_gamma": 0.8, "cpo_alpha": 0.0}),
+    "alphapo": (
+        alphapo(2.0, 0.25, 0.8), "cpo",
+        {"loss_type": "simpo", "beta": 2.0, "simpo_gamma": 0.8, "cpo_alpha": 0.0, "alpha": 0.25},
+    ),
+    "cpo": (cpo(0.3, 0.7), "cpo", {"loss_type": "sigmoid", "beta": 0.3, "cpo_alpha": 0.7}),
+    "orpo": (orpo(0.3), "orpo", {"beta": 0.3}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", FREE_CASES)
+def test_without_a_reference(case: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """Pair by pair, as TRL's likelihood term is a mean over the batch's tokens."""
+    from datasets import Dataset
+
+    mine, kind, options = FREE_CASES[case]
+    module = importlib.import_module(f"trl.experimental.{kind}")
+    own = tiny("llama")
+    own.set_attn_implementation("eager")
+    trainer = getattr(module, f"{kind.upper()}Trainer")(
+        model=own, processing_class=tokenizer,
+        args=getattr(module, f"{kind.upper()}Config")(**settings(tmp_path, max_length=64, **options)),
+        train_dataset=Dataset.from_list([{"prompt": "w5", "chosen": "w6", "rejected": "w7"}] * 2),
+    )  # fmt: skip
+    batch = pair_rows(masked=False)  # ORPO's likelihood is over the prompt, too: there it is given as one of -100
+    losses = []
+    for row in range(0, len(batch), 2):
+        pair: dict[str, Tensor] = {}
+        for side, (line,) in zip(("chosen", "rejected"), batch.rows[row : row + 2]):
+            whole = [*line.prompt, *line.completion]
+            pair |= {
+                f"{side}_input_ids": torch.tensor([whole]), f"{side}_attention_mask": torch.ones(1, len(whole)).long(),
+                f"{side}_labels": torch.tensor([[-100] * len(line.prompt) + [*line.completion]]),
+            }  # fmt: skip
+        losses.append(trainer.get_batch_loss_metrics(own, pair)[0])
+    loss = torch.stack(losses).mean()
+    policy = Policy(Backbone(tiny("llama")), None)
+    assert_equal(prepared(policy, mine, batch), gradients_of(own, loss), loss)
 
 
 @pytest.mark.parametrize("centering", [0.0, 0.05])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
@@ -20,10 +21,11 @@ from klimb import metrics
 from klimb.batch import TokenBatch
 from klimb.models.backbone import Backbone
 from klimb.models.faces import Critic, Policy, RewardModel
+from klimb.models.packing import Budget
 from klimb.objective.algorithms import ALGORITHMS, GRPO, RLOO, Algorithm
 from klimb.objective.credit import assign_credit
 from klimb.objective.kl import KL, k2
-from klimb.objective.preference import PREFERENCE_LOSSES
+from klimb.objective.preference import PREFERENCE_LOSSES, needs_of, parse_preference
 from klimb.objective.surrogate import clip, dual_clip, product_clip, truncate
 from klimb.runtime.learner import Learner, Loss, Optimizer
 from klimb.stages import preference, reward, rl, sft
@@ -74,6 +76,11 @@ def supervised(dtype: torch.dtype) -> Update:
     return Update(policy.trainable(), ragged(4, 3), lambda micro, totals: sft.sft_loss(policy, micro, totals))
 
 
+def dynamic(dtype: torch.dtype) -> Update:
+    policy = policy_model(dtype)
+    return Update(policy.trainable(), ragged(4, 3), lambda micro, totals: sft.sft_loss(policy, micro, totals, "dft"))
+
+
 def one_sample(dtype: torch.dtype) -> Update:
     """Nothing to do for a second rank, and a parameter that nothing uses."""
     policy = policy_model(dtype)
@@ -107,16 +114,27 @@ def tiny_classifier(dtype: torch.dtype) -> nn.Module:
 
 def preferences(name: str) -> Callable[[torch.dtype], Update]:
     def make(dtype: torch.dtype) -> Update:
-        policy, batch = policy_model(dtype), pairs()
+        policy, loss = policy_model(dtype), parse_preference(name)
+        batch = sided(needs_of(loss).data)
         with torch.no_grad():
             logps = policy(batch).logps
         batch = batch.with_columns(ref_logps=near(logps, 0.3, seed=3))
-        loss = PREFERENCE_LOSSES[name](beta=0.3)
-        return Update(
-            policy.trainable(), batch, lambda micro, totals: preference.pair_loss(policy, loss, micro, totals)
-        )
+        session = SimpleNamespace(scoring=Budget(60))
+        reference = Policy(Backbone(tiny("gpt2", 1, dtype)), None)
+        update = preference.Update(policy, loss, session, reference)
+        batch, fixed, _ = preference.with_statistics(update, batch, seed=0)
+        return Update(policy.trainable(), batch, functools.partial(update.part, fixed))
 
     return make
+
+
+def sided(data: str) -> TokenBatch:
+    """Six pairs or triples, or twelve labelled completions, as the stage batches them."""
+    samples = {"triples": 3, "labels": 1}.get(data, 2)
+    batch = ragged(groups=12 // min(samples, 2), samples=samples, seed=2)
+    sides = torch.tensor([0, 1, 1, 0] * 3) if data == "labels" else torch.arange(samples).repeat(6)
+    whole = TokenBatch.from_rows(batch.rows, batch.group.tolist(), batch.ids, whole_groups=True)
+    return whole.with_columns(side=sides)
 
 
 def near(logps: Tensor, scale: float, seed: int) -> Tensor:
@@ -178,6 +196,7 @@ FURTHER = (
 )
 UPDATES: dict[str, Callable[[torch.dtype], Update]] = {
     "sft": supervised,
+    "dft": dynamic,
     "one sample": one_sample,
     "reward model": reward_model,
     **{name: preferences(name) for name in PREFERENCE_LOSSES},

@@ -97,16 +97,19 @@ class Update:
         return needs_of(self.loss)
 
     def prepare(
-        self, items: Sequence[Any], seed: int, logps: Tensor | None, compares: bool
+        self, items: Sequence[Any], known: ReferenceLogps | None, places: Sequence[int], seed: int
     ) -> tuple[TokenBatch, dict[str, Tensor], dict[str, Tensor]]:
-        """The batch with all its columns, the statistics that are scalars, and the loss's state after this update."""
+        """The batch with all its columns, the statistics that are scalars, and the loss's state after this update.
+
+        known: the reference's log-probs, of which those of `items` are at `places`; None: to be computed, or not needed.
+        """
         batch = batch_of(items)
-        if logps is not None:
-            batch = batch.with_columns(ref_logps=logps)
-        elif compares:
-            assert self.reference is not None
+        if known is not None:
+            batch = batch.with_columns(ref_logps=known.of(places, batch.mask))
+        elif self.reference is not None:
             with self.session.timed("reference"):
-                batch = with_reference(self.reference, batch, self.session)
+                logps = policy_logps(self.reference, batch, budget=self.session.scoring).logps
+            batch = batch.with_columns(ref_logps=logps)
         if not hasattr(self.loss, "statistics"):
             return batch, {}, {}
         with self.session.timed("statistics"):
@@ -173,7 +176,7 @@ def train(config: PreferenceConfig, run: Run, interrupt: Interrupt, say: Any) ->
     training, held_out = _read(config, session, loaded, needs_of(loss))
     steps = config.steps or max(1, round(config.epochs * len(training) / config.batch_size))
     update = Update(loaded.policy, loss, session)
-    known = _compare(config, update, loaded, training, held_out, steps)
+    known, known_held_out = _compare(config, update, loaded, training, held_out, steps)
     learner = session.learner("policy", "preference", loaded.policy.trainable(), config, config.optimizer, steps)
     sampler = Sampler(len(training), config.batch_size, config.seed)
     judges = Judges.for_measurement(config.measure, session, loaded, config.seed)
@@ -185,10 +188,9 @@ def train(config: PreferenceConfig, run: Run, interrupt: Interrupt, say: Any) ->
         displacement = Displacement(**found.state["stage"]["displacement"])
 
     for step in session.steps(start, steps):
-        chosen = sampler.next_batch()
-        items = [training[i] for i in chosen]
+        places = sampler.next_batch()
         seed = stream_seed(config.seed, "preference", step)
-        batch, fixed, state = update.prepare(items, seed, _known(known, 0, chosen, items), config.compares)
+        batch, fixed, state = update.prepare([training[i] for i in places], known, places, seed)
         with session.timed("train"):
             measured = learner.step(batch, partial(update.part, fixed))
         update.state = state
@@ -196,7 +198,7 @@ def train(config: PreferenceConfig, run: Run, interrupt: Interrupt, say: Any) ->
         if step == 1 and config.reference is None:
             _check_start(loss, measured["loss"].result(), session.dtype)
         if held_out and (step % config.eval_every == 0 or step == steps):
-            measured |= _held_out(update, held_out, _known(known, 1, range(len(held_out)), held_out), config.compares)
+            measured |= _held_out(update, held_out, known_held_out)
         plain = metrics.results(measured)
         if alarm := displacement.look(plain["chosen_logps"], plain.get("chosen_log_ratio")):
             session.say(alarm)
@@ -247,14 +249,14 @@ def _compare(
     training: Sequence[Any],
     held_out: Sequence[Any],
     steps: int,
-) -> list[ReferenceLogps | None] | None:
+) -> tuple[ReferenceLogps | None, ReferenceLogps | None]:
     """The reference's log-probs on both parts of the data, where each is looked at more than once: at least an epoch.
 
     Else they are computed update by update, by the reference in `update`. A loss of mismatched completions needs it
     in any case.
     """
     if not config.compares:
-        return None
+        return None, None
     session = update.session
     once = session.run.decide("reference_logps", lambda: _once(steps, config, len(training)))
     held: list[Policy] = []
@@ -266,35 +268,25 @@ def _compare(
 
     if once == "each update":
         update.reference = reference()
-        return None
+        return None, None
     if update.needs.mismatched:
         update.reference = reference()
     backbone = loaded.backbone
     how = [loaded.base_in_4bit, backbone.peft is not None, backbone.started_from_adapter, loaded.policy.own_head]
     facts = reference_facts(session, config.model, config.reference or config.model, how)
-    return [
-        reference_logps(session, items, batch_of, facts, reference) if len(items) else None
-        for items in (training, held_out)
-    ]
+
+    def of(items: Sequence[Any]) -> ReferenceLogps | None:
+        return reference_logps(session, items, batch_of, facts, reference) if len(items) else None
+
+    return of(training), of(held_out)
 
 
 def _once(steps: int, config: PreferenceConfig, items: int) -> str:
     return "once" if steps * config.batch_size >= items else "each update"
 
 
-def _known(
-    known: list[ReferenceLogps | None] | None, part: int, places: Sequence[int], items: Sequence[Any]
-) -> Tensor | None:
-    found = known[part] if known is not None else None
-    return None if found is None else found.of(places, batch_of(items).mask)
-
-
-def with_reference(reference: Policy, batch: TokenBatch, session: Session) -> TokenBatch:
-    return batch.with_columns(ref_logps=policy_logps(reference, batch, budget=session.scoring).logps)
-
-
-def _held_out(update: Update, items: Sequence[Any], logps: Tensor | None, compares: bool) -> Metrics:
-    batch, fixed, _ = update.prepare(items, 0, logps, compares)
+def _held_out(update: Update, items: Sequence[Any], known: ReferenceLogps | None) -> Metrics:
+    batch, fixed, _ = update.prepare(items, known, range(len(items)), 0)
     batch = batch.to(update.policy.backbone.device)
     found = policy_logps(update.policy, batch, budget=update.session.scoring).logps
     _, measured = preference_loss(update.loss, pairs_of(batch, found, fixed), batch.totals.groups)

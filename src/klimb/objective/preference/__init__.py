@@ -50,8 +50,8 @@ from klimb.objective.spec import parse_value
 
 _ROWS = (
     dpo, cdpo, robust, ipo, ipo_average, hinge, exo, nca, sppo_hard, bco_pair, bco, apo_zero, apo_down, aot,
-    aot_unpaired, discopop, fdpo_kl, fdpo_js, fdpo_alpha, ld_dpo, wpo, dpo_norm, rpo, kto, orpo, cpo, simpo, alphapo, tpo, tpo_l,
-    beta_dpo, dpo_shift, dpop, step_dpo, chosen_nll,
+    aot_unpaired, discopop, fdpo_kl, fdpo_js, fdpo_alpha, ld_dpo, wpo, dpo_norm, rpo, kto, orpo, cpo, simpo, alphapo,
+    tpo, tpo_l, beta_dpo, dpo_shift, dpop, step_dpo, chosen_nll,
 )  # fmt: skip
 PREFERENCE_LOSSES: Mapping[str, Any] = {
     **{row.__name__: row for row in _ROWS},
