@@ -29,7 +29,9 @@ VOCABULARY = [*LETTERS, "_", "=", "."]  # "_" fills a word up to WIDTH, "=" asks
 TOKEN = {letter: number for number, letter in enumerate(VOCABULARY)}
 END = TOKEN["."]
 WIDTH = 5  # letters in the longest word
-PROMPT = WIDTH + 1  # tokens in a prompt: every answer begins in the same place, so that no batch needs padding before it
+PROMPT = (
+    WIDTH + 1
+)  # tokens in a prompt: every answer begins in the same place, so that no batch needs padding before it
 ANSWER = WIDTH + 1  # most tokens in an answer: the letters and the end
 
 PROMPTS_PER_STEP = 16

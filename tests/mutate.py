@@ -145,7 +145,8 @@ def places(node: ast.AST, function: str = "", span: tuple[int, int] | None = Non
 
 
 def mutants(path: Path) -> Iterator[Mutant]:
-    """Of one file, each a module compiled with one change. The tree is as it was whenever this yields."""
+    """Of one file, each a module compiled with one change."""
+    file = path.relative_to(HEART).as_posix()
     tree = ast.parse(path.read_text(encoding="utf-8"))
     statements = {id(part): node for node in ast.walk(tree) if isinstance(node, ast.stmt) for part in _own(node)}
     for holder, field, index, child, function, span in [*places(tree)]:
@@ -158,7 +159,7 @@ def mutants(path: Path) -> Iterator[Mutant]:
             _put(holder, field, index, child)
             if code is not None:
                 line = getattr(child, "lineno", statement.lineno)
-                yield Mutant(path.name, line, function, *_difference(was, becomes), span, code)
+                yield Mutant(file, line, function, *_difference(was, becomes), span, code)
 
 
 def _negated(holder: ast.AST, field: str, child: ast.expr) -> Iterator[ast.expr]:
@@ -231,7 +232,8 @@ class Suite:
 
         def note(frame: FrameType, event: str, argument: object) -> None:
             if frame.f_code.co_filename.startswith(here):
-                found.add((Path(frame.f_code.co_filename).name, frame.f_code.co_firstlineno))
+                code = frame.f_code
+                found.add((Path(code.co_filename).relative_to(HEART).as_posix(), code.co_firstlineno))
 
         start = time.process_time()
         sys.settrace(note)
@@ -304,7 +306,8 @@ def batches(mutant: Mutant, entered: dict[str, list[list[Any]]], seconds: dict[s
 
 
 def survives(mutant: Mutant, tests: list[str], scratch: str) -> bool:
-    module = f"klimb.objective.{mutant.file.removesuffix('.py')}"
+    parts = Path(mutant.file).with_suffix("").parts
+    module = ".".join(["klimb", "objective", *(part for part in parts if part != "__init__")])
     usual = importlib.machinery.SourceFileLoader.get_code
 
     def work() -> int:
@@ -336,11 +339,11 @@ def main() -> None:
 
     gc.freeze()
     entered, seconds = first_run()
-    paths = [HEART / name for name in asked.files] or [p for p in sorted(HEART.glob("*.py")) if p.stem != "__init__"]
+    paths = [HEART / name for name in asked.files] or sorted(path for path in HEART.rglob("*.py") if path != HEART / "__init__.py")
     found = [mutant for path in paths for mutant in mutants(path)]
     same = equivalents()
     for key in same.keys() - {mutant.key for mutant in found}:
-        if key[0] in {path.name for path in paths}:
+        if HEART / key[0] in paths:
             print(f"mutants.toml: no such mutant any more: {key}")
     chosen = [mutant for mutant in found if mutant.key not in same]
     print(f"{len(found)} mutants, {len(found) - len(chosen)} of them listed as equivalent; {len(seconds)} tests")
