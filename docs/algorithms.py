@@ -20,15 +20,15 @@ def _lines() -> Iterator[str]:
     yield from (
         "# Algorithms and losses",
         "",
-        "Each is a value; its page at the command line is `klimb algorithms NAME`. Written by `python docs/algorithms.py`",
-        "out of the values and their docstrings, and held against them by a test.",
+        "Each is a value; its page at the command line is `klimb algorithms NAME`. Written by",
+        "`python docs/algorithms.py` out of the values and their docstrings, and held against them by a test.",
         "",
         *(f"- {line}" for line in RULE_OF_THUMB),
         "",
         "## On the policy's own samples",
         "",
-        "score − β·KL (reward) → advantage → normalise → surrogate × importance + β·KL (loss) → aggregate. With r = π/π_old,",
-        "A the advantage, x = log π/π_ref. What a row does not name, it does not have.",
+        "score − β·KL (reward) → advantage → normalise → surrogate × importance + β·KL (loss) → aggregate.",
+        "A is the advantage, r = π/π_old the ratio, x = log π/π_ref. What a row does not name, it does not have.",
     )
     for page in pages(offline=False):
         axes = {axis: text for axis, text in page["axes"].items() if text not in ("none", "0")}
@@ -46,7 +46,7 @@ def _lines() -> Iterator[str]:
     for page in pages(offline=True):
         defaults = ", ".join(f"{key} {value:g}" for key, value in page["defaults"].items())
         yield from ("", f"### {page['name']}", "", page["source"], "", f"`{page['formula']}`", "")
-        yield from (text for text in [page["notes"], *([""] if page["notes"] else [])] if text or page["notes"])
+        yield from ([page["notes"], ""] if page["notes"] else [])
         yield from ([f"- defaults: {defaults}"] if defaults else [])
         yield from _told(page)
 

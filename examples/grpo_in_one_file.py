@@ -1,18 +1,16 @@
-"""GRPO in one file: the whole algorithm in plain PyTorch, from prompts to the report of one run. Half a minute on a CPU.
+"""GRPO in one file: the whole algorithm in plain PyTorch, from prompts to a report. Half a minute on a CPU.
 
     python examples/grpo_in_one_file.py            # seed 0; --seed 1 for another
 
 The task: a word in, its letters in order out, `dacb → abcd`. A program can check that, so the program is the reward.
-A small transformer first imitates a sloppy scribe (supervised fine-tuning), who puts the letters in any order on half
-of his days. Then it is only told, of each of its own answers, whether it is right. That is enough to end up better than
-its teacher, on words that were in neither part of the training.
+A small transformer first imitates a sloppy scribe, who puts the letters in any order on half of his days. Then it is
+only told of its own answers whether they are right: enough to end up better than its teacher, on other words too.
 
 One step, as in DeepSeekMath (Shao et al. 2024, arXiv 2402.03300, section 4.1):
 
     prompt → G answers each → reward → advantage within the group → a few updates on those answers → and again
 
-Read from `train` downwards into what it calls. klimb does the same on models of any size; a test holds this file's
-loss and gradient against klimb's.
+Begin with `train`. klimb does the same on models of any size, and a test holds this file's gradient against klimb's.
 """
 
 from __future__ import annotations
@@ -29,9 +27,7 @@ VOCABULARY = [*LETTERS, "_", "=", "."]  # "_" fills a word up to WIDTH, "=" asks
 TOKEN = {letter: number for number, letter in enumerate(VOCABULARY)}
 END = TOKEN["."]
 WIDTH = 5  # letters in the longest word
-PROMPT = (
-    WIDTH + 1
-)  # tokens in a prompt: every answer begins in the same place, so that no batch needs padding before it
+PROMPT = WIDTH + 1  # tokens in a prompt; all answers begin in the same place, so that nothing is padded before them
 ANSWER = WIDTH + 1  # most tokens in an answer: the letters and the end
 
 PROMPTS_PER_STEP = 16
@@ -43,11 +39,11 @@ BETA = 0.04  # β of equation 3
 EPS = 1e-4  # keeps the advantage finite where the rewards of a group hardly differ
 
 
-# The world: words, the scribe whose answers are imitated, and the program that knows what is right ---------------------
+# The world: words, the scribe who is imitated, and the program that knows what is right -------------------------------
 
 
 def words(count: int, rng: random.Random, held_out: bool) -> list[str]:
-    """Words of 2 to 5 letters. One in five is never trained on: those whose letters' numbers add up to 0 modulo 5."""
+    """Words of 2 to 5 letters. A fifth of all, told by a sum over letters and places, is never trained on."""
     found: list[str] = []
     while len(found) < count:
         word = "".join(rng.choices(LETTERS, k=rng.randint(2, WIDTH)))
@@ -69,19 +65,18 @@ def sloppy(word: str, rng: random.Random) -> str:
     return "".join(letters) + "."
 
 
-def encode(texts: list[str], width: int, filler: str) -> Tensor:
-    """[B, width] token numbers."""
-    return torch.tensor([[TOKEN[letter] for letter in text.ljust(width, filler)] for text in texts])
+def encode(texts: list[str], width: int) -> Tensor:
+    """[B, width] token numbers, filled up with ends."""
+    return torch.tensor([[TOKEN[letter] for letter in text.ljust(width, ".")] for text in texts])
 
 
-def prompts_of(given: list[str]) -> Tensor:
-    return encode([word.ljust(WIDTH, "_") + "=" for word in given], PROMPT, "_")
+def prompts_of(asked: list[str]) -> Tensor:
+    return encode([word.ljust(WIDTH, "_") + "=" for word in asked], PROMPT)
 
 
 def until_end(tokens: Tensor) -> Tensor:
     """[B, T] bool: the tokens that the policy chose, up to its first END and with it. What follows is no choice."""
-    ended_before = (tokens == END).cumsum(dim=1) - (tokens == END).long()
-    return ended_before == 0
+    return (tokens == END).cumsum(dim=1) - (tokens == END).long() == 0  # no end before it
 
 
 def texts_of(tokens: Tensor, mask: Tensor) -> list[str]:
@@ -203,7 +198,7 @@ def warm_start(seed: int, steps: int = 400) -> Policy:
     optimizer = torch.optim.AdamW(policy.parameters(), lr=2e-3, weight_decay=0.0)
     for _ in range(steps):
         shown = words(64, rng, held_out=False)
-        answers = encode([sloppy(word, rng) for word in shown], ANSWER, ".")
+        answers = encode([sloppy(word, rng) for word in shown], ANSWER)
         mask = until_end(answers)
         loss = -torch.where(mask, logps_of(policy, prompts_of(shown), answers), 0.0).sum() / mask.sum()
         optimizer.zero_grad()
@@ -214,8 +209,7 @@ def warm_start(seed: int, steps: int = 400) -> Policy:
 
 def right(policy: Policy, seed: int, count: int = 500) -> tuple[float, float, list[tuple[str, str]]]:
     """Shares of right answers to words never trained on (sampled, likeliest), and the first sampled answers."""
-    asked = words(count, random.Random(seed), held_out=True)
-    shares, shown = [], []
+    asked, shares, shown = words(count, random.Random(seed), held_out=True), [], []
     for generator in (torch.Generator().manual_seed(seed), None):
         answers = sample(policy, prompts_of(asked), generator)
         texts = texts_of(answers, until_end(answers))

@@ -134,10 +134,14 @@ def places(node: ast.AST, function: str = "", span: tuple[int, int] | None = Non
             first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
             span = (first, node.end_lineno or node.lineno)
     for field, value in ast.iter_fields(node):
-        if field in ("annotation", "returns", "decorator_list") or (isinstance(node, ast.keyword) and node.arg in SHAPE):
+        if field in ("annotation", "returns", "decorator_list") or (
+            isinstance(node, ast.keyword) and node.arg in SHAPE
+        ):
             continue
         for index, child in enumerate(value) if isinstance(value, list) else [(None, value)]:
-            if isinstance(child, ast.Raise | ast.Import | ast.ImportFrom | ast.JoinedStr) or not isinstance(child, ast.AST):
+            if isinstance(child, ast.Raise | ast.Import | ast.ImportFrom | ast.JoinedStr) or not isinstance(
+                child, ast.AST
+            ):
                 continue
             if isinstance(child, ast.expr):
                 yield node, field, index, child, function, span
@@ -188,10 +192,14 @@ def _text(statement: ast.stmt) -> str:
 
 def _difference(was: str, becomes: str) -> tuple[str, str]:
     """Both without a long common beginning and end: the change, and what tells where it is."""
-    start = len(os.path.commonprefix([was, becomes]))
-    end = len(os.path.commonprefix([was[start:][::-1], becomes[start:][::-1]]))
+    start = _common(was, becomes)
+    end = _common(was[start:][::-1], becomes[start:][::-1])
     start, end = max(start - 30, 0), max(end - 30, 0)
     return was[start : len(was) - end], becomes[start : len(becomes) - end]
+
+
+def _common(a: str, b: str) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 
 def _put(holder: Any, field: str, index: int | None, node: ast.AST) -> None:
@@ -334,12 +342,14 @@ def main() -> None:
     asked = parser.parse_args()
     os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
     sys.path.insert(0, str(HEART.parents[1]))
-    import klimb.batch  # noqa: F401  torch and what lies below the heart: loaded once, before any fork
+    import klimb.batch  # torch and what lies below the heart: loaded once, before any fork
     import klimb.native  # noqa: F401
 
     gc.freeze()
     entered, seconds = first_run()
-    paths = [HEART / name for name in asked.files] or sorted(path for path in HEART.rglob("*.py") if path != HEART / "__init__.py")
+    paths = [HEART / name for name in asked.files] or sorted(
+        path for path in HEART.rglob("*.py") if path != HEART / "__init__.py"
+    )
     found = [mutant for path in paths for mutant in mutants(path)]
     same = equivalents()
     for key in same.keys() - {mutant.key for mutant in found}:
@@ -362,7 +372,9 @@ def survivors(chosen: list[Mutant], entered: dict[str, list[list[Any]]], seconds
         for done, mutant in enumerate(chosen, 1):
             if all(survives(mutant, tests, f"{scratch}/pytest") for tests in batches(mutant, entered, seconds)):
                 count += 1
-                print(f"{mutant.file}:{mutant.line} {mutant.function}\n  - {mutant.was}\n  + {mutant.becomes}", flush=True)
+                print(
+                    f"{mutant.file}:{mutant.line} {mutant.function}\n  - {mutant.was}\n  + {mutant.becomes}", flush=True
+                )
             if done % 50 == 0:
                 print(f"{done} of {len(chosen)}, {count} survive, {time.monotonic() - start:.0f} s", flush=True)
     return count

@@ -96,7 +96,9 @@ def test_a_page_at_the_command_line(tmp_path):
     assert (said.code, said.out) == (1, "")
     assert "'gpro', did you mean 'grpo'?" in said.err
     file = tmp_path / "mine.py"
-    file.write_text("from klimb.objective import GRPO\nfrom dataclasses import replace\nMINE = replace(GRPO, name='m')\n")
+    file.write_text(
+        "from klimb.objective import GRPO\nfrom dataclasses import replace\nMINE = replace(GRPO, name='m')\n"
+    )
     assert klimb("algorithms", f"{file}:MINE").out.startswith("m: arXiv")
 
 

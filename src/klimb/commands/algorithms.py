@@ -1,8 +1,8 @@
 """`klimb algorithms`: the tables, and one page for each row, told by the values themselves.
 
-A page is made of a row's fields and of what its parts say: a docstring begins with the formula and its paper, a sentence
-that begins with "Fails" names the main failure, one with "Degrades" says when it gets worse or turns into something
-else. A value with a `page` (formula, source, failure, degrades) has said it there.
+A page is made of a row's fields and of what its parts say: a docstring begins with the formula and its paper, a
+sentence that begins with "Fails" names the main failure, one with "Degrades" says when it gets worse or turns into
+something else. A value with a `page` (formula, source, failure, degrades) has said it there.
 """
 
 from __future__ import annotations
@@ -180,9 +180,10 @@ def _pulls(part: Any) -> bool:
 def _defaults(parts: Mapping[str, Any]) -> Iterator[tuple[str, float | None]]:
     """surrogate.clip.low = 0.2, kl.beta = 0.04: what one would write to change them."""
     for axis, part in parts.items():
+        steered = not isinstance(part, KL) or part.target is not None
         where = axis if isinstance(part, KL) or axis == "critic" else f"{axis}.{type(part).__name__}"
         for key in _parameters(part):
-            if isinstance(value := getattr(part, key), int | float):
+            if isinstance(value := getattr(part, key), int | float) and (key != "gain" or steered):
                 yield f"{where}.{key}", value
 
 

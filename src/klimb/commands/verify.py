@@ -1,4 +1,4 @@
-"""`klimb verify my_file.py:MINE`: the properties that every row of the tables has, tried on a row or a loss of one's own.
+"""`klimb verify my_file.py:MINE`: what every row of the tables fulfils, tried on a row or a loss of one's own.
 
 On made-up updates in float64: samples of different lengths (one of them without a token), policies some way apart.
 """
@@ -82,12 +82,14 @@ def _of_row(row: Algorithm) -> Tests:
     row = row.resolve(max_length=MASK.shape[1])
     far = _update()
     return {
-        "the combination makes sense": lambda: "; ".join(problems(row, samples_per_prompt=4, updates_per_step=1)) or None,
+        "the combination makes sense": lambda: (
+            "; ".join(problems(row, samples_per_prompt=4, updates_per_step=1)) or None
+        ),
         "at ratio 1 the gradient is REINFORCE's": lambda: _starts_as_reinforce(row),
         "equal scores in a group teach nothing": lambda: _zero_variance(row),
         **_common(lambda hole: _row_method(row, _update(hole))),
         "far from the old policy it stays finite": lambda: _finite(
-            _row_method(row, far | {"logps": torch.where(MASK, 1e4 * torch.sign(far["values"]), 0.0)})
+            _row_method(row, far | {"logps": torch.where(MASK, 1e4 * torch.sign(far["values"] - far["logps"]), 0.0)})
         ),
         "an update without a token is zero": lambda: _without_tokens(row),
     }
@@ -166,7 +168,7 @@ def _of_loss(loss: PreferenceLoss) -> Tests:
     far = _sides()
     return {
         "at π = π_ref it is finite": lambda: _start(loss),
-        "from there descent widens the margin": lambda: _widens(loss),
+        "a pair in the wrong order is put right": lambda: _puts_right(loss),
         **_common(lambda hole: _loss_method(loss, _sides(hole))),
         "far from the reference it stays finite": lambda: _finite(
             _loss_method(loss, far | {"logps": torch.where(_pair_mask(), 1e4 * torch.sign(far["logps"] + 1), 0.0)})
@@ -219,11 +221,13 @@ def _start(loss: PreferenceLoss) -> str | None:
     return None if torch.tensor(start).isfinite() else f"it is {start}"
 
 
-def _widens(loss: PreferenceLoss) -> str | None:
+def _puts_right(loss: PreferenceLoss) -> str | None:
+    """Chosen completions below the reference, rejected ones above: the gradient has to bring them together."""
     given = _sides()
-    _, gradient = _gradient(_loss_method(loss, given | {"logps": given["ref_logps"]}))
+    away = torch.where(torch.arange(12) < 4, 2.0, 0.5)[:, None]
+    _, gradient = _gradient(_loss_method(loss, given | {"logps": away * given["ref_logps"]}))
     chosen, rejected = gradient[:4].sum(), gradient[4:8].sum()
-    return None if chosen < rejected else f"d loss/d log π is {chosen:.3g} for the chosen, {rejected:.3g} for the rejected"
+    return None if chosen < rejected else f"d loss/d log π: chosen {chosen:.3g}, rejected {rejected:.3g}"
 
 
 # What is asked of both -----------------------------------------------------------------------------------------------
@@ -265,7 +269,7 @@ def _finite(method: Method) -> str | None:
 
 
 class Held(TorchFunctionMode):
-    """What was detached in the first run stays what it was in the next ones: as autograd takes it, so a difference does."""
+    """What was detached in the first run stays what it was in the next: as for autograd, so for a difference."""
 
     def __init__(self) -> None:
         super().__init__()
