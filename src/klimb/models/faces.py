@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from klimb.batch import TokenBatch
 from klimb.models.backbone import Backbone
 from klimb.models.load import score_head
-from klimb.models.logprobs import Head, full_kl, precision, token_logps
+from klimb.models.logprobs import Head, collisions, full_kl, precision, token_logps
 from klimb.models.packing import Budget, Packed, in_parts, pack
 
 
@@ -127,6 +127,20 @@ def policy_logps(
     logps = _join([out.logps for out in outputs], parts, batch)
     entropies = [out.entropy for out in outputs if out.entropy is not None]
     return PolicyOutputs(logps, _join(entropies, parts, batch) if entropy else None)
+
+
+@torch.no_grad()
+def policy_collisions(
+    policy: Policy, batch: TokenBatch, *, budget: int | Budget, temperature: float = 1.0
+) -> Tensor:  # fmt: skip
+    """Σ_v π(v)² before each token, [B, T], of a whole batch without gradient, split by token budget."""
+
+    def forward(micro: TokenBatch) -> Tensor:
+        head, states = policy.predictions(pack(micro, policy.backbone.device))
+        return _scatter(collisions(head, states, temperature), micro)
+
+    parts, found = zip(*in_parts(batch, budget, forward), strict=True)
+    return _join(found, parts, batch)
 
 
 @torch.no_grad()
