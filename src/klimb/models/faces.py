@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from klimb.batch import TokenBatch
 from klimb.models.backbone import Backbone
 from klimb.models.load import score_head
-from klimb.models.logprobs import Head, full_kl, log_collisions, precision, token_logps
+from klimb.models.logprobs import Head, collisions, full_kl, log_collisions, precision, token_logps
 from klimb.models.packing import Budget, Packed, in_parts, pack
 
 
@@ -130,11 +130,25 @@ def policy_logps(
 
 
 @torch.no_grad()
-def policy_collisions(policy: Policy, batch: TokenBatch, *, budget: int | Budget) -> Tensor:
+def policy_log_collisions(policy: Policy, batch: TokenBatch, *, budget: int | Budget) -> Tensor:
     """log Σ_v π(v)² at each marked token of a whole batch [B, T], split by token budget."""
 
     def forward(micro: TokenBatch) -> Tensor:
         return _scatter(log_collisions(*policy.predictions(pack(micro, policy.backbone.device))), micro)
+
+    parts, found = zip(*in_parts(batch, budget, forward), strict=True)
+    return _join(found, parts, batch)
+
+
+@torch.no_grad()
+def policy_collisions(
+    policy: Policy, batch: TokenBatch, *, budget: int | Budget, temperature: float = 1.0
+) -> Tensor:  # fmt: skip
+    """Σ_v π(v)² before each token, [B, T], of a whole batch without gradient, split by token budget."""
+
+    def forward(micro: TokenBatch) -> Tensor:
+        head, states = policy.predictions(pack(micro, policy.backbone.device))
+        return _scatter(collisions(head, states, temperature), micro)
 
     parts, found = zip(*in_parts(batch, budget, forward), strict=True)
     return _join(found, parts, batch)

@@ -57,6 +57,17 @@ def token_logps(
     return logps, entropies if entropy else None
 
 
+def collisions(head: Head, hidden: Tensor, temperature: float = 1.0) -> Tensor:
+    """Σ_v π(v)² at each of M states, without gradient: [M]. 1 − 2 π(token) + Σ_v π(v)² is the squared length of
+    ∇ log π(token) in the logits."""
+    found = []
+    with torch.no_grad():
+        vocabulary = hidden.shape[1] if head.weight is None else head.weight.shape[0]
+        for part in _chunks(len(hidden), vocabulary):
+            found.append((head.logits(hidden[part]) / temperature).softmax(-1).square().sum(-1))
+    return torch.cat(found) if found else hidden.new_zeros(0)
+
+
 def full_kl(
     head: Head, hidden: Tensor, reference_head: Head, reference_hidden: Tensor, temperature: float = 1.0
 ) -> Tensor:
