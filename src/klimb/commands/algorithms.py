@@ -14,9 +14,11 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any, NamedTuple
 
-from klimb.objective.algorithms import ALGORITHMS, Algorithm, problems
+from klimb.objective.algorithm import Algorithm
+from klimb.objective.algorithms import ALGORITHMS
 from klimb.objective.kl import KL
 from klimb.objective.preference import PREFERENCE_LOSSES, known_start, needs_of
+from klimb.objective.refusals import problems
 from klimb.objective.spec import algorithm_row
 from klimb.plugin import is_reference, load_attribute, unknown_name
 
@@ -43,7 +45,10 @@ def said_by(value: Any) -> Said:
         told = _sentences(value)
         return Said(page.formula, " ".join(told), page.source, page.failure, page.degrades)
     formula, *others = [*_sentences(value), ""]
-    marked = {word: " ".join(s for s in others if s.startswith(f"{word} ")) for word in ("Fails", "Degrades")}
+    marked = {
+        word: " ".join(s.removeprefix(f"{word} ") for s in others if s.startswith(f"{word} "))
+        for word in ("Fails", "Degrades")
+    }
     notes = " ".join(s for s in others if s and not s.startswith(("Fails ", "Degrades ")))
     return Said(formula, notes, "", marked["Fails"], marked["Degrades"])
 
@@ -183,7 +188,8 @@ def _defaults(parts: Mapping[str, Any]) -> Iterator[tuple[str, float | None]]:
         steered = not isinstance(part, KL) or part.target is not None
         where = axis if isinstance(part, KL) or axis == "critic" else f"{axis}.{type(part).__name__}"
         for key in _parameters(part):
-            if isinstance(value := getattr(part, key), int | float) and (key != "gain" or steered):
+            value = getattr(part, key)
+            if isinstance(value, int | float) and value is not False and (key != "gain" or steered):
                 yield f"{where}.{key}", value
 
 

@@ -15,10 +15,11 @@ from torch.overrides import TorchFunctionMode
 
 from klimb.batch import BatchTotals
 from klimb.commands.algorithms import method
-from klimb.objective.algorithms import Algorithm, problems
+from klimb.objective.algorithm import Algorithm
 from klimb.objective.credit import assign_credit
-from klimb.objective.policy_loss import policy_loss
+from klimb.objective.policy_loss import policy_loss, update_columns
 from klimb.objective.preference import Completions, Pairs, PreferenceLoss, known_start, needs_of, statistics_of
+from klimb.objective.refusals import problems
 from klimb.objective.surrogate import reinforce
 
 LENGTHS = torch.tensor([5, 1, 3, 0, 4, 2, 5, 3])
@@ -106,27 +107,26 @@ def _update(hole: float = 0.0) -> dict[str, Tensor]:
 
 
 def _advantages(row: Algorithm, given: Mapping[str, Tensor], mask: Tensor = MASK) -> Tensor:
+    scores = given["scores"]
     return assign_credit(
-        row, scores=given["scores"], mask=mask, group=GROUP, logps=given["behavior_logps"],
-        ref_logps=given["ref_logps"], values=given["values"],
+        row, scores=scores, mask=mask, group=GROUP, logps=given["behavior_logps"], ref_logps=given["ref_logps"],
+        values=given["values"], parts=torch.stack([scores, -2 * scores], dim=1),
+        part_weights=torch.tensor([1.0, 3.0]), baseline=torch.zeros(len(mask), dtype=torch.float64),
+        collisions=0.5 * given["behavior_logps"].exp(),
     ).advantages  # fmt: skip
 
 
-def _loss_of(
-    row: Algorithm, given: Mapping[str, Tensor], advantages: Tensor, logps: Tensor, part: Sequence[int], mask: Tensor
-) -> Tensor:
-    others = ("old_logps", "behavior_logps", "ref_logps", "entropy")
-    return policy_loss(
-        row, logps=logps[part], advantages=advantages[part], mask=mask[part], totals=BatchTotals.of(mask, GROUP),
-        **{name: given[name][part] for name in others},
-    )[0]  # fmt: skip
-
-
 def _row_method(row: Algorithm, given: Mapping[str, Tensor], mask: Tensor = MASK) -> Method:
-    advantages = _advantages(row, given, mask)
+    advantages, totals = _advantages(row, given, mask), BatchTotals.of(mask, GROUP)
+    stored = {name: given[name] for name in ("old_logps", "behavior_logps", "entropy")}
+    columns = update_columns(
+        row, logps=given["logps"], advantages=advantages, scores=given["scores"], mask=mask, **stored
+    )
+    columns |= stored | {"ref_logps": given["ref_logps"], "advantages": advantages, "mask": mask}
 
     def loss(logps: Tensor, part: Sequence[int]) -> Tensor:
-        return _loss_of(row, given, advantages, logps, part, mask)
+        own = {name: column[part] for name, column in columns.items()}
+        return policy_loss(row, logps=logps[part], totals=totals, **own)[0]
 
     return Method(loss, given["logps"], mask, PARTS, range(len(mask)))
 

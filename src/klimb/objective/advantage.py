@@ -48,8 +48,9 @@ def batch_mean(rewards: Rewards) -> Tensor:
 class running_mean:
     """A = R − b, b ← decay · b + (1 − decay) · mean R: unbiased, since b stems from earlier updates alone.
 
-    The moving-average baseline of arXiv 2402.14740 (its part on REINFORCE) as an exponential one. The first update has
-    no past and uses its own mean. Degrades when prompts differ much in difficulty.
+    The moving-average baseline of arXiv 2402.14740 (its part on REINFORCE) as an exponential one. The first
+    update has no past and uses its own mean. Degrades when prompts differ much in difficulty. Fails where the
+    level of scores jumps: the baseline lags behind, and all samples are pushed the same way.
     """
 
     decay: float = 0.9
@@ -81,7 +82,8 @@ class Draws:
 class greedy_baseline:
     """A = R − R(greedy completion of the prompt) (ReMax, arXiv 2310.10505). Unbiased; one more sample a prompt.
 
-    Degrades where the greedy completion is not typical: too long, or a loop.
+    Degrades where the greedy completion is not typical: too long, or a loop. Fails where the greedy completion
+    scores otherwise than the samples do: all are pushed the same way.
     """
 
     draws: ClassVar[Draws] = Draws(1, greedy=True)
@@ -98,9 +100,10 @@ class greedy_baseline:
 class optimal_value:
     """A = R − V*, V* = β₁ log mean_j e^(R_j/β₁) over samples of π_ref (A*-PO, arXiv 2505.20686, its first stage).
 
-    V* is that of the optimum at temperature β₁. On the policy's own samples it is a baseline and nothing else, so an
-    error in it costs variance alone; learning from others' samples needs it exact, and β₁ = β of the loss. Few draws
-    see no success on a hard prompt, then V* = 0.
+    V* is that of the optimum at temperature β₁. On the policy's own samples it is a baseline and nothing else, so
+    an error in it costs variance alone; learning from others' samples needs it exact, and β₁ = β of the loss. Few
+    draws see no success on a hard prompt, then V* = 0. Fails off-policy unless V* is exact. Degrades with few
+    draws: a hard prompt without a success has V* = 0.
     """
 
     beta: float = 0.5
@@ -123,7 +126,8 @@ class optimal_value:
 class discounted_return:
     """A_t = Σ_{k≥t} γ^(k−t) r_k: rewards to go, no baseline (REINFORCE++, arXiv 2501.03262), to be whitened.
 
-    γ < 1 forgets a score at the end of a long completion, and shifts where training ends.
+    γ < 1 forgets a score at the end of a long completion, and shifts where training ends. Fails without
+    whitening: nothing is subtracted, the level of the scores is noise. Degrades with γ < 1 on long completions.
     """
 
     gamma: float = 1.0
@@ -136,9 +140,11 @@ class discounted_return:
 class gae:
     """δ_t = r_t + γ V_{t+1} − V_t, A_t = δ_t + γλ A_{t+1} (arXiv 1506.02438, equation 16) over policy tokens.
 
-    A completion ends where its tokens end, also when it was cut by length: its score is its reward and V
-    beyond is 0. An interrupted sample carries no score: it counts as ended just before its last token, whose
-    V stands for all that would have come, and that token itself (its outcome is unknown) gets no advantage.
+    A completion ends where its tokens end, also when it was cut by length: its score is its reward and V beyond
+    is 0. An interrupted sample carries no score: it counts as ended just before its last token, whose V stands
+    for all that would have come, and that token itself (its outcome is unknown) gets no advantage. Fails while
+    the critic is bad: its errors are the policy's gradient (watch critic/explained_variance). Degrades to the
+    return itself as λ → 1, to the critic's opinion as λ → 0.
     """
 
     gamma: float = 1.0
@@ -165,8 +171,9 @@ class gae:
 class prompt_value:
     """A = R − V(prompt), V before the first token (DRO, arXiv 2405.19107); V learns R − β · log π/π_ref.
 
-    With the KL in the loss as k2 of the sequence this is the regression of β · log π/π_ref on R − V, which is right on
-    anybody's samples. V of one state has to carry all: more variance than `gae`.
+    With the KL in the loss as k2 of the sequence this is the regression of β · log π/π_ref on R − V, which is
+    right on anybody's samples. V of one state has to carry all: more variance than `gae`. Fails while V is bad:
+    its error is a push on every token of the completion.
     """
 
     needs_values: ClassVar[bool] = True

@@ -21,13 +21,21 @@ from klimb.objective.grouped import (
 
 
 def group_mean(rewards: Rewards) -> Tensor:
-    """A = R − mean of the group (Dr. GRPO, arXiv 2503.20783). Exactly (G−1)/G of the true gradient."""
+    """A = R − mean of the group (Dr. GRPO, arXiv 2503.20783). Exactly (G−1)/G of the true gradient.
+
+    Fails silently where all samples of a group score alike: such groups teach nothing. Degrades as groups get
+    smaller: of two samples half of the gradient is left.
+    """
     returns, group = rewards.returns, rewards.group
     return zero_without_variance(returns - group_sum(returns, group) / group_size(group), rewards)
 
 
 def leave_one_out(rewards: Rewards) -> Tensor:
-    """A = R − mean of the *other* samples of the group (RLOO, arXiv 2402.14740). Unbiased; needs two."""
+    """A = R − mean of the *other* samples of the group (RLOO, arXiv 2402.14740). Unbiased; needs two.
+
+    Fails silently where all samples of a group score alike: such groups teach nothing. Degrades as groups get
+    smaller: a mean of few others is a noisy baseline.
+    """
     returns, group = rewards.returns, rewards.group
     others = (group_sum(returns, group) - returns) / (group_size(group) - 1).clamp(min=1)
     return zero_without_variance(returns - others, rewards)
@@ -37,8 +45,10 @@ def leave_one_out(rewards: Rewards) -> Tensor:
 class group_zscore:
     """A = (R − mean) / (std + eps) of the group, std unbiased (GRPO, arXiv 2402.03300, section 4.1.2).
 
-    Every prompt pulls equally hard whether its samples differ by much or little: no longer the gradient of
-    the expected reward, not even in direction, and near-ties are blown up (eps, TRL's 1e-4, damps that).
+    Every prompt pulls equally hard whether its samples differ by much or little: no longer the gradient of the
+    expected reward, not even in direction, and near-ties are blown up (eps, TRL's 1e-4, damps that). Fails on
+    prompts that are almost never (or almost always) solved: the one odd sample gets (G − 1)/√G. Degrades with
+    groups of two: any difference, however small, becomes ±1/√2.
     """
 
     eps: float = 1e-4
@@ -51,8 +61,9 @@ class group_zscore:
 class leave_one_out_zscore:
     """A = (R − mean) / (std + eps), both of the *other* samples of the group (as in NVIDIA's NeMo RL).
 
-    The scale no longer depends on the sample itself, and one odd sample is no longer bounded by its own std: where
-    the others are all equal, and in groups of two, only the mean is taken off.
+    The scale no longer depends on the sample itself, and one odd sample is no longer bounded by its own std:
+    where the others are all equal, and in groups of two, only the mean is taken off. Fails silently where the
+    others of a group score alike. Degrades with groups of two: there is no std of one sample.
     """
 
     eps: float = 1e-6
@@ -71,7 +82,9 @@ class leave_one_out_zscore:
 class group_mean_batch_std:
     """A = (R − mean of the group) / (std of all rewards of the update + eps) (Lite PPO, arXiv 2508.08221).
 
-    One scale for all prompts, so that near-ties stay small. It moves with what the other prompts of the batch are.
+    One scale for all prompts, so that near-ties stay small. It moves with what the other prompts of the batch
+    are. Fails where the scale of scores differs by prompt: one scale is used for all. Degrades to `group_mean` as
+    the std settles.
     """
 
     eps: float = 1e-4
@@ -85,6 +98,8 @@ class group_mean_batch_std:
 def length_weighted_mean(rewards: Rewards) -> Tensor:
     """A = R − Σ |y| R / Σ |y| of the group (OPO, arXiv 2505.23585): the baseline of least variance where a sample's
     squared gradient grows with its length. Each sample is in its own baseline, as with `group_mean`; exactly on-policy.
+
+    Fails silently where all samples of a group score alike. Degrades to `group_mean` where all are of one length.
     """
     length = rewards.mask.sum(dim=1).double()
     baseline = group_sum(length * rewards.returns, rewards.group) / group_sum(length, rewards.group)
@@ -94,8 +109,9 @@ def length_weighted_mean(rewards: Rewards) -> Tensor:
 def group_mean_scaled_up(rewards: Rewards) -> Tensor:
     """A = α (R − mean of the group), α = B / samples in groups that differ (GPG, arXiv 2504.02546, with F_norm = 1).
 
-    Groups without variance then leave the size of the gradient as it is. With few groups left, these few get it all.
-    verl counts scores other than 0 for α instead.
+    Groups without variance then leave the size of the gradient as it is. With few groups left, these few get it
+    all. verl counts scores other than 0 for α instead. Fails where nearly all scores are 0: the few that are not
+    are scaled up without bound. Degrades to `group_mean` where all samples count.
     """
     kept = has_variance(rewards.returns, rewards.group).sum().clamp(min=1)
     return group_mean(rewards) * (len(rewards.group) / kept)
@@ -107,7 +123,8 @@ class best_of_group:
     exactly the gradient of E[max of the group] / G.
 
     scale: divided by the group's std + eps, as in verl. A tie for the best teaches nothing; once most samples are
-    right, hardly any group does.
+    right, hardly any group does. Fails to teach anything but the best sample, and nothing where two share the
+    lead. Degrades with larger groups: one sample of G is learnt from.
     """
 
     scale: bool = True
@@ -132,6 +149,8 @@ def over_mean(rewards: Rewards) -> Tensor:
 
     For scores of 0 and 1 the expected gradient is (1 − (1 − p)^(G−1)) / p · ∇p, towards that of log p as G grows:
     hard prompts pull hardest. For other scores than 0 and 1 (a KL in the reward too) the quotient means nothing.
+    Fails with scores below zero: a group with a mean of 0 or less teaches nothing. Degrades on rarely solved
+    prompts: an advantage grows as 1/mean.
     """
     returns, group = rewards.returns, rewards.group
     mean = group_sum(returns, group) / group_size(group)
@@ -143,8 +162,10 @@ class parts_zscore:
     """Each part of the reward z-scored in its group, their weighted sum z-scored over the update (GDPO, arXiv
     2601.05242): two rewards of different scale or spread keep their say, which the z-score of their sum takes.
 
-    Group scores add up to 0, so the mean over the update is 0 as well, and a group in which no part differs stays at
-    exactly 0. What is not a part does not count: no KL in the reward, no penalty for length.
+    Group scores add up to 0, so the mean over the update is 0 as well, and a group in which no part differs stays
+    at exactly 0. What is not a part does not count: no KL in the reward, no penalty for length. Fails where a
+    part of the score hardly varies: its noise weighs as much as the others. Degrades to `group_zscore` and
+    whitening with a single part.
     """
 
     eps: float = 1e-4
@@ -166,7 +187,9 @@ class optimal_token_baseline:
     """A_t = G_t − B_t, B_t = Σ G_t W_t / Σ W_t over the group's samples that have a token t, G_t the rewards to go and
     W_t = Σ_{j≤t} (1 − 2 π_j + Σ_v π_j(v)²) the squared gradient so far (the optimal token baseline, as in verl).
 
-    Least variance a token; each sample is in its own baseline, and the longest sample is its own where it is alone.
+    Least variance a token; each sample is in its own baseline, and the longest sample is its own where it is
+    alone. Fails where few samples of a group are long: late tokens have hardly anybody to be compared with.
+    Degrades to `group_mean` where tokens are equally sure.
     """
 
     needs_collisions: ClassVar[bool] = True

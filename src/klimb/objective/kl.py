@@ -56,7 +56,10 @@ def k2(log_ratio: Tensor) -> Tensor:
 
 
 def k3(log_ratio: Tensor) -> Tensor:
-    """e^(−x) − 1 + x. Unbiased and never negative; as a loss it has the gradient of KL(π_ref ‖ π)."""
+    """e^(−x) − 1 + x. Unbiased and never negative; as a loss it has the gradient of KL(π_ref ‖ π).
+
+    Degrades far below the reference: e^(−x) grows without bound, one token can fill the update.
+    """
     return bounded_exp(-log_ratio) - 1 + log_ratio
 
 

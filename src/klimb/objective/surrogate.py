@@ -35,7 +35,10 @@ def anchor_of(surrogate: Surrogate) -> Anchor:
 
 
 def reinforce(logps: Tensor, old_logps: Tensor, advantages: Tensor, mask: Tensor) -> PerToken:
-    """−A log π (Williams 1992). Knows no ratio: right only for the first update after sampling."""
+    """−A log π (Williams 1992). Knows no ratio: right only for the first update after sampling.
+
+    Fails after the first update on a batch: its samples are another policy's by then.
+    """
     return PerToken(-advantages * logps, torch.zeros_like(mask))
 
 
@@ -63,8 +66,9 @@ class quadratic:
 class clip:
     """max(−A r, −A clip(r, 1 − low, 1 + high)) (PPO, arXiv 1707.06347, equation 7; high > low: DAPO).
 
-    A token that already moved its way past the bound gets no gradient; one that moved the wrong way keeps all
-    of it.
+    A token that already moved its way past the bound gets no gradient; one that moved the wrong way keeps all of
+    it. Fails on a bad token whose ratio has become huge (see `dual_clip`). Degrades to `reinforce` with one
+    update a batch, where every ratio is 1.
     """
 
     low: float = 0.2
@@ -79,7 +83,9 @@ class dual_clip:
     """As `clip`, and for A < 0 never more than −bound · A (dual clip, arXiv 1912.09729; bound c = 3).
 
     Stops the one case that `clip` leaves open: a bad token whose ratio has become huge. The two-sided clip of
-    INTELLECT-2 (arXiv 2505.07291, bound δ = 4), min(r, δ) before the minimum, is the same function.
+    INTELLECT-2 (arXiv 2505.07291, bound δ = 4), min(r, δ) before the minimum, is the same function. Fails as
+    `clip` does on samples of a much older policy: hardly a token is left. Degrades to `reinforce` with one update
+    a batch.
     """
 
     low: float = 0.2
@@ -97,8 +103,10 @@ class dual_clip:
 class sequence_clip:
     """`clip` on s_i = (Π_t r_t)^(1/|y|), one for all tokens of a sample (GSPO, arXiv 2507.18071, equation 5).
 
-    In the token form sg[s_i] · π/sg[π] (GSPO-token), which gives the same gradient and lets advantages differ
-    by token. s_i stays very near 1, hence bounds of a few 1e-4. Belongs with `sequence_mean`.
+    In the token form sg[s_i] · π/sg[π] (GSPO-token), which gives the same gradient and lets advantages differ by
+    token. s_i stays very near 1, hence bounds of a few 1e-4. Belongs with `sequence_mean`. Fails with bounds that
+    are meant for tokens: nothing is ever clipped. Degrades on long completions of mixed quality: it lets go of
+    all their tokens or of none.
     """
 
     low: float = 3e-4
@@ -114,8 +122,9 @@ class sequence_clip:
 class geometric_clip:
     """−A (Π_t ρ_t)^(1/|y|), ρ_t = r_t held by e^−low and e^high on the side that A pushes to (GMPO, arXiv 2507.20673).
 
-    The bounds are of log r. A geometric mean minds no single odd ratio, so that they can be wide; each token is clipped
-    before the mean, unlike in `sequence_clip`. Belongs with `sequence_mean`; takes one advantage a sample.
+    The bounds are of log r. A geometric mean minds no single odd ratio, so that they can be wide; each token is
+    clipped before the mean, unlike in `sequence_clip`. Belongs with `sequence_mean`; takes one advantage a
+    sample. Degrades to `reinforce` with one update a batch.
     """
 
     low: float = 0.4
@@ -151,8 +160,10 @@ class product_clip:
 class cispo:
     """−sg[clip(r, 1 − low, 1 + high)] · A · log π (CISPO, MiniMax-M1, arXiv 2506.13585).
 
-    Bounds the weight and never drops a token's gradient. No lower bound at low = 1; high = 4 is the weight of
-    at most 5 that ScaleRL recommends (arXiv 2510.13786), MiniMax did not publish theirs.
+    Bounds the weight and never drops a token's gradient. No lower bound at low = 1; high = 4 is the weight of at
+    most 5 that ScaleRL recommends (arXiv 2510.13786), MiniMax did not publish theirs. Fails to hold a policy that
+    moves far: no gradient is dropped, its weight alone is bounded. Degrades to `reinforce` with one update a
+    batch.
     """
 
     low: float = 1.0
@@ -168,8 +179,9 @@ class cispo:
 class sapo:
     """−A · 4/τ · σ(τ (r − 1)), τ by the sign of A (SAPO, arXiv 2511.20347): a gate that closes softly.
 
-    The gradient is that of −A r times 4 σ (1 − σ), 1 at r = 1 and falling on both sides: a token that went the wrong
-    way loses its gradient, too. "Clipped" counts gates less than half open.
+    The gradient is that of −A r times 4 σ (1 − σ), 1 at r = 1 and falling on both sides: a token that went the
+    wrong way loses its gradient, too. "Clipped" counts gates less than half open. Degrades to `reinforce` with
+    one update a batch.
     """
 
     positive: float = 1.0
@@ -185,8 +197,9 @@ class sapo:
 class vespo:
     """−sg[φ(w)] · A · log π, w = Π_t r_t, φ(w) = w^k e^(λ(1 − w)), k and λ by the sign of A (VESPO, arXiv 2602.10693).
 
-    One weight for the whole completion without its length normalised away: it falls to 0 on both sides of about k/λ,
-    and does so the sooner the longer the completion. "Clipped" counts weights below a half.
+    One weight for the whole completion without its length normalised away: it falls to 0 on both sides of about
+    k/λ, and does so the sooner the longer the completion. "Clipped" counts weights below a half. Degrades on long
+    completions: the weight of the whole sequence is near 0 or capped.
     """
 
     k_positive: float = 2.0
