@@ -31,7 +31,7 @@ def test_a_page_says_all_there_is_to_say(name):
 def test_the_page_of_grpo():
     found = page("grpo")
     assert found["formula"]["advantage"].startswith("A = (R − mean) / (std + eps)")
-    assert found["formula"]["kl"].startswith("e^(−x) − 1 + x")
+    assert found["formula"]["kl"] == "β · (e^(−x) − 1 + x) with x = log π/π_ref"
     assert found["defaults"] == {
         "advantage.group_zscore.eps": 1e-4,
         "surrogate.clip.low": 0.2,
@@ -47,6 +47,8 @@ def test_what_is_held_and_needed_follows_the_row():
     assert [model.split(",")[0] for model in page("ppo")["models"]] == ["policy", "reference", "critic"]
     assert [model.split(",")[0] for model in page("dapo")["models"]] == ["policy"]
     assert page("ppo")["takes"] == ["prompts and a reward"]
+    assert "only until its log-probs are kept" in page("dpo")["models"][1]
+    assert [model.split(",")[0] for model in page("simpo")["models"]] == ["policy"]
     assert "updates_per_step of 1" in page("rloo")["takes"]
     mine = online_page(replace(PPO, name="mine", kl=KL("reward", k1, 0.0), entropy_bonus=0.01))
     assert [model.split(",")[0] for model in mine["models"]] == ["policy", "critic"]

@@ -281,7 +281,9 @@ def test_numbers_of_the_group_baselines():
     [
         ([0.1 + 0.2, 0.3, 0.3], False),  # equal but for rounding: the standard deviation is not zero
         ([1.0, 1.0 + 9e-7, 1.0], False),
-        ([1.0, 1.0 + 2e-6, 1.0], True),
+        ([1.0, 1.0 + 1.5e-6, 1.0], True),
+        ([0.0, 1e-6, 0.0], False),  # exactly the tolerance
+        ([0.1, 0.1 + 5e-7, 0.1], False),  # which does not shrink with |R|
         ([1e6, 1e6 + 0.9, 1e6], False),  # the tolerance grows with |R|
         ([-1e6, -1e6 + 2.0, -1e6], True),
         ([5.0], False),

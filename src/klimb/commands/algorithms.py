@@ -81,7 +81,7 @@ def page(name: str) -> dict[str, Any]:
 def online_page(algorithm: Algorithm) -> dict[str, Any]:
     """formula, notes: by axis. defaults: by the key that changes them."""
     parts = {axis: part for axis, part in _axes(algorithm).items() if part}
-    said = {axis: said_by(part.estimator if isinstance(part, KL) else part) for axis, part in parts.items()}
+    said = {axis: _said_on(axis, part, algorithm) for axis, part in parts.items()}
     row = algorithm_row(algorithm)
     return {
         "name": algorithm.name,
@@ -91,7 +91,7 @@ def online_page(algorithm: Algorithm) -> dict[str, Any]:
         "notes": {axis: its.notes for axis, its in said.items() if its.notes},
         "defaults": dict(_defaults(parts)),
         "source": algorithm.source,
-        "models": _models(reference=algorithm.needs.ref, critic=algorithm.needs.critic),
+        "models": _models(_FROZEN if algorithm.needs.ref else "", critic=algorithm.needs.critic),
         "takes": [*_takes(algorithm)],
         "fails": [f"{axis}: {its.fails}" for axis, its in said.items() if its.fails],
         "degrades": [f"{axis}: {its.degrades}" for axis, its in said.items() if its.degrades],
@@ -108,7 +108,7 @@ def offline_page(name: str, loss: Any) -> dict[str, Any]:
         "notes": said.notes,
         "defaults": {key: value for key, value in own.items() if isinstance(value, int | float)},
         "source": said.source,
-        "models": _models(reference=needs.reference, critic=False),
+        "models": _models((_FROZEN if needs.mismatched else _KEPT) if needs.reference else ""),
         "takes": [_DATA[needs.data], *(["a second forward pass over each update"] if _passes(needs, loss) else [])],
         "first_loss": start,
         "fails": [said.fails] if said.fails else [],
@@ -152,9 +152,7 @@ def text_of(row: Mapping[str, Any]) -> str:
         lines += ["", *(_indented(row[key]) for key in ("formula", "notes") if row[key])]
         if row["first_loss"] is not None:
             lines.append(_indented(f"While π = π_ref the loss is {row['first_loss']:.4g}."))
-    lines.append("")
-    lines += [f"{key} = {value}" for key, value in row["defaults"].items()]
-    lines.append("")
+    lines += ["", *(f"{key} = {value}" for key, value in row["defaults"].items()), *([""] if row["defaults"] else [])]
     for title, key in (("models in memory", "models"), ("needs", "takes"), ("main failure", "fails")):
         lines += _listed(title, row[key])
     return "\n".join([*lines, *_listed("degrades", row["degrades"])])
@@ -182,6 +180,15 @@ def _pulls(part: Any) -> bool:
     return is_dataclass(part) and getattr(part, "active", True)
 
 
+def _said_on(axis: str, part: Any, algorithm: Algorithm) -> Said:
+    if isinstance(part, KL):
+        said = said_by(part.estimator)
+        return said._replace(formula=f"β · ({said.formula.rstrip('.')}) with x = log π/π_ref")
+    said = said_by(part)
+    # A regression on log π/π_ref is right on all samples, whoever drew them: what its surrogate alone would not be.
+    return said._replace(fails="") if axis == "surrogate" and algorithm.regression else said
+
+
 def _defaults(parts: Mapping[str, Any]) -> Iterator[tuple[str, float | None]]:
     """surrogate.clip.low = 0.2, kl.beta = 0.04: what one would write to change them."""
     for axis, part in parts.items():
@@ -197,10 +204,13 @@ def _parameters(value: Any) -> list[str]:
     return [field.name for field in fields(value)] if is_dataclass(value) and not isinstance(value, type) else []
 
 
-def _models(*, reference: bool, critic: bool) -> list[str]:
-    wanted = {"policy, trained": True, "reference, frozen (with LoRA the same weights)": reference,
-              "critic, trained (with LoRA the same base)": critic}  # fmt: skip
-    return [model for model, held in wanted.items() if held]
+_FROZEN = "reference, frozen (with LoRA the same weights)"
+_KEPT = f"{_FROZEN}; only until its log-probs are kept, where training sees all rows at least once"
+
+
+def _models(reference: str, critic: bool = False) -> list[str]:
+    held = ("policy, trained", reference, "critic, trained (with LoRA the same base)" if critic else "")
+    return [model for model in held if model]
 
 
 def _takes(algorithm: Algorithm) -> Iterator[str]:

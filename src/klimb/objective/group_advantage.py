@@ -62,8 +62,8 @@ class leave_one_out_zscore:
     """A = (R − mean) / (std + eps), both of the *other* samples of the group (as in NVIDIA's NeMo RL).
 
     The scale no longer depends on the sample itself, and one odd sample is no longer bounded by its own std:
-    where the others are all equal, and in groups of two, only the mean is taken off. Fails silently where the
-    others of a group score alike. Degrades with groups of two: there is no std of one sample.
+    where the others are all equal, and in groups of two, only the mean is taken off. Fails with few samples: the
+    std of two or three others is mostly noise. Degrades to `leave_one_out` with groups of two.
     """
 
     eps: float = 1e-6
@@ -83,8 +83,8 @@ class group_mean_batch_std:
     """A = (R − mean of the group) / (std of all rewards of the update + eps) (Lite PPO, arXiv 2508.08221).
 
     One scale for all prompts, so that near-ties stay small. It moves with what the other prompts of the batch
-    are. Fails where the scale of scores differs by prompt: one scale is used for all. Degrades to `group_mean` as
-    the std settles.
+    are. Fails where the scale of scores differs by prompt: one scale is used for all. Degrades to a rescaled
+    `group_mean` in large batches.
     """
 
     eps: float = 1e-4
