@@ -144,15 +144,23 @@ def report(directory: Annotated[Path, typer.Argument(help="run or pipeline direc
 
 
 @app.command()
-def algorithms(as_json: Json = False) -> None:
-    """The table of algorithms: every one a point on the same axes."""
-    from klimb.objective.spec import algorithm_table
+def algorithms(
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME|my_file.py:NAME]", help="one page about this one")
+    ] = None,
+    offline: Annotated[bool, typer.Option("--offline", help="the losses that learn from preferences")] = False,
+    as_json: Json = False,
+) -> None:
+    """The tables of methods; with a name, one page: formula, defaults, source, needs, how it fails."""
+    from klimb.commands import algorithms as told
 
-    rows = algorithm_table()
     if as_json:
-        print(json.dumps(rows, indent=1, ensure_ascii=False))
+        print(json.dumps(told.page(name) if name else told.pages(offline), indent=1, ensure_ascii=False))
+    elif name:
+        print(told.text_of(told.page(name)))
     else:
-        _print_table(rows)
+        _print_table(told.listing(offline))
+        print("", *told.RULE_OF_THUMB, sep="\n")
 
 
 commands.add_to(app)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from dataclasses import replace
 
@@ -9,19 +10,30 @@ import pytest
 import torch
 
 from klimb.lab.bandit import TokenBandit, credit_of, expected_gradient
-from klimb.objective import KL, REINFORCE, Rewards, k1
+from klimb.objective import KL, NO_KL, REINFORCE, Rewards, k1
 from klimb.objective.advantage import (
     batch_mean,
     discounted_return,
     gae,
-    group_mean,
-    group_zscore,
-    has_variance,
-    leave_one_out,
+    greedy_baseline,
     no_baseline,
+    optimal_value,
     running_mean,
     whiten,
 )
+from klimb.objective.group_advantage import (
+    best_of_group,
+    group_mean,
+    group_mean_scaled_up,
+    group_zscore,
+    leave_one_out,
+    leave_one_out_zscore,
+    length_weighted_mean,
+    optimal_token_baseline,
+    over_mean,
+    parts_zscore,
+)
+from klimb.objective.grouped import has_variance
 
 BETA = 0.5
 PLAIN = replace(REINFORCE, advantage=no_baseline, kl=KL("reward", k1, BETA))
@@ -65,6 +77,107 @@ def token_rewards(logits):
 def test_share_of_the_true_gradient(advantage, size, share):
     gradient = expected_gradient(BANDIT, replace(PLAIN, advantage=advantage), LOGITS, size)
     assert torch.allclose(gradient, share * true_gradient(), atol=1e-12)
+
+
+@pytest.mark.parametrize("baseline", [0.7, -3.0])
+def test_a_baseline_of_other_samples_is_unbiased(baseline):
+    row = replace(PLAIN, advantage=greedy_baseline())
+    assert torch.allclose(expected_gradient(BANDIT, row, LOGITS, baseline=baseline), true_gradient(), atol=1e-12)
+
+
+def gradient_of(objective):
+    logits = LOGITS.clone().requires_grad_()
+    return torch.autograd.grad(objective(BANDIT.probabilities(logits)), logits)[0]
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_the_best_of_a_group_climbs_the_expected_maximum(size):
+    """Enumerated: E[max of G samples] as a sum over all G-tuples, differentiated as it stands."""
+    row = replace(PLAIN, advantage=best_of_group(scale=False), kl=NO_KL)
+    tuples = torch.cartesian_prod(*[torch.arange(len(BANDIT))] * size)
+    expected = gradient_of(lambda p: -(p[tuples].prod(dim=1) * BANDIT.rewards[tuples].amax(dim=1)).sum())
+    assert torch.allclose(expected_gradient(BANDIT, row, LOGITS, size), expected / size, atol=1e-12)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_over_the_mean_it_is_the_likelihood_of_success_up_to_order_g_minus_one(size):
+    """For scores of 0 and 1: Σ_k (1 − p)^k ∇p up to k = G − 2, which is ∇ log p for G → ∞."""
+    binary = replace(BANDIT, rewards=(BANDIT.rewards > 0.3).double())
+
+    def objective(probabilities):
+        success = (probabilities * binary.rewards).sum()
+        return -success * sum((1 - success.detach()) ** k for k in range(size - 1))
+
+    row = replace(PLAIN, advantage=over_mean, kl=NO_KL)
+    assert torch.allclose(expected_gradient(binary, row, LOGITS, size), gradient_of(objective), atol=1e-12)
+
+
+def test_where_all_completions_are_equally_long_length_weighs_nothing():
+    rewards = outcomes([1.0, 5.0, 2.0, 5.5, 6.0], [7, 3, 7, 3, 7])
+    assert torch.allclose(length_weighted_mean(rewards), group_mean(rewards))
+
+
+def test_the_optimal_token_baseline_has_less_variance_than_the_mean():
+    """Of the gradient in the logits, summed over all pairs of completions."""
+    pairs = torch.cartesian_prod(torch.arange(31), torch.arange(31))
+    group = torch.arange(len(pairs)).repeat_interleave(2)
+    weight = BANDIT.probabilities(LOGITS)[pairs].prod(dim=1)
+    steps = torch.nn.functional.one_hot(BANDIT.tokens, 3) - LOGITS.softmax(-1)[BANDIT.prefixes]
+    spread = []
+    for advantage in (optimal_token_baseline(), group_mean):
+        credit = credit_of(BANDIT, replace(PLAIN, advantage=advantage, kl=NO_KL), LOGITS, pairs.flatten(), group)
+        scaled = credit.advantages[..., None] * torch.where(BANDIT.mask[..., None], steps, 0.0)[pairs.flatten()]
+        gradient = torch.zeros(len(group), 15, 3, dtype=torch.float64)
+        gradient.scatter_add_(1, BANDIT.prefixes[pairs.flatten()][..., None].expand_as(scaled), scaled)
+        gradient = gradient.view(-1, 2, 15, 3).sum(dim=1)
+        mean = (weight[:, None, None] * gradient).sum(dim=0)
+        spread.append((weight * (gradient - mean).square().sum(dim=(1, 2))).sum().item())
+    assert spread[0] < 0.97 * spread[1]
+
+
+def test_optimal_value_is_the_soft_maximum_of_its_draws():
+    advantage = optimal_value(beta=0.5)
+    assert advantage.summary(torch.tensor([1.0, 0.0, 0.0, 1.0])).item() == pytest.approx(
+        0.5 * math.log((2 * math.exp(2) + 2) / 4)
+    )
+    assert advantage.summary(torch.full((8,), 3.0)).item() == pytest.approx(3.0)
+    assert greedy_baseline().summary(torch.tensor([0.25])).item() == 0.25
+
+
+def test_leave_one_out_with_the_others_standard_deviation():
+    returns = [1.0, 5.0, 2.5, 4.0]
+    found = leave_one_out_zscore(eps=0.01)(outcomes(returns))
+    for i, r in enumerate(returns):
+        rest = returns[:i] + returns[i + 1 :]
+        assert found[i].item() == pytest.approx((r - statistics.mean(rest)) / (statistics.stdev(rest) + 0.01))
+    odd = outcomes([0.1, 0.1, 0.1, 7.0])  # where the others are all equal they have no scale
+    assert leave_one_out_zscore()(odd)[3] == pytest.approx(6.9)
+    pair = outcomes([1.0, 3.0])
+    assert torch.equal(leave_one_out_zscore()(pair), leave_one_out(pair))
+
+
+def test_groups_that_teach_nothing_leave_the_gradient_as_large():
+    rewards = outcomes([1.0, 0.0, 1.0, 1.0, 1.0, 0.0], [0, 0, 1, 1, 2, 2])
+    assert group_mean_scaled_up(rewards).tolist() == pytest.approx([0.75, -0.75, 0.0, 0.0, 0.75, -0.75])
+
+
+def test_a_part_on_another_scale_keeps_its_say():
+    parts = torch.tensor([[0.0, 1.0], [1.0, 0.0], [1.0, 1.0], [0.0, 0.0]], dtype=torch.float64)
+    rewards = replace(outcomes([0.0] * 4, [0, 0, 1, 1]), parts=parts, part_weights=torch.tensor([1.0, 2.0]))
+    scaled = replace(rewards, parts=parts * torch.tensor([1.0, 1000.0]))
+    assert torch.allclose(parts_zscore(0.0)(scaled), parts_zscore(0.0)(rewards))
+    # z-scores of a pair are ±√½: totals √½ (1, −1, 3, −3), whose standard deviation is √½ · √(20/3).
+    expected = [x / (20 / 3) ** 0.5 for x in (1.0, -1.0, 3.0, -3.0)]
+    assert parts_zscore(0.0)(rewards).tolist() == pytest.approx(expected)
+
+
+def test_gae_with_a_lambda_by_length():
+    rewards, values, mask = ragged()
+    found = gae(0.9, alpha=0.5)(Rewards(rewards, mask, torch.arange(3), values))
+    for row, length in enumerate([4, 2, 1]):
+        lam = max(0.0, 1 - 1 / (0.5 * length))  # ½, 0 and, below 0, 0
+        alone = Rewards(rewards[row : row + 1], mask[row : row + 1], torch.arange(1), values[row : row + 1])
+        assert torch.allclose(found[row], gae(0.9, lam)(alone)[0])
 
 
 def test_a_running_baseline_is_unbiased():
@@ -168,7 +281,9 @@ def test_numbers_of_the_group_baselines():
     [
         ([0.1 + 0.2, 0.3, 0.3], False),  # equal but for rounding: the standard deviation is not zero
         ([1.0, 1.0 + 9e-7, 1.0], False),
-        ([1.0, 1.0 + 2e-6, 1.0], True),
+        ([1.0, 1.0 + 1.5e-6, 1.0], True),
+        ([0.0, 1e-6, 0.0], False),  # exactly the tolerance
+        ([0.1, 0.1 + 5e-7, 0.1], False),  # which does not shrink with |R|
         ([1e6, 1e6 + 0.9, 1e6], False),  # the tolerance grows with |R|
         ([-1e6, -1e6 + 2.0, -1e6], True),
         ([5.0], False),

@@ -11,7 +11,8 @@ import torch
 from klimb.metrics import results
 from klimb.objective import GRPO, KL, PPO, REINFORCE, RLOO, assign_credit, k1, k3
 from klimb.objective.advantage import discounted_return, gae, group_zscore, no_baseline
-from klimb.objective.sampling import dynamic, soft_overlong
+from klimb.objective.algorithms import DRO
+from klimb.objective.sampling import dynamic, extremes, leave_out, length_penalty, power_weights, soft_overlong
 
 MASK = torch.tensor([[1, 1, 1], [1, 0, 0], [0, 0, 0], [1, 1, 0], [1, 1, 1]], dtype=torch.bool)
 GROUP = torch.tensor([0, 0, 0, 1, 1])
@@ -87,6 +88,29 @@ def test_the_critics_targets_are_advantage_plus_value_before_whitening():
     assert tokens.mean().item() == pytest.approx(0.0, abs=1e-12)
     assert tokens.std(correction=0).item() == pytest.approx(1.0, abs=1e-6)
     assert credit(GRPO, values=None).returns is None
+
+
+def test_the_critic_may_learn_at_a_lambda_of_its_own():
+    """At λ = 1 the targets are the rewards to go, whatever λ the policy's advantage has."""
+    row = replace(PPO, advantage=gae(1.0, 0.3), critic=replace(PPO.critic, lam=1.0))
+    assert torch.allclose(credit(row).returns, credit(replace(PPO, advantage=gae(1.0, 1.0))).returns)
+    assert torch.equal(credit(row).advantages, credit(replace(PPO, advantage=gae(1.0, 0.3))).advantages)
+
+
+def test_the_value_of_a_prompt_learns_the_score_less_the_leash():
+    x = torch.where(MASK, inputs()["logps"].double() - inputs()["ref_logps"].double(), 0.0).sum(dim=1)
+    found = credit(replace(DRO, kl=replace(DRO.kl, beta=0.5)))
+    for row in PRESENT:
+        value = inputs()["values"][row, 0].item()
+        assert found.advantages[row, 0].item() == pytest.approx(SCORES[row].item() - value)
+        assert found.returns[row, 0].item() == pytest.approx(SCORES[row].item() - 0.5 * x[row].item())
+
+
+def test_weights_of_samples():
+    weights = power_weights(2.0)(torch.tensor([1.0, -2.0, 0.0, 1.0]))
+    assert weights.tolist() == pytest.approx([4 / 6, 16 / 6, 0.0, 4 / 6])
+    assert extremes(torch.tensor([3.0, -1.0, 0.0, 3.0])).tolist() == pytest.approx([4 / 3, 4 / 3, 0.0, 4 / 3])
+    assert power_weights()(torch.zeros(3)).tolist() == [1.0, 1.0, 1.0]
 
 
 def test_interrupted_samples_need_no_score():
@@ -167,6 +191,15 @@ def test_overlong_completions_lose_in_a_line():
     assert credit(algorithm).advantages[:2, 0].tolist() == [0.5, -2.0]
     with pytest.raises(ValueError, match="resolve"):
         credit(replace(algorithm, overlong=soft_overlong()))
+
+
+def test_a_price_on_length_and_none():
+    length = torch.tensor([0, 50, 100])
+    assert length_penalty(weight=0.5, max_length=100)(length).tolist() == [0.0, -0.25, -0.5]
+    assert leave_out()(length).tolist() == [0.0, 0.0, 0.0]
+    with pytest.raises(ValueError, match="resolve"):
+        length_penalty()(length)
+    assert replace(GRPO, overlong=length_penalty()).resolve(max_length=9).overlong == length_penalty(0.1, 9)
 
 
 def test_dynamic_sampling_keeps_groups_that_differ():

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from klimb.batch import BatchTotals
 from klimb.lab.bandit import TokenBandit
-from klimb.objective import KL, NO_KL, k1, k2, k3
+from klimb.objective import KL, NO_KL, REINFORCE, k1, k2, k3, policy_loss
+from klimb.objective.kl import k1_plus, k3_plus
 
 torch.manual_seed(0)
 LOGITS = torch.randn(3, dtype=torch.float64)
@@ -47,6 +51,35 @@ def test_whose_gradient_as_a_loss():
     assert torch.allclose(expected_gradient(k1), torch.zeros(3, dtype=torch.float64), atol=1e-12)
     assert torch.allclose(expected_gradient(k2), gradient_of(lambda logps: kl(logps, REF)))
     assert torch.allclose(expected_gradient(k3), gradient_of(lambda logps: kl(REF, logps)))
+
+
+@pytest.mark.parametrize(("estimator", "value"), [(k1_plus, k1), (k3_plus, k3)])
+def test_the_value_of_one_and_the_gradient_of_k2(estimator, value):
+    x = torch.linspace(-2, 2, 9, dtype=torch.float64)
+    assert torch.allclose(estimator(x), value(x))
+    assert torch.allclose(expected_gradient(estimator), gradient_of(lambda logps: kl(logps, REF)))
+
+
+@pytest.mark.parametrize("estimator", [k1, k3])
+def test_weighed_by_the_ratio_a_sample_of_the_old_policy_gives_the_gradient_of_the_kl(estimator):
+    """Exactly, by enumeration over tokens of π_old; without the weight neither k1 nor k3 does."""
+    old = torch.randn(3, dtype=torch.float64).log_softmax(0)
+    logits = LOGITS.clone().requires_grad_()
+    logps, mask = logits.log_softmax(0)[:, None], torch.ones(3, 1, dtype=torch.bool)
+    gradients = []
+    for corrected in (True, False):
+        row = replace(REINFORCE, kl=KL("loss", estimator, 1.0, corrected=corrected))
+        total = 0.0
+        for token in range(3):
+            one = {"mask": mask[:1], "totals": BatchTotals(1, 1, 1), "advantages": torch.zeros(1, 1)}
+            loss, _ = policy_loss(
+                row, logps=logps[token][None], old_logps=old[token].view(1, 1), ref_logps=REF[token].view(1, 1), **one
+            )
+            total = total + old[token].exp() * loss
+        gradients.append(torch.autograd.grad(total, logits, retain_graph=True)[0])
+    exact = gradient_of(lambda logps: kl(logps, REF))
+    assert torch.allclose(gradients[0], exact)
+    assert not torch.allclose(gradients[1], exact, rtol=0.1)
 
 
 def test_only_the_sequence_level_has_the_gradient_of_the_sequence_kl():
@@ -108,6 +141,8 @@ def test_no_kl_is_inactive():
         (dict(where="reward", estimator=k1, beta=0.1, level="sequence"), "kl.level"),
         (dict(where="loss", estimator=k2, beta=0.1, level="word"), "kl.level"),
         (dict(where="loss", estimator=k2, beta=0.0, target=1.0), "kl.target"),
+        (dict(where="reward", estimator=k1, beta=0.1, corrected=True), "kl.corrected"),
+        (dict(where="loss", estimator=k2, beta=0.1, level="sequence", corrected=True), "kl.corrected"),
     ],
 )
 def test_what_makes_no_sense_is_refused(arguments, key):

@@ -10,16 +10,17 @@ import torch
 
 from klimb.batch import BatchTotals
 from klimb.metrics import merge, results
-from klimb.objective import ALGORITHMS, GRPO, KL, REINFORCE, assign_credit, k2, policy_loss
+from klimb.objective import ALGORITHMS, GRPO, KL, REINFORCE, assign_credit, k2, policy_loss, update_columns
 from klimb.objective.aggregate import sequence_sum
-from klimb.objective.surrogate import product_clip, truncate
+from klimb.objective.importance import truncate
+from klimb.objective.surrogate import product_clip
 
 SAMPLES, LENGTH = 8, 5
 LENGTHS = torch.tensor([5, 1, 3, 0, 4, 2, 5, 3])
 MASK = torch.arange(LENGTH)[None, :] < LENGTHS[:, None]
 GROUP = torch.arange(SAMPLES) // 4
 TOTALS = BatchTotals.of(MASK, GROUP)
-TOKENS = ("logps", "old_logps", "behavior_logps", "ref_logps", "entropy", "values")
+TOKENS = ("logps", "old_logps", "behavior_logps", "ref_logps", "entropy", "values", "collisions")
 
 VARIANTS = {name: row.resolve(max_length=LENGTH) for name, row in ALGORITHMS.items()} | {
     "rloo, product clip": replace(ALGORITHMS["rloo"], surrogate=product_clip()),
@@ -34,20 +35,32 @@ def inputs(dtype=torch.float64, hole=0.0, seed=0):
     base = -torch.rand(SAMPLES, LENGTH, generator=generator, dtype=torch.float64) - 0.5
     drawn = {name: base + 0.2 * torch.randn(base.shape, generator=generator, dtype=torch.float64) for name in TOKENS}
     tokens = {name: torch.where(MASK, part, hole).to(dtype) for name, part in drawn.items()}
+    tokens["collisions"] = tokens["collisions"].exp()
     tokens["scores"] = torch.randn(SAMPLES, generator=generator, dtype=torch.float64)
+    tokens["parts"] = torch.randn(SAMPLES, 2, generator=generator, dtype=torch.float64)
+    tokens["part_weights"] = torch.tensor([1.0, 0.5], dtype=torch.float64)
+    tokens["baseline"] = torch.tensor([0.3, -0.2], dtype=torch.float64)[GROUP]
     return tokens
 
 
 def advantages_of(algorithm, given):
-    names = ("scores", "ref_logps", "values")
+    names = ("scores", "ref_logps", "values", "parts", "part_weights", "baseline", "collisions")
     parts = {name: given[name] for name in names}
     return assign_credit(algorithm, mask=MASK, group=GROUP, logps=given["behavior_logps"], **parts).advantages
+
+
+def columns_of(algorithm, given, advantages):
+    """What is decided over the whole update."""
+    names = ("logps", "old_logps", "behavior_logps", "scores", "entropy")
+    tokens = {name: given[name] for name in names}
+    return update_columns(algorithm, advantages=advantages, mask=MASK, seed=3, **tokens)
 
 
 def loss_and_gradient(algorithm, given, parts):
     """The loss computed part by part, as micro-batches do."""
     logps = given["logps"].clone().requires_grad_()
     advantages = advantages_of(algorithm, given)
+    columns = columns_of(algorithm, given, advantages)
     losses, found = [], []
     for part in parts:
         loss, part_metrics = policy_loss(
@@ -57,6 +70,7 @@ def loss_and_gradient(algorithm, given, parts):
             mask=MASK[part],
             totals=TOTALS,
             **{name: given[name][part] for name in ("old_logps", "behavior_logps", "ref_logps", "entropy")},
+            **{name: column[part] for name, column in columns.items()},
         )
         loss.backward()
         losses.append(loss.detach())

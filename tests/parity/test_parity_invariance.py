@@ -16,6 +16,7 @@ from updates import BUDGETS, UPDATES, WHOLE, Update, outcome, policy_model, rela
 
 from klimb.batch import Row, TokenBatch
 from klimb.objective.algorithms import ALGORITHMS
+from klimb.objective.surrogate import ratio
 from klimb.stages import sft
 
 DTYPES = (torch.float32, torch.float64)
@@ -61,7 +62,10 @@ def test_splits_and_order_give_the_same_gradient(name: str, dtype: torch.dtype) 
         assert_same_metrics(facts, measured, dtype)
 
 
-@pytest.mark.parametrize("name", [n for n, a in ALGORITHMS.items() if a.needs.old_logps])
+BOUNDED = [n for n, a in ALGORITHMS.items() if a.needs.old_logps and a.surrogate is not ratio and n != "dro_old"]
+
+
+@pytest.mark.parametrize("name", BOUNDED)
 def test_the_clip_is_at_work(name: str) -> None:
     """Else the tests above would say nothing about it."""
     assert 0.1 <= whole(name, torch.float32)[2]["clip_fraction"] <= 0.3

@@ -29,9 +29,12 @@ from klimb.models.faces import Policy, RewardModel, policy_logps
 from klimb.models.packing import Budget
 from klimb.objective.advantage import group_mean
 from klimb.objective.aggregate import sequence_mean, sequence_sum, token_mean
-from klimb.objective.algorithms import CISPO, DAPO, DR_GRPO, GRPO, GSPO, RLOO, Algorithm
+from klimb.objective.algorithm import Algorithm
+from klimb.objective.algorithms import ALGORITHMS, CISPO, DAPO, DR_GRPO, GRPO, GSPO, RLOO
 from klimb.objective.credit import assign_credit
+from klimb.objective.importance import off_policy_drop
 from klimb.objective.kl import KL, NO_KL, k3
+from klimb.objective.policy_loss import update_columns
 from klimb.objective.preference import Mixed
 from klimb.objective.preference.batchwise import aot, aot_unpaired, wpo
 from klimb.objective.preference.divergence import fdpo_alpha, fdpo_js, fdpo_kl
@@ -48,7 +51,7 @@ from klimb.objective.preference.margin import (
     robust,
 )
 from klimb.objective.preference.pointwise import apo_down, apo_zero, bco_pair, kto, nca, sppo_hard
-from klimb.objective.surrogate import cispo, clip, dual_clip, product_clip
+from klimb.objective.surrogate import cispo, clip, dual_clip, product_clip, sapo, vespo
 from klimb.stages import preference, reward, rl, sft
 from klimb.stages.feedback import mismatched
 
@@ -128,7 +131,7 @@ def assert_equal(update: Update, gradients: dict[str, Tensor], loss: Tensor) -> 
         assert used.keys() == gradients.keys()
         assert relative_error(used, gradients) <= BOUND
         # Terms of either sign and the order of 1 cancel in a loss of algorithms: hence an absolute part.
-        assert measured["objective"] == pytest.approx(float(loss), rel=BOUND, abs=BOUND / 10)
+        assert measured["objective"] == pytest.approx(float(loss), rel=BOUND, abs=BOUND / 5)
 
 
 # Algorithms ---------------------------------------------------------------------------------------------------------
@@ -166,17 +169,31 @@ def in_klimb(algorithm: Algorithm, batch: TokenBatch, reference: Path, temperatu
     batch = batch.with_columns(advantages=credit.advantages, old_logps=logps, behavior_logps=logps, ref_logps=ref_logps)
     actors = SimpleNamespace(policy=policy, algorithm=algorithm, config=SimpleNamespace(temperature=temperature))
 
+    # Gates that close softly say little about how far the policy moved.
+    hard = replace(algorithm, surrogate=clip(), token_filter=None) if soft(algorithm) else algorithm
+
     def clipped(scale: float) -> float:
         model.load_state_dict(old)
         moved(model, scale, seed=2)
         with torch.no_grad():
-            return rl.rl_loss(actors, batch, batch.totals, {}, None)[1]["clip_fraction"].result()
+            judge = SimpleNamespace(**{**vars(actors), "algorithm": hard})
+            return rl.rl_loss(judge, batch, batch.totals, {}, None)[1]["clip_fraction"].result()
 
     low, high = 1e-5, 1.0
     while not 0.1 <= (share := clipped((low * high) ** 0.5)) <= 0.3:
         low, high = ((low * high) ** 0.5, high) if share < 0.1 else (low, (low * high) ** 0.5)
+    now = policy_logps(policy, batch, budget=WHOLE, temperature=temperature, entropy=True)
+    columns = update_columns(
+        algorithm, logps=now.logps, old_logps=logps, behavior_logps=logps, advantages=credit.advantages,
+        scores=scores().double(), mask=batch.mask, entropy=now.entropy,
+    )  # fmt: skip
+    batch = batch.with_columns(**columns)
     update = Update(policy.trainable(), batch, lambda micro, totals: rl.rl_loss(actors, micro, totals, {}, None))
     return update, old, {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def soft(algorithm: Algorithm) -> bool:
+    return isinstance(algorithm.surrogate, sapo | vespo) or algorithm.token_filter is not None
 
 
 LEASH = KL("loss", k3, beta=0.1)
@@ -208,6 +225,27 @@ GRPO_CASES: dict[str, tuple[Algorithm, dict[str, Any]]] = {
     ),
     "dual clip": (
         replace(GRPO, surrogate=dual_clip(0.2, 0.2, bound=1.5), kl=NO_KL), {"loss_type": "grpo", "delta": 1.5}
+    ),
+    "two-sided": (ALGORITHMS["intellect2"], {"loss_type": "grpo", "delta": 4.0, "beta": 0.001,
+                                             "use_bias_correction_kl": False}),
+    "corrected KL": (
+        replace(GRPO, kl=replace(LEASH, corrected=True)),
+        {"loss_type": "grpo", "beta": 0.1, "use_bias_correction_kl": True},
+    ),
+    "sapo": (ALGORITHMS["sapo"], {"loss_type": "sapo"}),
+    "luspo": (
+        ALGORITHMS["luspo"],
+        {"loss_type": "luspo", "importance_sampling_level": "sequence", "epsilon": 2e-3, "epsilon_high": 2.5e-3},
+    ),
+    "vespo": (ALGORITHMS["vespo"], {"loss_type": "vespo"}),
+    "lite ppo": (ALGORITHMS["lite_ppo"], {"loss_type": "dapo", "scale_rewards": "batch"}),
+    "top entropy": (
+        replace(ALGORITHMS["top_entropy"], overlong=None),
+        {"loss_type": "dapo", "epsilon": 0.2, "epsilon_high": 0.28, "top_entropy_quantile": 0.2},
+    ),
+    "off-policy sequence mask": (
+        replace(GRPO, kl=NO_KL, importance=off_policy_drop(0.01)),
+        {"loss_type": "grpo", "off_policy_mask_threshold": 0.01},
     ),
     "clip higher": (replace(GRPO, surrogate=clip(0.1, 0.3), kl=NO_KL),
                     {"loss_type": "grpo", "epsilon": 0.1, "epsilon_high": 0.3}),

@@ -24,9 +24,11 @@ from klimb.models.faces import Critic, Policy, RewardModel
 from klimb.models.packing import Budget
 from klimb.objective.algorithms import ALGORITHMS, GRPO, RLOO, Algorithm
 from klimb.objective.credit import assign_credit
+from klimb.objective.importance import truncate
 from klimb.objective.kl import KL, k2
+from klimb.objective.policy_loss import update_columns
 from klimb.objective.preference import PREFERENCE_LOSSES, needs_of, parse_preference
-from klimb.objective.surrogate import clip, dual_clip, product_clip, truncate
+from klimb.objective.surrogate import anchor_of, clip, dual_clip, product_clip
 from klimb.runtime.learner import Learner, Loss, Optimizer
 from klimb.stages import preference, reward, rl, sft
 
@@ -153,7 +155,9 @@ def rl_batch(algorithm: Algorithm, policy: Policy, batch: TokenBatch) -> TokenBa
     ref_logps = near(logps, 0.3, seed=6)
     credit = assign_credit(
         algorithm, scores=scores, mask=batch.mask, group=batch.group, logps=logps, ref_logps=ref_logps,
-        values=values if algorithm.critic else None,
+        values=values if algorithm.critic else None, baseline=0.1 * batch.group.double(),
+        parts=torch.stack([scores, scores.abs()], dim=1), part_weights=torch.tensor([1.0, 0.5]),
+        collisions=logps.exp(),
     )  # fmt: skip
     advantages = credit.advantages.to(logps.dtype)
 
@@ -163,9 +167,15 @@ def rl_batch(algorithm: Algorithm, policy: Policy, batch: TokenBatch) -> TokenBa
 
     scale = min(torch.logspace(-5, 2, 200).tolist(), key=lambda s: abs(clipped(s) - 0.2))
     old = near(logps, scale, seed=7)
+    sampled = old if anchor_of(algorithm.surrogate) == "behavior" else near(old, 0.2, seed=8)
     batch = batch.with_columns(
-        advantages=credit.advantages, old_logps=old, behavior_logps=near(old, 0.2, seed=8), ref_logps=ref_logps
+        advantages=credit.advantages, old_logps=old, behavior_logps=sampled, ref_logps=ref_logps, scores=scores
     )
+    columns = update_columns(
+        algorithm, logps=logps, old_logps=old, behavior_logps=sampled, advantages=credit.advantages, scores=scores,
+        mask=batch.mask, entropy=-logps, seed=9,
+    )  # fmt: skip
+    batch = batch.with_columns(**columns)
     return batch if credit.returns is None else batch.with_columns(returns=credit.returns, values=values)
 
 

@@ -103,7 +103,23 @@ def check(
     raise typer.Exit(look(arguments or [], as_json))
 
 
-_COMMANDS = (new, check, chat, export, doctor, schema, completion)
+def verify(
+    name: Annotated[str, typer.Argument(metavar="my_file.py:NAME", help="an Algorithm or a preference loss")],
+    as_json: Annotated[bool, typer.Option("--json", help="print the result as JSON")] = False,
+) -> None:
+    """Has a row or a loss of your own the properties that those of the tables have?"""
+    from klimb.commands.verify import Report
+    from klimb.commands.verify import verify as examine
+
+    report = Report(name, examine(name))
+    if as_json:
+        print(json.dumps([finding._asdict() for finding in report.findings], indent=1, ensure_ascii=False))
+    else:
+        print("\n".join(report.lines()))
+    raise typer.Exit(int(not report.passed))
+
+
+_COMMANDS = (new, check, chat, export, doctor, verify, schema, completion)
 """Now: once a file of the same name is imported, the name stands for that."""
 
 

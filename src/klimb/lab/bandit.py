@@ -125,8 +125,10 @@ def credit_of(
     group: Tensor,
     values: Tensor | None = None,
     state: Mapping[str, Tensor] | None = None,
+    baseline: float | None = None,
 ) -> Credit:
     """`assign_credit` for completions (row numbers, [B]) sampled from `logits`. values [S, T]."""
+    collisions = logits.softmax(dim=-1).square().sum(dim=-1)[bandit.prefixes]
     return assign_credit(
         algorithm,
         scores=bandit.rewards[completions],
@@ -135,6 +137,8 @@ def credit_of(
         logps=bandit.logps(logits).detach()[completions],
         ref_logps=bandit.logps(bandit.ref_logits)[completions],
         values=None if values is None else values[completions],
+        baseline=None if baseline is None else torch.full((len(completions),), baseline, dtype=torch.float64),
+        collisions=collisions.detach()[completions],
         state=state,
     )
 
@@ -146,16 +150,20 @@ def expected_gradient(
     group_size: int = 1,
     values: Tensor | None = None,
     state: Mapping[str, Tensor] | None = None,
+    baseline: float | None = None,
+    sampler: Tensor | None = None,
 ) -> Tensor:
     """E[∇ loss] of the first update on groups sampled from `logits`, [P, 3]: exact, over all S^G groups.
 
+    sampler: logits of another policy that sampled them. baseline: of the prompt, made of other samples.
     For algorithms whose samples meet only within their group: no statistics of the batch, aggregate per
     sequence.
     """
     groups = torch.cartesian_prod(*[torch.arange(len(bandit))] * group_size).reshape(-1, group_size)
     completions = groups.flatten()
     group = torch.arange(len(groups)).repeat_interleave(group_size)
-    credit = credit_of(bandit, algorithm, logits, completions, group, values, state)
+    sampler = logits if sampler is None else sampler
+    credit = credit_of(bandit, algorithm, sampler, completions, group, values, state, baseline)
 
     policy = logits.detach().requires_grad_()
     table = bandit.logps(policy)
@@ -164,6 +172,7 @@ def expected_gradient(
     loss, _ = policy_loss(
         algorithm,
         logps=logps,
+        behavior_logps=bandit.logps(sampler).detach()[completions],
         ref_logps=bandit.logps(bandit.ref_logits)[completions],
         advantages=credit.advantages,
         mask=mask,
@@ -171,7 +180,7 @@ def expected_gradient(
         state=state,
     )
     # The loss averages over the listed groups; what is wanted is each weighed by its probability.
-    weight = len(groups) * bandit.probabilities(logits).detach()[groups].prod(dim=1)
+    weight = len(groups) * bandit.probabilities(sampler).detach()[groups].prod(dim=1)
     (per_sample,) = torch.autograd.grad(loss, logps)
     per_completion = torch.zeros_like(table).index_add(0, completions, per_sample * weight[group, None])
     (gradient,) = torch.autograd.grad(table, policy, per_completion)

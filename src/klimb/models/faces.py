@@ -130,11 +130,13 @@ def policy_logps(
 
 
 @torch.no_grad()
-def policy_collisions(policy: Policy, batch: TokenBatch, *, budget: int | Budget) -> Tensor:
+def policy_log_collisions(
+    policy: Policy, batch: TokenBatch, *, budget: int | Budget, temperature: float = 1.0
+) -> Tensor:  # fmt: skip
     """log Σ_v π(v)² at each marked token of a whole batch [B, T], split by token budget."""
 
     def forward(micro: TokenBatch) -> Tensor:
-        return _scatter(log_collisions(*policy.predictions(pack(micro, policy.backbone.device))), micro)
+        return _scatter(log_collisions(*policy.predictions(pack(micro, policy.backbone.device)), temperature), micro)
 
     parts, found = zip(*in_parts(batch, budget, forward), strict=True)
     return _join(found, parts, batch)

@@ -100,10 +100,15 @@ def full_divergence(
 
 
 @torch.no_grad()
-def log_collisions(head: Head, hidden: Tensor) -> Tensor:
-    """log Σ_v π(v | state)², without gradient: [M]. How likely two draws are to be the same token."""
+def log_collisions(head: Head, hidden: Tensor, temperature: float = 1.0) -> Tensor:
+    """log Σ_v π(v | state)², without gradient: [M]. How likely two draws are to be the same token, and with it the
+    squared length 1 − 2 π(token) + Σ_v π(v)² of ∇ log π(token) in the logits.
+    """
     vocabulary = hidden.shape[1] if head.weight is None else head.weight.shape[0]
-    parts = [(2 * head.logits(hidden[part]).log_softmax(-1)).logsumexp(-1) for part in _chunks(len(hidden), vocabulary)]
+    parts = [
+        (2 * (head.logits(hidden[part]) / temperature).log_softmax(-1)).logsumexp(-1)
+        for part in _chunks(len(hidden), vocabulary)
+    ]
     return torch.cat(parts) if parts else hidden.new_zeros(0)
 
 

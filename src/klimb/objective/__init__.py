@@ -4,8 +4,9 @@ credit = assign_credit(algorithm, scores=…, mask=…, group=…, logps=…)   
 loss, metrics = policy_loss(algorithm, advantages=credit.advantages, …)     for each part of it
 """
 
-from klimb.objective.advantage import ADVANTAGES, Rewards
+from klimb.objective.advantage import ADVANTAGES
 from klimb.objective.aggregate import AGGREGATES
+from klimb.objective.algorithm import Algorithm, Needs
 from klimb.objective.algorithms import (
     ALGORITHMS,
     CISPO,
@@ -17,15 +18,12 @@ from klimb.objective.algorithms import (
     REINFORCE,
     REINFORCE_PP,
     RLOO,
-    Algorithm,
-    Needs,
-    problems,
-    validate,
 )
 from klimb.objective.credit import Credit, assign_credit
 from klimb.objective.critic import Critic, bradley_terry, critic_loss, reward_loss, value_loss
+from klimb.objective.grouped import Rewards
 from klimb.objective.kl import KL, NO_KL, k1, k2, k3
-from klimb.objective.policy_loss import policy_loss
+from klimb.objective.policy_loss import policy_loss, update_columns
 from klimb.objective.preference import (
     PREFERENCE_LOSSES,
     Completions,
@@ -36,6 +34,7 @@ from klimb.objective.preference import (
     preference_loss,
 )
 from klimb.objective.preference.margin import cdpo, dpo, ipo, ipo_average
+from klimb.objective.refusals import problems, validate
 from klimb.objective.spec import algorithm_row, algorithm_table, describe, parse_algorithm
 from klimb.objective.supervised import forward_kl, nll, reverse_kl, sft_loss
 from klimb.objective.surrogate import SURROGATES
@@ -89,6 +88,7 @@ __all__ = [
     "reverse_kl",
     "reward_loss",
     "sft_loss",
+    "update_columns",
     "validate",
     "value_loss",
 ]

@@ -2,60 +2,36 @@
 
 An advantage is a pure function of the update's `Rewards`, to one number a sample [B] or a token [B, T]. What
 it subtracts must not depend on the sample's own tokens, or the gradient points elsewhere; each says whether
-that holds. One that remembers something between updates has ``next_state(rewards)`` besides.
+that holds. One that remembers something between updates has ``next_state(rewards)`` besides, one whose critic learns
+something else than advantage + value has ``targets(rewards)``, one that wants further samples of a prompt has `draws`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from klimb.objective.kl import State
-
-VARIANCE_TOLERANCE = 1e-6
-
-
-@dataclass(frozen=True)
-class Rewards:
-    """The shaped rewards of one whole update, and what they may be compared with.
-
-    per_token [B, T] float64, zero where not masked; mask [B, T]; group [B] numbers the prompts; values [B, T]
-    are V of the state *before* each token; interrupted [B] marks samples that were cut off and carry no
-    score.
-    """
-
-    per_token: Tensor
-    mask: Tensor
-    group: Tensor
-    values: Tensor | None = None
-    interrupted: Tensor | None = None
-    state: State = field(default_factory=dict)
-
-    @property
-    def returns(self) -> Tensor:
-        """R_i = Σ_t rewards, [B]: the whole completion as one action."""
-        return self.per_token.sum(dim=1)
-
+from klimb.objective.group_advantage import (
+    best_of_group,
+    group_mean,
+    group_mean_batch_std,
+    group_mean_scaled_up,
+    group_zscore,
+    leave_one_out,
+    leave_one_out_zscore,
+    length_weighted_mean,
+    optimal_token_baseline,
+    over_mean,
+    parts_zscore,
+)
+from klimb.objective.grouped import Rewards, discounted_sum, last_token
 
 Advantage = Callable[[Rewards], Tensor]
 """Rewards → [B] or [B, T], float64."""
-
-
-def has_variance(returns: Tensor, group: Tensor) -> Tensor:
-    """[B], [B] → [B] bool: whether the sample's group differs at all, by more than rounding.
-
-    By max − min ≤ 1e-6 · max(1, |R|) and never by the standard deviation, which is not zero for equal floats.
-    """
-    index = _index(group)
-    low, high = (
-        returns.new_zeros(len(index)).scatter_reduce(0, index, returns, how, include_self=False)[index]
-        for how in ("amin", "amax")
-    )
-    return high - low > VARIANCE_TOLERANCE * torch.maximum(low.abs(), high.abs()).clamp(min=1)
 
 
 def no_baseline(rewards: Rewards) -> Tensor:
@@ -72,8 +48,9 @@ def batch_mean(rewards: Rewards) -> Tensor:
 class running_mean:
     """A = R − b, b ← decay · b + (1 − decay) · mean R: unbiased, since b stems from earlier updates alone.
 
-    The moving-average baseline of arXiv 2402.14740 (its part on REINFORCE) as an exponential one. The first update has
-    no past and uses its own mean. Degrades when prompts differ much in difficulty.
+    The moving-average baseline of arXiv 2402.14740 (its part on REINFORCE) as an exponential one. The first
+    update has no past and uses its own mean. Degrades when prompts differ much in difficulty. Fails where the
+    level of scores jumps: the baseline lags behind, and all samples are pushed the same way.
     """
 
     decay: float = 0.9
@@ -89,42 +66,68 @@ class running_mean:
         return rewards.state.get("baseline", rewards.returns.mean())
 
 
-def group_mean(rewards: Rewards) -> Tensor:
-    """A = R − mean of the group (Dr. GRPO, arXiv 2503.20783). Exactly (G−1)/G of the true gradient."""
-    returns, group = rewards.returns, rewards.group
-    return _zero_without_variance(returns - _group_sum(returns, group) / _group_size(group), rewards)
+@dataclass(frozen=True)
+class Draws:
+    """Further samples of each prompt, which a baseline is made of and nothing is learnt from.
 
+    greedy: the likeliest token each time, else at the temperature of the run. of_reference: by π_ref instead of π.
+    """
 
-def leave_one_out(rewards: Rewards) -> Tensor:
-    """A = R − mean of the *other* samples of the group (RLOO, arXiv 2402.14740). Unbiased; needs two."""
-    returns, group = rewards.returns, rewards.group
-    others = (_group_sum(returns, group) - returns) / (_group_size(group) - 1).clamp(min=1)
-    return _zero_without_variance(returns - others, rewards)
+    samples: int
+    greedy: bool = False
+    of_reference: bool = False
 
 
 @dataclass(frozen=True)
-class group_zscore:
-    """A = (R − mean) / (std + eps) of the group, std unbiased (GRPO, arXiv 2402.03300, section 4.1.2).
+class greedy_baseline:
+    """A = R − R(greedy completion of the prompt) (ReMax, arXiv 2310.10505). Unbiased; one more sample a prompt.
 
-    Every prompt pulls equally hard whether its samples differ by much or little: no longer the gradient of
-    the expected reward, not even in direction, and near-ties are blown up (eps, TRL's 1e-4, damps that).
+    Degrades where the greedy completion is not typical: too long, or a loop. Fails where the greedy completion
+    scores otherwise than the samples do: all are pushed the same way.
     """
 
-    eps: float = 1e-4
+    draws: ClassVar[Draws] = Draws(1, greedy=True)
+
+    def summary(self, scores: Tensor) -> Tensor:
+        """Scores [N] of a prompt's draws → its baseline."""
+        return scores.mean()
 
     def __call__(self, rewards: Rewards) -> Tensor:
-        returns, group = rewards.returns, rewards.group
-        size = _group_size(group)
-        centred = returns - _group_sum(returns, group) / size
-        std = (_group_sum(centred.square(), group) / (size - 1).clamp(min=1)).sqrt()
-        return _zero_without_variance(centred / (std + self.eps).where(std > 0, 1.0), rewards)
+        return rewards.returns - _given_baseline(rewards, "greedy_baseline")
+
+
+@dataclass(frozen=True)
+class optimal_value:
+    """A = R − V*, V* = β₁ log mean_j e^(R_j/β₁) over samples of π_ref (A*-PO, arXiv 2505.20686, its first stage).
+
+    V* is that of the optimum at temperature β₁. On the policy's own samples it is a baseline and nothing else, so
+    an error in it costs variance alone; learning from others' samples needs it exact, and β₁ = β of the loss. Few
+    draws see no success on a hard prompt, then V* = 0. Fails off-policy unless V* is exact. Degrades with few
+    draws: a hard prompt without a success has V* = 0.
+    """
+
+    beta: float = 0.5
+    samples: int = 8
+
+    @property
+    def draws(self) -> Draws:
+        return Draws(self.samples, of_reference=True)
+
+    def summary(self, scores: Tensor) -> Tensor:
+        """Scores [N] of a prompt's draws → V*."""
+        scores = scores.double()
+        return self.beta * ((scores / self.beta).logsumexp(0) - torch.tensor(len(scores)).double().log())
+
+    def __call__(self, rewards: Rewards) -> Tensor:
+        return rewards.returns - _given_baseline(rewards, "optimal_value")
 
 
 @dataclass(frozen=True)
 class discounted_return:
     """A_t = Σ_{k≥t} γ^(k−t) r_k: rewards to go, no baseline (REINFORCE++, arXiv 2501.03262), to be whitened.
 
-    γ < 1 forgets a score at the end of a long completion, and shifts where training ends.
+    γ < 1 forgets a score at the end of a long completion, and shifts where training ends. Fails without
+    whitening: nothing is subtracted, the level of the scores is noise. Degrades with γ < 1 on long completions.
     """
 
     gamma: float = 1.0
@@ -137,13 +140,17 @@ class discounted_return:
 class gae:
     """δ_t = r_t + γ V_{t+1} − V_t, A_t = δ_t + γλ A_{t+1} (arXiv 1506.02438, equation 16) over policy tokens.
 
-    A completion ends where its tokens end, also when it was cut by length: its score is its reward and V
-    beyond is 0. An interrupted sample carries no score: it counts as ended just before its last token, whose
-    V stands for all that would have come, and that token itself (its outcome is unknown) gets no advantage.
+    A completion ends where its tokens end, also when it was cut by length: its score is its reward and V beyond
+    is 0. An interrupted sample carries no score: it counts as ended just before its last token, whose V stands
+    for all that would have come, and that token itself (its outcome is unknown) gets no advantage. Fails while
+    the critic is bad: its errors are the policy's gradient (watch critic/explained_variance). Degrades to the
+    return itself as λ → 1, to the critic's opinion as λ → 0.
     """
 
     gamma: float = 1.0
     lam: float = 0.95
+    alpha: float | None = None
+    """Where given, λ = 1 − 1/(alpha · |y|) of each sample's own length, at least 0 (VAPO, arXiv 2504.05118)."""
     needs_values: ClassVar[bool] = True
 
     def __call__(self, rewards: Rewards) -> Tensor:
@@ -154,7 +161,31 @@ class gae:
         delta = rewards.per_token + self.gamma * following - values
         if rewards.interrupted is not None:
             delta = torch.where(rewards.interrupted[:, None] & last_token(rewards.mask), 0.0, delta)
-        return discounted_sum(delta, self.gamma * self.lam)
+        if self.alpha is None:
+            return discounted_sum(delta, self.gamma * self.lam)
+        lam = (1 - 1 / (self.alpha * rewards.mask.sum(dim=1).clamp(min=1).double())).clamp(min=0)
+        return discounted_sum(delta, self.gamma * lam)
+
+
+@dataclass(frozen=True)
+class prompt_value:
+    """A = R − V(prompt), V before the first token (DRO, arXiv 2405.19107); V learns R − β · log π/π_ref.
+
+    With the KL in the loss as k2 of the sequence this is the regression of β · log π/π_ref on R − V, which is
+    right on anybody's samples. V of one state has to carry all: more variance than `gae`. Fails while V is bad:
+    its error is a push on every token of the completion.
+    """
+
+    needs_values: ClassVar[bool] = True
+
+    def __call__(self, rewards: Rewards) -> Tensor:
+        if rewards.values is None:
+            raise ValueError("advantage prompt_value: no values were given; it needs a critic, or use leave_one_out.")
+        return rewards.returns - torch.where(rewards.mask, rewards.values.double(), 0.0)[:, 0]
+
+    def targets(self, rewards: Rewards) -> Tensor:
+        soft = rewards.returns if rewards.leash is None else rewards.returns - rewards.leash
+        return torch.where(rewards.mask, soft[:, None], 0.0)
 
 
 ADVANTAGES: Mapping[str, Advantage | type] = {
@@ -163,9 +194,20 @@ ADVANTAGES: Mapping[str, Advantage | type] = {
     "running_mean": running_mean,
     "group_mean": group_mean,
     "group_zscore": group_zscore,
+    "group_mean_batch_std": group_mean_batch_std,
+    "group_mean_scaled_up": group_mean_scaled_up,
+    "length_weighted_mean": length_weighted_mean,
+    "best_of_group": best_of_group,
+    "over_mean": over_mean,
+    "parts_zscore": parts_zscore,
     "leave_one_out": leave_one_out,
+    "leave_one_out_zscore": leave_one_out_zscore,
+    "optimal_token_baseline": optimal_token_baseline,
+    "greedy_baseline": greedy_baseline,
+    "optimal_value": optimal_value,
     "discounted_return": discounted_return,
     "gae": gae,
+    "prompt_value": prompt_value,
 }
 
 
@@ -186,32 +228,7 @@ def whiten(advantages: Tensor, mask: Tensor) -> Tensor:
 NORMALISATIONS: Mapping[str, Normalise] = {"whiten": whiten}
 
 
-def discounted_sum(values: Tensor, decay: float) -> Tensor:
-    """[B, T] → y with y_t = x_t + decay · y_{t+1}."""
-    sums = values.clone()
-    for t in range(values.shape[1] - 2, -1, -1):
-        sums[:, t] += decay * sums[:, t + 1]
-    return sums
-
-
-def last_token(mask: Tensor) -> Tensor:
-    """[B, T] left aligned → [B, T] bool, True at each sample's last policy token."""
-    return mask & (torch.arange(mask.shape[1], device=mask.device) == mask.sum(dim=1, keepdim=True) - 1)
-
-
-def _zero_without_variance(advantages: Tensor, rewards: Rewards) -> Tensor:
-    return torch.where(has_variance(rewards.returns, rewards.group), advantages, 0.0)
-
-
-def _index(group: Tensor) -> Tensor:
-    return group.unique(return_inverse=True)[1]
-
-
-def _group_sum(values: Tensor, group: Tensor) -> Tensor:
-    """[B] → [B]: each sample gets its group's sum."""
-    index = _index(group)
-    return values.new_zeros(len(index)).index_add(0, index, values)[index]
-
-
-def _group_size(group: Tensor) -> Tensor:
-    return _group_sum(torch.ones(len(group), dtype=torch.float64, device=group.device), group)
+def _given_baseline(rewards: Rewards, name: str) -> Tensor:
+    if rewards.baseline is None:
+        raise ValueError(f"advantage {name}: no baseline was given; draw its samples of each prompt first.")
+    return rewards.baseline.double()

@@ -20,12 +20,18 @@ Aggregate = Callable[[Tensor, Tensor, BatchTotals], Tensor]
 
 
 def token_mean(per_token: Tensor, mask: Tensor, totals: BatchTotals) -> Tensor:
-    """Σ_i Σ_t ℓ / Σ_i |y_i|: every token weighs the same, hence long completions more (DAPO)."""
+    """Σ_i Σ_t ℓ / Σ_i |y_i|: every token weighs the same, hence long completions more (DAPO).
+
+    Degrades when a few very long completions hold most of the tokens: the update is theirs.
+    """
     return _kept(per_token, mask).sum() / max(totals.tokens, 1)
 
 
 def sequence_mean(per_token: Tensor, mask: Tensor, totals: BatchTotals) -> Tensor:
-    """1/B Σ_i 1/|y_i| Σ_t ℓ: every completion weighs the same, hence tokens of long ones less (GRPO)."""
+    """1/B Σ_i 1/|y_i| Σ_t ℓ: every completion weighs the same, hence tokens of long ones less (GRPO).
+
+    Degrades when wrong answers are long: each of their tokens is punished less, so that they grow.
+    """
     length = mask.sum(dim=1).clamp(min=1)
     return (_kept(per_token, mask).sum(dim=1) / length).sum() / max(totals.samples, 1)
 
@@ -35,6 +41,7 @@ class sequence_sum:
     """1/(B · constant) Σ_i Σ_t ℓ: no weighing by length; at constant = 1 the policy gradient itself.
 
     Without a constant the run's longest completion is filled in (Dr. GRPO, arXiv 2503.20783, section 3.2).
+    Degrades when lengths differ by orders of magnitude: the longest completions decide.
     """
 
     constant: float | None = None

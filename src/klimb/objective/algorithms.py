@@ -1,88 +1,54 @@
-"""The table: every algorithm is one frozen value, a point on a few independent axes.
+"""The table: every algorithm is one row, a value with the defaults of its paper, under the paper's name.
 
-    score − β·KL (reward) → advantage → normalise → surrogate × importance + β·KL (loss) → aggregate
-
-A variant is ``replace(GRPO, name="mine", advantage=group_mean)``; a column that most rows leave alone has a
-default. Rows carry the defaults of their papers, under the papers' names.
+A variant is ``replace(GRPO, name="mine", advantage=group_mean)``; a column that most rows leave alone has a default.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from dataclasses import replace
 
 from klimb.objective.advantage import (
-    Advantage,
-    Normalise,
     discounted_return,
     gae,
-    group_mean,
-    group_zscore,
-    leave_one_out,
+    greedy_baseline,
+    optimal_value,
+    prompt_value,
     running_mean,
     whiten,
 )
-from klimb.objective.aggregate import Aggregate, sequence_mean, sequence_sum, token_mean
+from klimb.objective.aggregate import sequence_mean, sequence_sum, token_mean
+from klimb.objective.algorithm import Algorithm
 from klimb.objective.critic import Critic
-from klimb.objective.kl import KL, NO_KL, k1, k3
-from klimb.objective.sampling import Sampling, dynamic, soft_overlong
+from klimb.objective.group_advantage import (
+    best_of_group,
+    group_mean,
+    group_mean_batch_std,
+    group_mean_scaled_up,
+    group_zscore,
+    leave_one_out,
+    length_weighted_mean,
+    optimal_token_baseline,
+    over_mean,
+    parts_zscore,
+)
+from klimb.objective.kl import KL, NO_KL, k1, k2, k3
+from klimb.objective.sampling import dynamic, power_weights, soft_overlong
 from klimb.objective.surrogate import (
-    Importance,
-    Surrogate,
     cispo,
     clip,
-    product_clip,
+    dual_clip,
+    geometric_clip,
+    kl_mask,
+    quadratic,
+    ratio,
     reinforce,
+    sapo,
     sequence_clip,
+    tv_mask,
+    vespo,
 )
-
-
-class Needs(NamedTuple):
-    """What has to be computed for an algorithm besides the policy's log-probs."""
-
-    ref: bool
-    critic: bool
-    old_logps: bool
-    entropy: bool
-
-
-@dataclass(frozen=True, kw_only=True)
-class Algorithm:
-    """One way to climb E[r] − β · KL(π ‖ π_ref) on the policy's own samples. Call `resolve` before use."""
-
-    name: str
-    advantage: Advantage
-    surrogate: Surrogate
-    aggregate: Aggregate
-    kl: KL = NO_KL
-    normalise: Normalise | None = None
-    critic: Critic | None = None
-    sampling: Sampling | None = None
-    overlong: soft_overlong | None = None
-    importance: Importance | None = None
-    entropy_bonus: float = 0.0
-    """Coefficient of the policy's entropy in nats per token, added to what is maximised."""
-    source: str = ""
-
-    @property
-    def needs(self) -> Needs:
-        return Needs(
-            ref=self.kl.active,
-            critic=self.critic is not None,
-            old_logps=self.surrogate is not reinforce or self.importance is not None,
-            entropy=self.entropy_bonus != 0,
-        )
-
-    def resolve(self, *, max_length: int) -> Algorithm:
-        """Fill the constants of the run. max_length: the most tokens that a completion may have."""
-        aggregate, overlong = self.aggregate, self.overlong
-        if isinstance(aggregate, sequence_sum) and aggregate.constant is None:
-            aggregate = sequence_sum(float(max_length))
-        if overlong is not None and overlong.max_length is None:
-            overlong = replace(overlong, max_length=max_length)
-        return replace(self, aggregate=aggregate, overlong=overlong)
-
+from klimb.objective.tokens import clip_cov, imitate_correct, kl_cov, second_moment, top_entropy
 
 REINFORCE = Algorithm(
     name="reinforce",
@@ -155,60 +121,154 @@ CISPO = replace(
     source="arXiv 2506.13585, its part on CISPO; the bound of arXiv 2510.13786",
 )
 
+# Other baselines ------------------------------------------------------------------------------------------------------
+
+REMAX = replace(
+    REINFORCE,
+    name="remax",
+    advantage=greedy_baseline(),
+    source="arXiv 2310.10505 (β is that of reinforce)",
+)
+REINFORCE_PP_BASELINE = replace(
+    REINFORCE_PP,
+    name="reinforce++_baseline",
+    advantage=group_mean,
+    source="arXiv 2501.03262, its part on REINFORCE++-baseline (β is that of reinforce++)",
+)
+OPO = replace(
+    DR_GRPO,
+    name="opo",
+    advantage=length_weighted_mean,
+    surrogate=reinforce,
+    source="arXiv 2505.23585",
+)
+GPG = replace(
+    GRPO,
+    name="gpg",
+    advantage=group_mean_scaled_up,
+    surrogate=reinforce,
+    kl=NO_KL,
+    source="arXiv 2504.02546; mean over samples as in its authors' code",
+)
+LITE_PPO = replace(
+    GRPO,
+    name="lite_ppo",
+    advantage=group_mean_batch_std(),
+    aggregate=token_mean,
+    kl=NO_KL,
+    source="arXiv 2508.08221",
+)
+PASSK_GRPO = replace(
+    DR_GRPO,
+    name="passk_grpo",
+    advantage=best_of_group(),
+    source="arXiv 2503.19595; scaled by the group's std as in verl",
+)
+GDPO = replace(GRPO, name="gdpo", advantage=parts_zscore(), source="arXiv 2601.05242 (all else is GRPO's)")
+MAXRL = replace(DR_GRPO, name="maxrl", advantage=over_mean, source="arXiv 2602.02710 (all else is Dr. GRPO's)")
+OTB = replace(
+    DR_GRPO,
+    name="otb",
+    advantage=optimal_token_baseline(),
+    source="the optimal token baseline, as in verl (all else is Dr. GRPO's)",
+)
+VAPO = replace(
+    PPO,
+    name="vapo",
+    advantage=gae(gamma=1.0, alpha=0.05),
+    critic=Critic(value_clip=0.2, lam=1.0),
+    surrogate=clip(0.2, 0.28),
+    imitation=imitate_correct(0.1),
+    kl=NO_KL,
+    source="arXiv 2504.05118, section 4",
+)
+
+# Other restraints -----------------------------------------------------------------------------------------------------
+
+INTELLECT2 = replace(
+    GRPO,
+    name="intellect2",
+    surrogate=dual_clip(0.2, 0.2, bound=4.0),
+    kl=KL("loss", k3, beta=0.001),
+    source="arXiv 2505.07291, section 4.1: the two-sided clip, which is a dual clip",
+)
+SAPO = replace(GRPO, name="sapo", surrogate=sapo(), kl=NO_KL, source="arXiv 2511.20347")
+GMPO = replace(GRPO, name="gmpo", surrogate=geometric_clip(0.4, 0.4), kl=NO_KL, source="arXiv 2507.20673, section 4")
+LUSPO = replace(
+    GSPO,
+    name="luspo",
+    surrogate=sequence_clip(2e-3, 2.5e-3),
+    aggregate=sequence_sum(1.0),
+    source="arXiv 2602.05261, section 5.1: GSPO, each sequence times its length",
+)
+VESPO = replace(
+    GRPO,
+    name="vespo",
+    surrogate=vespo(),
+    aggregate=token_mean,
+    kl=NO_KL,
+    source="arXiv 2602.10693; denominator of TRL",
+)
+DPPO = replace(
+    GRPO, name="dppo", surrogate=tv_mask(), aggregate=token_mean, kl=NO_KL, source="arXiv 2602.04879, binary TV"
+)
+DPPO_KL = replace(DPPO, name="dppo_kl", surrogate=kl_mask(), source="arXiv 2602.04879, binary KL")
+CLIP_COV = replace(
+    GRPO,
+    name="clip_cov",
+    aggregate=token_mean,
+    token_filter=clip_cov(),
+    kl=NO_KL,
+    source="arXiv 2505.22617, its part on Clip-Cov",
+)
+KL_COV = replace(
+    CLIP_COV,
+    name="kl_cov",
+    surrogate=ratio,
+    token_filter=kl_cov(),
+    source="arXiv 2505.22617, its part on KL-Cov",
+)
+M2PO = replace(
+    KL_COV,
+    name="m2po",
+    token_filter=second_moment(0.04),
+    source='Zheng et al. 2025, "Prosperity before collapse", as in AReaL',
+)
+TOP_ENTROPY = replace(
+    DAPO, name="top_entropy", token_filter=top_entropy(0.2), source="arXiv 2506.01939: DAPO on a fifth of the tokens"
+)
+PF_PPO = replace(PPO, name="pf_ppo", weighting=power_weights(2.0), source="arXiv 2409.06957, in verl's form")
+
+# Regressions of log π/π_ref on the reward -----------------------------------------------------------------------------
+
+A_STAR_PO = replace(
+    REINFORCE,
+    name="a_star_po",
+    advantage=optimal_value(beta=0.5, samples=8),
+    kl=KL("loss", k2, beta=1e-3, level="sequence"),
+    source="arXiv 2505.20686 (its loss divided by 2 β₂)",
+)
+DRO = replace(
+    A_STAR_PO,
+    name="dro",
+    advantage=prompt_value(),
+    kl=KL("loss", k2, beta=1.0, level="sequence"),
+    critic=Critic(value_clip=None),
+    source="arXiv 2405.19107: DRO-V",
+)
+DRO_OLD = replace(
+    DR_GRPO,
+    name="dro_old",
+    surrogate=quadratic(beta=0.1),
+    source="arXiv 2501.12599 and verl: pulled to π_old instead of π_ref (β has no published default)",
+)
+
 ALGORITHMS: Mapping[str, Algorithm] = {
-    algorithm.name: algorithm for algorithm in (REINFORCE, RLOO, REINFORCE_PP, PPO, GRPO, DR_GRPO, DAPO, GSPO, CISPO)
-}
-
-
-def problems(algorithm: Algorithm, *, samples_per_prompt: int, updates_per_step: int) -> list[str]:
-    """Why this combination makes no sense, each with the way out; empty if it does."""
-    a, kl = algorithm, algorithm.kl
-    alone = samples_per_prompt < 2
-    compares = a.advantage in (group_mean, leave_one_out) or isinstance(a.advantage, group_zscore)
-    needs_values = getattr(a.advantage, "needs_values", False)
-    rules = [
-        (
-            compares and alone,
-            "advantage: a group of one has nothing to compare with, its advantage is always 0; "
-            "set samples_per_prompt to 2 or more, or advantage to running_mean",
-        ),
-        (
-            a.sampling is dynamic and alone,
-            "sampling: dynamic keeps groups whose scores differ, which a group of one never do; "
-            "set samples_per_prompt to 2 or more, or sampling to none",
-        ),
-        (
-            needs_values and a.critic is None,
-            "advantage: it needs a critic's values; add critic: {value_clip: 0.2}, or set advantage to leave_one_out",
-        ),
-        (
-            a.critic is not None and not needs_values,
-            "critic: the advantage does not look at its values; set advantage to gae, or critic to none",
-        ),
-        (
-            kl.in_loss and kl.estimator is k1,
-            "kl.estimator: k1 in the loss has zero expected gradient; set kl.where to reward, or kl.estimator to k2",
-        ),
-        (
-            isinstance(a.surrogate, sequence_clip) and a.aggregate is not sequence_mean,
-            "aggregate: sequence_clip has one ratio a sequence, a sum over tokens weighs it by length; "
-            "set aggregate to sequence_mean",
-        ),
-        (
-            isinstance(a.surrogate, product_clip) and not isinstance(a.aggregate, sequence_sum),
-            "aggregate: product_clip takes a completion as one action; set aggregate to {sequence_sum: 1}",
-        ),
-        (
-            a.surrogate is reinforce and updates_per_step > 1,
-            "surrogate: reinforce knows no ratio, later updates would follow samples of an older policy; "
-            "set updates_per_step to 1, or surrogate to clip",
-        ),
-    ]
-    return [message for holds, message in rules if holds]
-
-
-def validate(algorithm: Algorithm, *, samples_per_prompt: int, updates_per_step: int) -> None:
-    """Raises ValueError, in one line, when the algorithm makes no sense with these batch numbers."""
-    found = problems(algorithm, samples_per_prompt=samples_per_prompt, updates_per_step=updates_per_step)
-    if found:
-        raise ValueError(f"algorithm {algorithm.name}: {'; '.join(found)}.")
+    algorithm.name: algorithm
+    for algorithm in (
+        REINFORCE, RLOO, REINFORCE_PP, PPO, GRPO, DR_GRPO, DAPO, GSPO, CISPO,
+        REMAX, REINFORCE_PP_BASELINE, OPO, GPG, LITE_PPO, PASSK_GRPO, GDPO, MAXRL, OTB, VAPO,
+        INTELLECT2, SAPO, GMPO, LUSPO, VESPO, DPPO, DPPO_KL, CLIP_COV, KL_COV, M2PO, TOP_ENTROPY, PF_PPO,
+        A_STAR_PO, DRO, DRO_OLD,
+    )
+}  # fmt: skip

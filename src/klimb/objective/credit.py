@@ -5,17 +5,18 @@ score on the last token, − β·KL on every token where the KL enters the rewar
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from klimb import metrics
 from klimb.metrics import Metrics
-from klimb.objective.advantage import Rewards, has_variance, last_token
-from klimb.objective.algorithms import Algorithm
+from klimb.objective.advantage import gae
+from klimb.objective.algorithm import Algorithm
 from klimb.objective.critic import explained_variance
+from klimb.objective.grouped import Rewards, has_variance, last_token
 from klimb.objective.kl import State
 
 
@@ -43,12 +44,17 @@ def assign_credit(
     ref_logps: Tensor | None = None,
     values: Tensor | None = None,
     interrupted: Tensor | None = None,
+    parts: Tensor | None = None,
+    part_weights: Tensor | None = None,
+    baseline: Tensor | None = None,
+    collisions: Tensor | None = None,
     state: Mapping[str, Tensor] | None = None,
 ) -> Credit:
     """Advantages of one whole update (all ranks), before it is split.
 
     scores [B]; mask [B, T] left aligned; group [B]; logps (as sampled), ref_logps, values [B, T]; interrupted
-    [B] bool marks samples without a score whose end is bootstrapped (with `gae` only). A sample without a
+    [B] bool marks samples without a score whose end is bootstrapped (with `gae` only); parts [B, K] of a summed
+    score with part_weights [K], baseline [B], collisions [B, T]: see `Rewards`. A sample without a
     policy token takes part in nothing and gets zeros. Raises ValueError: a score is not finite, or an input
     that the algorithm needs is missing.
     """
@@ -58,16 +64,17 @@ def assign_credit(
         empty = torch.zeros(mask.shape, dtype=torch.float64, device=mask.device)
         return Credit(empty, None if values is None else empty, {}, state)
     if len(rows) < len(mask):
+        optional = {"ref_logps": ref_logps, "values": values, "interrupted": interrupted, "parts": parts,
+                    "baseline": baseline, "collisions": collisions}  # fmt: skip
         present = assign_credit(
             algorithm,
             scores=scores[rows],
             mask=mask[rows],
             group=group[rows],
             logps=logps[rows],
-            ref_logps=None if ref_logps is None else ref_logps[rows],
-            values=None if values is None else values[rows],
-            interrupted=None if interrupted is None else interrupted[rows],
+            part_weights=part_weights,
             state=state,
+            **{name: column[rows] for name, column in optional.items() if column is not None},
         )
         return _widen(present, rows, len(mask))
 
@@ -80,12 +87,19 @@ def assign_credit(
         values,
         interrupted,
         state,
+        parts=parts,
+        part_weights=part_weights,
+        baseline=baseline,
+        leash=_leash(algorithm, log_ratio, state),
+        logps=logps,
+        collisions=collisions,
     )
-    advantages = algorithm.advantage(rewards)
-    advantages = torch.where(mask, advantages[:, None] if advantages.ndim == 1 else advantages, 0.0)
-    returns = None if values is None else torch.where(mask, advantages + values.double(), 0.0)
+    advantages = _per_token(algorithm.advantage(rewards), mask)
+    returns = None if values is None else _targets(algorithm, rewards, advantages, values)
     if algorithm.normalise is not None:
         advantages = algorithm.normalise(advantages, mask)
+    if algorithm.weighting is not None:
+        advantages = advantages * algorithm.weighting(scores.double())[:, None]
     return Credit(
         advantages,
         returns,
@@ -113,6 +127,27 @@ def _token_rewards(
         penalty = algorithm.kl.penalty(log_ratio, mask)
         rewards = rewards - torch.where(mask, algorithm.kl.coefficient(state) * penalty, 0.0)
     return rewards
+
+
+def _per_token(advantages: Tensor, mask: Tensor) -> Tensor:
+    return torch.where(mask, advantages[:, None] if advantages.ndim == 1 else advantages, 0.0)
+
+
+def _targets(algorithm: Algorithm, rewards: Rewards, advantages: Tensor, values: Tensor) -> Tensor:
+    """What the critic learns, [B, T]: advantage + value, at the critic's own λ where it has one."""
+    advantage, critic = algorithm.advantage, algorithm.critic
+    own: Callable[[Rewards], Tensor] | None = getattr(advantage, "targets", None)
+    if own is not None:
+        return own(rewards)
+    if critic is not None and critic.lam is not None and isinstance(advantage, gae):
+        advantages = _per_token(replace(advantage, lam=critic.lam, alpha=None)(rewards), rewards.mask)
+    return torch.where(rewards.mask, advantages + values.double(), 0.0)
+
+
+def _leash(algorithm: Algorithm, log_ratio: Tensor | None, state: State) -> Tensor | None:
+    if log_ratio is None or not algorithm.regression:
+        return None
+    return algorithm.kl.coefficient(state) * log_ratio.sum(dim=1)
 
 
 def _next_state(algorithm: Algorithm, rewards: Rewards, log_ratio: Tensor | None) -> dict[str, Tensor]:

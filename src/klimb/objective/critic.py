@@ -39,9 +39,13 @@ def reward_loss(
 
 @dataclass(frozen=True)
 class Critic:
-    """PPO's second learner. value_clip: how far from its value at sampling time it may profit from moving."""
+    """PPO's second learner. value_clip: how far from its value at sampling time it may profit from moving.
+
+    lam: λ of the returns it learns, where that differs from the advantage's (decoupled GAE, arXiv 2503.01491; VAPO: 1).
+    """
 
     value_clip: float | None = 0.2
+    lam: float | None = None
 
 
 def value_loss(values: Tensor, returns: Tensor, old_values: Tensor | None, value_clip: float | None) -> Tensor:

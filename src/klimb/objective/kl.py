@@ -10,6 +10,8 @@ a gradient. They are different things, and it is the gradient that decides where
 k1    x               KL(π ‖ π_ref)                             zero, because E[∇ log π] = 0
 k2    x²/2            second order in x only                    that of KL(π ‖ π_ref)
 k3    e^(−x) − 1 + x  KL(π ‖ π_ref), never below zero           that of KL(π_ref ‖ π)
+k1+   x               that of k1                                that of k2
+k3+   e^(−x) − 1 + x  that of k3                                that of k2
 ====  ==============  ========================================  ======================================
 
 "One step": the gradient of a *sum over tokens* misses how a token changes the KL of later ones. Only two
@@ -54,11 +56,24 @@ def k2(log_ratio: Tensor) -> Tensor:
 
 
 def k3(log_ratio: Tensor) -> Tensor:
-    """e^(−x) − 1 + x. Unbiased and never negative; as a loss it has the gradient of KL(π_ref ‖ π)."""
+    """e^(−x) − 1 + x. Unbiased and never negative; as a loss it has the gradient of KL(π_ref ‖ π).
+
+    Degrades far below the reference: e^(−x) grows without bound, one token can fill the update.
+    """
     return bounded_exp(-log_ratio) - 1 + log_ratio
 
 
-ESTIMATORS: Mapping[str, Estimator] = {"k1": k1, "k2": k2, "k3": k3}
+def k1_plus(log_ratio: Tensor) -> Tensor:
+    """The value of k1, the gradient of k2: unbiased in both, though a token's value may be negative."""
+    return k2(log_ratio) + (k1(log_ratio) - k2(log_ratio)).detach()
+
+
+def k3_plus(log_ratio: Tensor) -> Tensor:
+    """The value of k3, the gradient of k2: unbiased in both, and never negative in value."""
+    return k2(log_ratio) + (k3(log_ratio) - k2(log_ratio)).detach()
+
+
+ESTIMATORS: Mapping[str, Estimator] = {"k1": k1, "k2": k2, "k3": k3, "k1+": k1_plus, "k3+": k3_plus}
 
 
 @dataclass(frozen=True)
@@ -68,7 +83,8 @@ class KL:
     level: "token" sums the estimator over tokens; "sequence" estimates once from the sequence's summed
     log-ratio. target: where given, β is steered so that the KL per sequence comes to `target` nats: each
     update multiplies it by 1 + gain · clip(KL/target − 1, ±0.2) (Ziegler et al., arXiv 1909.08593, section
-    2.2, whose gain is 0.1).
+    2.2, whose gain is 0.1). corrected: in the loss, weighed by π/π_old, gradient and all (DeepSeek-V3.2, arXiv
+    2512.02556): right after several updates, and the gradient of KL(π ‖ π_ref) for k1 and k3 as well.
     """
 
     where: Where
@@ -77,6 +93,7 @@ class KL:
     level: Level = "token"
     target: float | None = None
     gain: float = 0.1
+    corrected: bool = False
 
     def __post_init__(self) -> None:
         if self.where not in get_args(Where):
@@ -89,6 +106,8 @@ class KL:
             raise ValueError("kl: β or a target is set but kl.where is none; set kl.where to reward or loss.")
         if self.level == "sequence" and self.where != "loss":
             raise ValueError("kl.level: sequence is for the loss; in the reward the tokens' KL already adds up.")
+        if self.corrected and (self.where != "loss" or self.level != "token"):
+            raise ValueError("kl.corrected: the ratio weighs a token's KL in the loss; set kl.where to loss.")
         if self.target is not None and (self.target <= 0 or self.beta == 0):
             raise ValueError("kl.target: steering multiplies β, so that both β and the target must be above 0.")
 

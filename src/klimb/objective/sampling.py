@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
+import torch
 from torch import Tensor
 
-from klimb.objective.advantage import VARIANCE_TOLERANCE
+from klimb.objective.grouped import VARIANCE_TOLERANCE
 
 Sampling = Callable[[Sequence[float]], bool]
 """The scores of one group, before any shaping → whether to keep it; a refused one is replaced by another."""
@@ -41,4 +43,61 @@ class soft_overlong:
         return ((self.max_length - width - length.double()) / width).clamp(-1.0, 0.0)
 
 
-OVERLONG: Mapping[str, type] = {"soft_overlong": soft_overlong}
+@dataclass(frozen=True)
+class length_penalty:
+    """−weight · |y| / max_length: a price on every token. It buys shorter answers with the score, and where all scores
+    of a group are equal it is all that is left to learn. max_length is filled by resolving."""
+
+    weight: float = 0.1
+    max_length: int | None = None
+
+    def __call__(self, length: Tensor) -> Tensor:
+        """Policy tokens [B] → what is added to the score, [B] float64."""
+        if self.max_length is None:
+            raise ValueError("overlong: its max_length is open; call algorithm.resolve(max_length=...).")
+        return -self.weight * length.double() / self.max_length
+
+
+@dataclass(frozen=True)
+class leave_out:
+    """Samples that were cut at the longest length are compared with, and not learnt from: out of the loss and of its
+    denominator (DAPO's overlong filtering, section 3.4). Nothing then says that too long is bad."""
+
+    leaves_out: ClassVar[bool] = True
+
+    def __call__(self, length: Tensor) -> Tensor:
+        return torch.zeros(len(length), dtype=torch.float64, device=length.device)
+
+
+Overlong = soft_overlong | length_penalty | leave_out
+OVERLONG: Mapping[str, type] = {
+    "soft_overlong": soft_overlong, "length_penalty": length_penalty, "leave_out": leave_out,
+}  # fmt: skip
+
+
+Weighting = Callable[[Tensor], Tensor]
+"""Scores of a whole update [B] → weight of each sample's advantage, [B] with mean 1."""
+
+
+@dataclass(frozen=True)
+class power_weights:
+    """|score|^power (PF-PPO, arXiv 2409.06957, in verl's form over the update, and as a weight instead of by drawing
+    again): samples whose score says much. Needs a reward model whose 0 is in the middle."""
+
+    power: float = 2.0
+
+    def __call__(self, scores: Tensor) -> Tensor:
+        return _mean_one(scores.double().abs().pow(self.power))
+
+
+def extremes(scores: Tensor) -> Tensor:
+    """Only the best and the worst scores of the update (PF-PPO, likewise): where a reward model errs least."""
+    return _mean_one(((scores == scores.max()) | (scores == scores.min())).double())
+
+
+WEIGHTINGS: Mapping[str, Weighting | type] = {"power_weights": power_weights, "extremes": extremes}
+
+
+def _mean_one(weights: Tensor) -> Tensor:
+    mean = weights.mean()
+    return weights / mean if mean > 0 else torch.ones_like(weights)

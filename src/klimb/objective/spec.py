@@ -14,11 +14,15 @@ from typing import Any
 
 from klimb.objective.advantage import ADVANTAGES, NORMALISATIONS
 from klimb.objective.aggregate import AGGREGATES
-from klimb.objective.algorithms import ALGORITHMS, Algorithm
+from klimb.objective.algorithm import Algorithm
+from klimb.objective.algorithms import ALGORITHMS
 from klimb.objective.critic import Critic
+from klimb.objective.entropy import ENTROPY_BONUSES
+from klimb.objective.importance import IMPORTANCES
 from klimb.objective.kl import ESTIMATORS, KL, NO_KL
-from klimb.objective.sampling import OVERLONG, SAMPLINGS
-from klimb.objective.surrogate import IMPORTANCES, SURROGATES
+from klimb.objective.sampling import OVERLONG, SAMPLINGS, WEIGHTINGS
+from klimb.objective.surrogate import SURROGATES
+from klimb.objective.tokens import IMITATIONS, TOKEN_FILTERS
 from klimb.plugin import is_reference, load_attribute, unknown_name
 
 AXES: Mapping[str, Mapping[str, Any]] = {
@@ -29,8 +33,12 @@ AXES: Mapping[str, Mapping[str, Any]] = {
     "aggregate": AGGREGATES,
     "sampling": SAMPLINGS,
     "overlong": OVERLONG,
+    "weighting": WEIGHTINGS,
+    "token_filter": TOKEN_FILTERS,
+    "imitation": IMITATIONS,
+    "entropy_bonus": ENTROPY_BONUSES,
 }
-OPTIONAL = ("normalise", "importance", "sampling", "overlong")
+OPTIONAL = ("normalise", "importance", "sampling", "overlong", "weighting", "token_filter", "imitation")
 
 
 def parse_algorithm(spec: str | Mapping[str, Any] | Algorithm) -> Algorithm:
@@ -117,7 +125,7 @@ def _parse_axis(axis: str, spec: Any, base: Algorithm) -> Any:
     where = f"algorithm.{axis}"
     if axis == "kl":
         return _parse_kl(spec, base.kl)
-    if axis == "entropy_bonus":
+    if axis == "entropy_bonus" and spec not in ENTROPY_BONUSES and not isinstance(spec, Mapping):
         return _number(where, spec)
     if spec in (None, "none") and axis in (*OPTIONAL, "critic"):
         return None
@@ -185,6 +193,7 @@ def _columns(algorithm: Algorithm) -> dict[str, str]:
     if kl.where != "none":
         parts |= {"estimator": _label(kl.estimator), "β": _label(kl.beta), "level": kl.level}
         parts |= {"target": _label(kl.target)} | ({"gain": _label(kl.gain)} if kl.target else {})
+        parts |= {"corrected": "true"} if kl.corrected else {}
     return {k: v for k, v in row.items() if k not in ("name", "source", "kl")} | parts
 
 
@@ -195,18 +204,22 @@ def _label(value: Any) -> str:
     if isinstance(value, KL):
         level = ", sequence" if value.level == "sequence" else ""
         target = f", target {value.target:g}" if value.target else ""
-        return f"{value.where} {_label(value.estimator)}{level}, β={value.beta:g}{target}" if value.active else "none"
+        corrected = ", corrected" if value.corrected else ""
+        text = f"{value.where} {_label(value.estimator)}{level}{corrected}, β={value.beta:g}{target}"
+        return text if value.active else "none"
     if isinstance(value, int | float):
         return f"{value:g}"
     if is_dataclass(value) and not isinstance(value, type):
         shown = (getattr(value, field.name) for field in fields(value))
-        return f"{type(value).__name__}({', '.join(_label(x) for x in shown if x is not None)})"
+        arguments = ", ".join(_label(x) for x in shown if x is not None)
+        return f"{type(value).__name__}({arguments})" if arguments else type(value).__name__
     return _known_name(value) or str(getattr(value, "__name__", value))
 
 
 def _known_name(value: Callable[..., Any]) -> str | None:
     """The name that people type, where it is another than the function's own."""
-    names = (name for axis in AXES.values() for name, known in axis.items() if known is value)
+    axes = (*AXES.values(), ESTIMATORS)
+    names = (name for axis in axes for name, known in axis.items() if known is value)
     return next(names, None)
 
 

@@ -63,7 +63,8 @@ class WeightedSum:
                 failures[row] = Failure(row, f"the weighted sum is {total}")
                 total = None
             totals.append(total)
-        return Scores(totals, [failures[row] for row in sorted(failures)], values_by_part, notes)
+        weights = {part.name: part.weight for part in self.parts}
+        return Scores(totals, [failures[row] for row in sorted(failures)], values_by_part, notes, weights)
 
     def _total(self, row: int, terms_by_part: dict[str, Values]) -> float | None:
         terms = [part.weight * value for part in self.parts if (value := terms_by_part[part.name][row]) is not None]

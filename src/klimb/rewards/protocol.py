@@ -38,6 +38,8 @@ class Scores:
     """The components of a weighted sum, unweighted; empty where there is only one."""
     notes: list[str] = field(default_factory=list)
     """What went wrong without costing a score, such as a worker that was replaced."""
+    weights: dict[str, float] = field(default_factory=dict)
+    """What the components are multiplied with, by the same names."""
 
 
 class Reward(Protocol):

@@ -73,6 +73,8 @@ class Scorer:
         self._on_event = on_event
         self.counts = {"rows": 0, "failed": 0}
         """Over the run; set it again on resume, so that the run stops where it would have stopped."""
+        self.weights: dict[str, float] = {}
+        """Of a sum's parts, once it has scored something."""
 
     def score(self, groups: Sequence[Group]) -> ScoreReport:
         """Fill `score` and `rewards` of every sample. Raises RewardError when too many rows of the run have
@@ -83,6 +85,7 @@ class Scorer:
         columns = columns_of(prompts, samples)
         scores = audited(self.reward([p.text for p in prompts], [s.text for s in samples], columns), len(pairs))
         parts = scores.parts or {self.reward.name: scores.values}
+        self.weights = scores.weights
         for row, sample in enumerate(samples):
             sample.score = scores.values[row]
             sample.rewards = {name: values[row] for name, values in parts.items()}

@@ -31,7 +31,7 @@ from klimb.stages.common import Session, TrainConfig, stream_seed
 from klimb.stages.evaluate import Judges, Measurement, local_engine
 from klimb.stages.memory import of_distilling
 from klimb.stages.models import load_policy, load_reference, load_texts, prompt_room
-from klimb.stages.rl import requests
+from klimb.stages.experience import requests
 from klimb.types import Example, Group
 
 

@@ -19,7 +19,7 @@ from klimb.data.load import split_by_prompt
 from klimb.data.sampler import Sampler
 from klimb.errors import DataError, KlimbError
 from klimb.metrics import Metrics
-from klimb.models.faces import Policy, policy_collisions, policy_logps
+from klimb.models.faces import Policy, policy_log_collisions, policy_logps
 from klimb.objective.preference import (
     Completions,
     Needs,
@@ -146,7 +146,7 @@ def with_statistics(
     needs, budget = update.needs, update.session.scoring
     batch = batch.to(update.policy.backbone.device)
     logps = policy_logps(update.policy, batch, budget=budget).logps
-    more = policy_collisions(update.policy, batch, budget=budget) if needs.collisions else None
+    more = policy_log_collisions(update.policy, batch, budget=budget) if needs.collisions else None
     whole = pairs_of(batch, logps, {}, more)
     if needs.mismatched:
         assert update.reference is not None

@@ -7,9 +7,8 @@ a second learner stepped on the same batch.
 from __future__ import annotations
 
 import random
-from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,24 +16,25 @@ from pydantic import Field
 from torch import Tensor
 
 from klimb import metrics
-from klimb.batch import BatchTotals, TokenBatch, pad_tokens
+from klimb.batch import BatchTotals, TokenBatch
 from klimb.config import StageConfig, find_references
 from klimb.data.load import load_prompts
 from klimb.data.sampler import Sampler
 from klimb.errors import RewardError
 from klimb.metrics import Metrics
-from klimb.models.faces import Critic, Policy, critic_values, policy_logps
+from klimb.models.faces import Critic, Policy, policy_logps
 from klimb.models.load import HALF
-from klimb.objective.algorithms import Algorithm, validate
+from klimb.objective.algorithm import Algorithm
 from klimb.objective.credit import assign_credit
 from klimb.objective.critic import critic_loss
-from klimb.objective.policy_loss import policy_loss
+from klimb.objective.entropy import adaptive_entropy
+from klimb.objective.policy_loss import policy_loss, update_columns
+from klimb.objective.refusals import validate
 from klimb.objective.spec import describe, parse_algorithm
 from klimb.rewards.normalise import Moments, Normalised
 from klimb.rewards.protocol import Reward
 from klimb.rewards.scorer import Scorer, dry_run
-from klimb.rollout.engine import Request, RolloutEngine, generate
-from klimb.rollout.sampling import SamplingParams
+from klimb.rollout.engine import RolloutEngine
 from klimb.runtime.learner import Learner, Optimizer
 from klimb.runtime.memory import give_back
 from klimb.runtime.plan import Work
@@ -42,12 +42,13 @@ from klimb.runtime.run import Run
 from klimb.runtime.samples import sample_records
 from klimb.runtime.signals import Interrupt
 from klimb.stages.common import Session, TrainConfig, stream_seed
-from klimb.stages.evaluate import Judges, Measurement, add_gold, batch_of, local_engine, open_reward
+from klimb.stages.evaluate import Judges, Measurement, local_engine, open_reward
+from klimb.stages.experience import experience, is_stale, look_up, rollout
 from klimb.stages.given import Given
 from klimb.stages.memory import of_rl
 from klimb.stages.mismatch import Mismatch
 from klimb.stages.models import Loaded, load_critic, load_policy, load_reference, load_texts, prompt_room
-from klimb.types import Group, Prompt
+from klimb.types import Prompt
 
 
 class CriticConfig(StageConfig):
@@ -98,6 +99,8 @@ class RlConfig(TrainConfig):
             yield f"max_refills: {algorithm.name} keeps every group; leave it out, or set algorithm.sampling=dynamic"
         if self.reference is not None and not (algorithm.needs.ref or self.measure_kl):
             yield f"reference: {algorithm.name} has no KL to it; leave it out, or set measure_kl=true"
+        if algorithm.needs.parts and not (isinstance(self.reward, list) and len(self.reward) > 1):
+            yield f"reward: {algorithm.name} compares the parts of a sum, and this is one; give a list, or use grpo"
         if self.updates_per_step > self.prompts_per_step:
             yield f"updates_per_step={self.updates_per_step}: more than the {self.prompts_per_step} groups of a step"
 
@@ -121,19 +124,28 @@ class Actors:
     gold: Reward | None
     policy_learner: Learner
     critic_learner: Learner | None
+    reference_engine: RolloutEngine | None = None
+    known_values: dict[str, float] = field(default_factory=dict)
+    """Baselines by prompt that were made of π_ref's samples."""
 
     @property
     def policy(self) -> Policy:
         return self.loaded.policy
 
+    @property
+    def part_weights(self) -> Tensor:
+        return torch.tensor(list(self.scorer.weights.values()), dtype=torch.float64)
+
     def progress(self) -> dict[str, Any]:
         """What a checkpoint needs besides weights and the algorithm's state."""
         moments = [list(part.moments) for part in self.running if part.moments is not None]
-        return {"sampler": self.sampler.state(), "reward_counts": dict(self.scorer.counts), "reward_moments": moments}
+        return {"sampler": self.sampler.state(), "reward_counts": dict(self.scorer.counts), "reward_moments": moments,
+                "known_values": self.known_values}  # fmt: skip
 
     def restore(self, progress: dict[str, Any]) -> None:
         self.sampler.restore(progress["sampler"])
         self.scorer.counts = progress["reward_counts"]
+        self.known_values = progress.get("known_values", {})
         for part, moments in zip(self.running, progress["reward_moments"], strict=True):
             part.moments = Moments(*moments)
 
@@ -151,16 +163,18 @@ def train(config: RlConfig, run: Run, interrupt: Interrupt, say: Any) -> dict[st
     for step in session.steps(start, config.steps):
         actors.engine.update_weights(step)
         groups, refused, counted = rollout(actors, step)
-        batch = look_up(actors, experience(groups), stale=is_stale(groups, step))
+        batch = look_up(actors, experience(actors, groups, step), stale=is_stale(groups, step))
         credit = assign_credit(
             actors.algorithm, scores=batch["scores"], mask=batch.mask, group=batch.group,
-            logps=batch["behavior_logps"], ref_logps=batch.get("ref_logps"), values=batch.get("values"), state=state,
+            logps=batch["behavior_logps"], ref_logps=batch.get("ref_logps"), values=batch.get("values"),
+            parts=batch.get("parts"), part_weights=actors.part_weights, baseline=batch.get("baseline"),
+            collisions=batch.get("collisions"), state=state,
         )  # fmt: skip
         batch = batch.with_columns(advantages=credit.advantages)
         if credit.returns is not None:
             batch = batch.with_columns(returns=credit.returns)
-        measured = learn(actors, batch, step, state)
-        state = credit.state
+        measured = learn(actors, teaching(actors.algorithm, batch), step, state)
+        state = after_step(actors.algorithm, credit.state, measured)
         session.end_step(
             step, config.steps, {**metrics.results(credit.metrics | measured), **counted},
             every=config.checkpoint_every, state=actors.progress(), tensors=state,
@@ -223,131 +237,43 @@ def prepare(config: RlConfig, session: Session) -> Actors:
         )
     samples = config.prompts_per_step * config.samples_per_prompt
     rows = int(session.run.decide("rollout_rows", lambda: min(256, samples)))
+
+    def engine_of(policy: Policy) -> RolloutEngine:
+        return local_engine(policy, loaded, data.items, rows, session.on_tokens, session.say)
+
+    by_reference = needs.draws is not None and needs.draws.of_reference
     return Actors(
         config, session, algorithm, loaded, reference, critic, data.items,
         Sampler(len(data.items), config.prompts_per_step, config.seed),
-        local_engine(loaded.policy, loaded, data.items, rows, session.on_tokens, session.say),
+        engine_of(loaded.policy),
         Scorer(reward, failure_limit=config.failure_limit, min_scored=min(2, config.samples_per_prompt),
                on_event=lambda event: session.run.event(**event)),
         running, gold, policy_learner, critic_learner,
+        engine_of(reference) if by_reference and reference is not None else None,
     )  # fmt: skip
 
 
 # One step -----------------------------------------------------------------------------------------------------------
 
 
-def rollout(actors: Actors, step: int) -> tuple[list[Group], list[Group], dict[str, float]]:
-    """Scored groups for one batch, those that the algorithm's sampling refused, and counts.
-
-    Refused groups are replaced by further prompts, `max_refills` times; what is there then is trained on.
-    """
-    config, session = actors.config, actors.session
-    params = SamplingParams(config.max_tokens, actors.loaded.stop_tokens(actors.prompts), config.temperature)
-    kept: list[Group] = []
-    refused: list[Group] = []
-    drawn: list[Group] = []
-    counts: dict[str, float] = {}
-    for refill in range(config.max_refills + 1):
-        prompts = [actors.prompts[i] for i in actors.sampler.next_batch()][: config.prompts_per_step - len(kept)]
-        seed = stream_seed(config.seed, f"rollout {refill}", step)
-        with session.timed("rollout"):
-            groups = generate(actors.engine, requests(prompts, config.samples_per_prompt, params, seed))
-        with session.timed("reward"):
-            report = actors.scorer.score(groups)
-            if actors.gold is not None:
-                add_gold(actors.gold, groups, lambda event: session.run.event(**event))
-        drawn += groups
-        counts["samples/dropped"] = counts.get("samples/dropped", 0) + report.dropped_samples
-        wanted = actors.algorithm.sampling
-        for group in report.groups:
-            teaches = wanted is None or wanted([float(s.score or 0.0) for s in group.samples])
-            (kept if teaches else refused).append(group)
-        counts |= {key: value for key, value in report.metrics.items() if key not in ("reward/mean", "reward/std")}
-        if wanted is None or len(kept) >= config.prompts_per_step:
-            break
+def teaching(algorithm: Algorithm, batch: TokenBatch) -> TokenBatch:
+    """The samples that are learnt from. Those that are only compared with are in no denominator."""
+    if not getattr(algorithm.overlong, "leaves_out", False):
+        return batch
+    kept = [i for i, unfinished in enumerate(batch["unfinished"].tolist()) if not unfinished]
     if not kept:
         raise RewardError(
-            f"step {step}: no group to learn from out of {len(drawn)}", where="reward",
-            why="every group was unscored or had equal scores",
-            fix="look at samples/ and events.jsonl; use easier or harder prompts, or another sampling",
+            f"all {len(batch)} completions were cut at max_tokens and left out", where="algorithm.overlong",
+            why="nothing is left to learn from", fix="raise max_tokens, or set algorithm.overlong to soft_overlong",
         )  # fmt: skip
-    if actors.algorithm.sampling is not None:
-        counts["groups/refused"] = len(refused)
-        if len(kept) < config.prompts_per_step:
-            session.run.event("too_few_groups", _too_few(config, len(kept), len(refused)))
-    return kept, refused, {**counts, **_sample_counts(drawn, kept)}
+    return batch.select(kept)
 
 
-def _too_few(config: RlConfig, kept: int, refused: int) -> str:
-    return (
-        f"trained on {kept} of {config.prompts_per_step} groups: after max_refills={config.max_refills} further rounds "
-        f"of prompts {refused} groups were refused, all samples of each scored the same; use easier or harder prompts, "
-        "or raise max_refills"
-    )
-
-
-def requests(prompts: Sequence[Prompt], samples: int, params: SamplingParams, seed: int) -> list[Request]:
-    """One request a prompt; a prompt that comes again in the batch goes on counting its samples, for new randomness."""
-    seen: Counter[str] = Counter()
-    made = []
-    for prompt in prompts:
-        made.append(Request(prompt, samples, params, seed, first=seen[prompt.id] * samples))
-        seen[prompt.id] += 1
-    return made
-
-
-def _sample_counts(drawn: Sequence[Group], kept: Sequence[Group]) -> dict[str, float]:
-    samples = [s for g in drawn for s in g.samples]
-    lengths = [sum(s.mask) for s in samples]
-    golds = [g for g in (s.rewards.get("gold") for s in samples) if g is not None]
-    found = {
-        "length/mean": sum(lengths) / len(lengths),
-        "length/max": float(max(lengths)),
-        "finish/length": sum(s.finish == "length" for s in samples) / len(samples),
-        "groups/drawn": float(len(drawn)),
-        "groups/kept": float(len(kept)),
-        "tokens": float(sum(lengths)),
-    }
-    if golds:
-        found["gold/mean"] = sum(golds) / len(golds)
-    return found
-
-
-def experience(groups: Sequence[Group]) -> TokenBatch:
-    """Groups → one batch with what was recorded while sampling: behaviour log-probs and scores."""
-    batch = batch_of(groups)
-    samples = [s for g in groups for s in g.samples]
-    return batch.with_columns(
-        behavior_logps=pad_tokens([s.logps for s in samples], batch.mask),
-        scores=torch.tensor([s.score for s in samples], dtype=torch.float64),
-    )
-
-
-def is_stale(groups: Sequence[Group], version: int) -> bool:
-    """Was a token sampled by other weights than the present ones?"""
-    return any(v != version for g in groups for s in g.samples for segment in s.segments for v in segment.versions)
-
-
-def look_up(actors: Actors, batch: TokenBatch, stale: bool) -> TokenBatch:
-    """Add what the algorithm needs from frozen weights or from before the update: references, values, old log-probs.
-
-    The first update on fresh samples needs no old log-probs: the policy is the one that sampled, and its ratio is 1
-    to the bit. Further updates compare with the behaviour log-probs, which in fp32 are the trainer's own to 1e-6; in
-    16 bits they may be off by more than a clip range would forgive, so a pass before the update takes their place.
-    """
-    config, budget = actors.config, actors.session.scoring
-    with actors.session.timed("look up"):
-        if actors.reference is not None:
-            outputs = policy_logps(actors.reference, batch, budget=budget, temperature=config.temperature)
-            batch = batch.with_columns(ref_logps=outputs.logps.cpu())
-        if actors.critic is not None:
-            batch = batch.with_columns(values=critic_values(actors.critic, batch, budget=budget).cpu())
-        if stale or (config.updates_per_step > 1 and actors.session.dtype not in HALF):
-            batch = batch.with_columns(old_logps=batch["behavior_logps"])
-        elif config.updates_per_step > 1 and actors.algorithm.needs.old_logps:
-            outputs = policy_logps(actors.policy, batch, budget=budget, temperature=config.temperature)
-            batch = batch.with_columns(old_logps=outputs.logps.cpu())
-    return batch
+def after_step(algorithm: Algorithm, state: dict[str, Tensor], measured: Metrics) -> dict[str, Tensor]:
+    """The algorithm's state with what was seen while learning."""
+    if not isinstance(algorithm.entropy_bonus, adaptive_entropy) or "entropy" not in measured:
+        return state
+    return state | algorithm.entropy_bonus.next_state(state, measured["entropy"].result())
 
 
 def learn(actors: Actors, batch: TokenBatch, step: int, state: dict[str, Tensor]) -> Metrics:
@@ -360,6 +286,7 @@ def learn(actors: Actors, batch: TokenBatch, step: int, state: dict[str, Tensor]
         found: Metrics = {}
         if not warming_up:
             first = update == 0
+            part = as_a_whole(actors, part, stream_seed(config.seed, f"tokens {update}", step), first)
 
             def loss(micro: TokenBatch, totals: BatchTotals, first: bool = first) -> tuple[Tensor, Metrics]:
                 return rl_loss(actors, micro, totals, state, check if first else None)
@@ -382,6 +309,31 @@ def learn(actors: Actors, batch: TokenBatch, step: int, state: dict[str, Tensor]
     return merged
 
 
+def as_a_whole(actors: Actors, part: TokenBatch, seed: int, first: bool) -> TokenBatch:
+    """What has to be known of a whole update before it is split into micro-batches.
+
+    The policy is asked what it thinks of the tokens now, unless that is what was stored when they were sampled.
+    """
+    algorithm, session = actors.algorithm, actors.session
+    tokens = algorithm.token_filter
+    if tokens is None and algorithm.imitation is None:
+        return part
+    behavior = part["behavior_logps"]
+    logps, old_logps, entropy = behavior, part.get("old_logps"), None
+    sure = getattr(tokens, "needs_entropy", False)
+    if tokens is not None and (sure or not first or old_logps is not None or session.dtype in HALF):
+        with session.timed("look up"):
+            outputs = policy_logps(
+                actors.policy, part, budget=session.scoring, temperature=actors.config.temperature, entropy=sure
+            )
+        logps, entropy = outputs.logps.cpu(), None if outputs.entropy is None else outputs.entropy.cpu()
+    found = update_columns(
+        algorithm, logps=logps, old_logps=logps if old_logps is None else old_logps, behavior_logps=behavior,
+        advantages=part["advantages"], scores=part["scores"], mask=part.mask, entropy=entropy, seed=seed,
+    )  # fmt: skip
+    return part.with_columns(**found)
+
+
 def rl_loss(
     actors: Actors, micro: TokenBatch, totals: BatchTotals, state: dict[str, Tensor], check: Mismatch | None
 ) -> tuple[Tensor, Metrics]:
@@ -391,7 +343,8 @@ def rl_loss(
     return policy_loss(
         actors.algorithm, logps=outputs.logps, old_logps=micro.get("old_logps"),
         behavior_logps=micro["behavior_logps"], ref_logps=micro.get("ref_logps"), advantages=micro["advantages"],
-        entropy=outputs.entropy, mask=micro.mask, totals=totals, state=state,
+        entropy=outputs.entropy, kept=micro.get("kept"), imitation=micro.get("imitation"), mask=micro.mask,
+        totals=totals, state=state,
     )  # fmt: skip
 
 
