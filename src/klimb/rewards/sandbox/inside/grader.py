@@ -1,0 +1,166 @@
+"""The grader's process: it holds the tests and what they expect, and asks the candidate's process for values.
+
+The test's ``check(candidate)`` gets a function that sends its arguments to the candidate and returns plain data
+(see wire.py). Each assertion is counted, so that part of the tests can give part of the score; an assertion that
+holds counts only where the candidate has been asked since the one before.
+"""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import contextlib
+import json
+from collections.abc import Callable
+from typing import Any
+
+from .wire import NotPlain, TooLarge, decode, encode, read_frame, read_to_end, write_frame
+
+JOB, VERDICT, REQUESTS, REPLIES = 3, 4, 5, 6
+PASSED, FAILED = "__klimb_passed__", "__klimb_failed__"
+
+
+class Stop(BaseException):
+    """An assertion failed, and one is enough."""
+
+
+class Broken(BaseException):
+    """The test fails by itself, before it has asked the candidate for anything."""
+
+
+class Unfit(Exception):
+    """The candidate's process ended, or its answer is no plain value."""
+
+
+def serve() -> None:
+    """Read the job to its end, grade, and write {"nonce", "verdict", "passed", "failed", "why"}."""
+    job = json.loads(read_to_end(JOB))
+    tally = Tally(stop=not job["partial"])
+    try:
+        graded(job, tally)
+        verdict, why = tally.verdict()
+    except NotPlain as error:
+        verdict, why = "abstain", f"an argument of the test cannot be sent to the candidate: {error}"
+    except Broken as error:
+        verdict, why = "error", str(error)
+    told = {"verdict": verdict, "passed": tally.passed, "failed": tally.failed, "why": why[:500]}
+    write_frame(VERDICT, {"nonce": job["nonce"], **told})
+
+
+class Tally:
+    """Assertions that held and that did not, and how often the candidate was asked."""
+
+    def __init__(self, stop: bool) -> None:
+        self.passed = self.failed = self.asked = 0
+        self.why = ""
+        self._stop = stop
+        self._counted = 0
+
+    def hold(self) -> None:
+        if self.asked > self._counted:
+            self.passed += 1
+            self._counted = self.asked
+
+    def fail(self, error: Exception, line: int) -> None:
+        if not self.asked:
+            raise Broken(f"the test fails before it asks the candidate: {type(error).__name__}: {error}") from error
+        self.failed += 1
+        self._counted = self.asked
+        self.why = self.why or f"line {line} of the test: {type(error).__name__}: {error}".removesuffix(": ")
+        if self._stop:
+            raise Stop
+
+    def verdict(self) -> tuple[str, str]:
+        if self.failed:
+            return "wrong", self.why
+        return ("ok", "") if self.passed else ("error", "the test asserts nothing about the candidate")
+
+
+def graded(job: dict[str, Any], tally: Tally) -> None:
+    """Run the test against the candidate. Raises Broken, NotPlain."""
+    before = definitions(job["prompt"])
+    names: dict[str, Any] = {"__name__": "test", PASSED: tally.hold, FAILED: tally.fail}
+    try:
+        tree = counted(ast.parse(job["test"]))
+        exec(compile(before, "prompt.py", "exec"), names)
+        exec(compile(tree, "test.py", "exec", optimize=0), names)
+    except Exception as error:
+        raise Broken(f"the test cannot be loaded: {type(error).__name__}: {error}") from error
+    if not callable(names.get("check")):
+        raise Broken("the test defines no function check(candidate)")
+    candidate = names[job["entry"]] = proxy(tally)  # tests call it by its name too
+    with contextlib.suppress(OSError):  # it has died already; the first call says so
+        write_frame(REQUESTS, {"before": before, "code": job["code"], "entry": job["entry"]})
+    try:
+        names["check"](candidate)
+    except Stop:
+        pass
+    except Exception as error:
+        tally.fail(error, 0)
+
+
+def definitions(prompt: str) -> str:
+    """`prompt` where it is Python that defines something, as HumanEval's are, ready to be continued; else nothing."""
+    try:
+        body = ast.parse(prompt).body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return ""
+    if not any(isinstance(part, ast.FunctionDef | ast.ClassDef) for part in body):
+        return ""
+    return prompt if prompt.endswith("\n") else f"{prompt}\n"
+
+
+def counted(tree: ast.Module) -> ast.Module:
+    """Every assertion, and every other statement of check(), tells the tally whether it held."""
+    for part in tree.body:
+        if isinstance(part, ast.FunctionDef) and part.name == "check":
+            part.body = [watched(statement) for statement in part.body]
+    return ast.fix_missing_locations(Counted().visit(tree))
+
+
+class Counted(ast.NodeTransformer):
+    def visit_Assert(self, node: ast.Assert) -> ast.Try:
+        return guarded(node, f"{PASSED}()")
+
+
+def watched(statement: ast.stmt) -> ast.stmt:
+    plain = ast.Assert | ast.FunctionDef | ast.ClassDef | ast.Return | ast.Global | ast.Import | ast.ImportFrom
+    return statement if isinstance(statement, plain) else guarded(statement, "pass")
+
+
+def guarded(statement: ast.stmt, held: str) -> ast.Try:
+    source = f"try:\n pass\nexcept Exception as _error:\n {FAILED}(_error, {statement.lineno})\nelse:\n {held}"
+    shell = ast.parse(source).body[0]
+    assert isinstance(shell, ast.Try)
+    shell.body = [statement]
+    return shell
+
+
+def proxy(tally: Tally) -> Callable[..., Any]:
+    """The candidate as the test sees it."""
+
+    def candidate(*args: Any, **kwargs: Any) -> Any:
+        request = {"args": encode(list(args)), "kwargs": encode(kwargs)}
+        tally.asked += 1
+        try:
+            write_frame(REQUESTS, request)
+            answer = read_frame(REPLIES)
+            if "value" in answer:
+                return decode(answer["value"])
+            kind, said = answer["raised"] if "raised" in answer else ("", answer["unfit"])
+        except TooLarge as error:
+            raise Unfit(f"an argument of {error}") from None
+        except (EOFError, OSError):
+            raise Unfit("the candidate's process ended") from None
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError, ArithmeticError):
+            raise Unfit("the candidate's answer is nonsense") from None
+        raise expected(kind)(str(said)[:500])
+
+    return candidate
+
+
+def expected(name: Any) -> type[Exception]:
+    """A builtin exception by name, for tests that want one. Not all: at a StopIteration a loop would end in silence."""
+    found = getattr(builtins, str(name), None)
+    simple = isinstance(found, type) and issubclass(found, ValueError | TypeError | LookupError | ArithmeticError)
+    return found if simple and not issubclass(found, UnicodeError) else Unfit
