@@ -38,6 +38,8 @@ class Scores:
     """The components of a weighted sum, unweighted; empty where there is only one."""
     notes: list[str] = field(default_factory=list)
     """What went wrong without costing a score, such as a worker that was replaced."""
+    counts: dict[str, int] = field(default_factory=dict)
+    """How many rows ended how (ok, wrong, abstain, timeout, error), where the source tells."""
 
 
 class Reward(Protocol):

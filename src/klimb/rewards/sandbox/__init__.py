@@ -11,7 +11,7 @@ runs it, and print. It cannot write a file, start a process or a program, open a
 names and sizes of files are hidden by bubblewrap alone. Errors of the kernel are not guarded against.
 """
 
-from klimb.rewards.sandbox.run import Sandbox, Verdict
+from klimb.rewards.sandbox.run import Kind, Sandbox, Verdict
 from klimb.rewards.sandbox.tiers import open_sandbox
 
-__all__ = ["Sandbox", "Verdict", "open_sandbox"]
+__all__ = ["Kind", "Sandbox", "Verdict", "open_sandbox"]

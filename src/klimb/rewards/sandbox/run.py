@@ -57,7 +57,7 @@ class Zygote:
                 stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True,
                 env={"PYTHONHASHSEED": "0"},
             )  # fmt: skip
-        except OSError as error:
+        except (OSError, NotStarted) as error:
             self._socket.close()
             raise NotStarted(str(error)) from error
         finally:
