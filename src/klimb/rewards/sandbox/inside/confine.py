@@ -22,7 +22,7 @@ PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 4, 2
 SECCOMP_MODE_FILTER = 2
 CAPSET, LANDLOCK_CREATE, LANDLOCK_ADD, LANDLOCK_RESTRICT = 126, 444, 445, 446
 AUDIT_ARCH_X86_64 = 0xC000003E
-LOAD, JUMP_EQUAL, JUMP_SET, RETURN = 0x20, 0x15, 0x45, 0x06
+LOAD, JUMP_EQUAL, JUMP_ABOVE, JUMP_FROM, JUMP_SET, RETURN = 0x20, 0x15, 0x25, 0x35, 0x45, 0x06
 ALLOW, KILL = 0x7FFF0000, 0x80000000
 
 ALLOWED = {
@@ -149,8 +149,6 @@ class Confinement:
 def assembled() -> bytes:
     """The filter as struct sock_filter[]. Another architecture kills; what is not allowed fails with EPERM."""
     lines = [(LOAD, 0, 0, 4), (JUMP_EQUAL, 1, 0, AUDIT_ARCH_X86_64), (RETURN, 0, 0, KILL), (LOAD, 0, 0, 0)]
-    for number in ALLOWED.values():
-        lines += _case(number, [(RETURN, 0, 0, ALLOW)])
     for number, flags in ((OPEN, 1), (OPENAT, 2)):
         lines += _case(number, [_argument(flags), (JUMP_SET, 0, 1, CHANGES), _fails(errno.EACCES), _fails(0)])
     lines += _case(CLONE, [_argument(0), (JUMP_SET, 1, 0, CLONE_THREAD), _fails(errno.EPERM), _fails(0)])
@@ -158,7 +156,7 @@ def assembled() -> bytes:
     for number, commands in ((FCNTL, FCNTL_COMMANDS), (IOCTL, IOCTL_COMMANDS)):
         tests = [test for command in commands for test in ((JUMP_EQUAL, 0, 1, command), _fails(0))]
         lines += _case(number, [_argument(1), *tests, _fails(errno.EPERM)])
-    lines.append(_fails(errno.EPERM))
+    lines += _among(_ranges(sorted(ALLOWED.values())))
     return b"".join(struct.pack("HBBI", *line) for line in lines)
 
 
@@ -168,6 +166,24 @@ Line = tuple[int, int, int, int]
 def _case(number: int, lines: list[Line]) -> list[Line]:
     """`lines` where the system call is `number`. Each of them ends with a return."""
     return [(JUMP_EQUAL, 0, len(lines), number), *lines]
+
+
+def _ranges(numbers: Sequence[int]) -> list[tuple[int, int]]:
+    found: list[tuple[int, int]] = []
+    for number in numbers:
+        first = found.pop()[0] if found and found[-1][1] == number - 1 else number
+        found.append((first, number))
+    return found
+
+
+def _among(ranges: list[tuple[int, int]]) -> list[Line]:
+    """Allows what is in `ranges`, by halves: the kernel goes through the filter for every number when it is set."""
+    if len(ranges) == 1:
+        ((first, last),) = ranges
+        return [(JUMP_FROM, 0, 2, first), (JUMP_ABOVE, 1, 0, last), _fails(0), _fails(errno.EPERM)]
+    half = len(ranges) // 2
+    below = _among(ranges[:half])
+    return [(JUMP_FROM, len(below), 0, ranges[half][0]), *below, *_among(ranges[half:])]
 
 
 def _argument(index: int) -> Line:

@@ -81,7 +81,8 @@ def graded(job: dict[str, Any], tally: Tally) -> None:
     before = definitions(job["prompt"])
     names: dict[str, Any] = {"__name__": "test", PASSED: tally.hold, FAILED: tally.fail}
     try:
-        tree = counted(ast.parse(job["test"]))
+        tree = ast.parse(job["test"])
+        tree.body = counted(tree.body)
         exec(compile(before, "prompt.py", "exec"), names)
         exec(compile(tree, "test.py", "exec", optimize=0), names)
     except Exception as error:
@@ -110,30 +111,35 @@ def definitions(prompt: str) -> str:
     return prompt if prompt.endswith("\n") else f"{prompt}\n"
 
 
-def counted(tree: ast.Module) -> ast.Module:
-    """Every assertion, and every other statement of check(), tells the tally whether it held."""
-    for part in tree.body:
-        if isinstance(part, ast.FunctionDef) and part.name == "check":
-            part.body = [watched(statement) for statement in part.body]
-    return ast.fix_missing_locations(Counted().visit(tree))
-
-
-class Counted(ast.NodeTransformer):
-    def visit_Assert(self, node: ast.Assert) -> ast.Try:
-        return guarded(node, f"{PASSED}()")
-
-
-def watched(statement: ast.stmt) -> ast.stmt:
-    plain = ast.Assert | ast.FunctionDef | ast.ClassDef | ast.Return | ast.Global | ast.Import | ast.ImportFrom
-    return statement if isinstance(statement, plain) else guarded(statement, "pass")
+def counted(statements: list[ast.stmt], check: bool = False) -> list[ast.stmt]:
+    """Every assertion, and every other statement right below check(), tells the tally whether it held."""
+    plain = ast.FunctionDef | ast.ClassDef | ast.Return | ast.Global | ast.Import | ast.ImportFrom
+    done: list[ast.stmt] = []
+    for statement in statements:
+        named = isinstance(statement, ast.FunctionDef) and statement.name == "check"
+        for holder in (statement, *getattr(statement, "handlers", ())):
+            for field in ("body", "orelse", "finalbody"):
+                if inner := getattr(holder, field, None):
+                    setattr(holder, field, counted(inner, named))
+        if isinstance(statement, ast.Assert):
+            statement = guarded(statement, PASSED)
+        elif check and not isinstance(statement, plain):
+            statement = guarded(statement, "")
+        done.append(statement)
+    return done
 
 
 def guarded(statement: ast.stmt, held: str) -> ast.Try:
-    source = f"try:\n pass\nexcept Exception as _error:\n {FAILED}(_error, {statement.lineno})\nelse:\n {held}"
-    shell = ast.parse(source).body[0]
-    assert isinstance(shell, ast.Try)
-    shell.body = [statement]
-    return shell
+    """try: statement; except Exception as _error: FAILED(_error, its line); else: held()."""
+    where = {"lineno": statement.lineno, "col_offset": 0, "end_lineno": statement.lineno, "end_col_offset": 0}
+
+    def call(name: str, *arguments: ast.expr) -> ast.Expr:
+        function = ast.Name(name, ast.Load(), **where)
+        return ast.Expr(ast.Call(function, list(arguments), [], **where), **where)
+
+    failed = call(FAILED, ast.Name("_error", ast.Load(), **where), ast.Constant(statement.lineno, **where))
+    handler = ast.ExceptHandler(ast.Name("Exception", ast.Load(), **where), "_error", [failed], **where)
+    return ast.Try([statement], [handler], [call(held)] if held else [], [], **where)
 
 
 def proxy(tally: Tally) -> Callable[..., Any]:
