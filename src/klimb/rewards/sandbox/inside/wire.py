@@ -35,6 +35,8 @@ def encode(value: Any) -> Any:
     """`value` as JSON knows it; what JSON does not know becomes {"its type": …}. Raises NotPlain, TooLarge."""
     if isinstance(value, int) and value.bit_length() > 4000:
         return {"int": hex(value)}  # Python writes no longer ones in decimals
+    if isinstance(value, str | bytes) and len(value) > MAX_FRAME:
+        raise TooLarge(f"{len(value)} characters, more than {MAX_FRAME}")
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, list):
