@@ -137,7 +137,7 @@ def guarded(statement: ast.stmt, held: str) -> ast.Try:
         function = ast.Name(name, ast.Load(), **where)
         return ast.Expr(ast.Call(function, list(arguments), [], **where), **where)
 
-    failed = call(FAILED, ast.Name("_error", ast.Load(), **where), ast.Constant(statement.lineno, **where))
+    failed = call(FAILED, ast.Name("_error", ast.Load(), **where), ast.Constant(statement.lineno, None, **where))
     handler = ast.ExceptHandler(ast.Name("Exception", ast.Load(), **where), "_error", [failed], **where)
     return ast.Try([statement], [handler], [call(held)] if held else [], [], **where)
 
@@ -168,5 +168,7 @@ def proxy(tally: Tally) -> Callable[..., Any]:
 def expected(name: Any) -> type[Exception]:
     """A builtin exception by name, for tests that want one. Not all: at a StopIteration a loop would end in silence."""
     found = getattr(builtins, str(name), None)
-    simple = isinstance(found, type) and issubclass(found, ValueError | TypeError | LookupError | ArithmeticError)
-    return found if simple and not issubclass(found, UnicodeError) else Unfit
+    plain = (ValueError, TypeError, LookupError, ArithmeticError)
+    if isinstance(found, type) and issubclass(found, plain) and not issubclass(found, UnicodeError):
+        return found
+    return Unfit
