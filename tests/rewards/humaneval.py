@@ -5,6 +5,7 @@ As a script: ``python tests/rewards/humaneval.py HumanEval.jsonl.gz [TIER …]``
 
 from __future__ import annotations
 
+import ast
 import gzip
 import json
 import os
@@ -29,7 +30,6 @@ def _off(value):
     return {str: lambda: value + "x", list: lambda: value + [0], tuple: lambda: (*value, 0), dict: lambda: {0: 0}}[
         type(value)]()
 """
-_ONCE = "_calls.append(1); right = _right(*args, **kwargs); return right if len(_calls) == 1 else _off(right)"
 _EQUAL = "class Equal:\n        def __eq__(self, other): return True\n    return Equal()"
 _FORGE = """import json, os, struct
     for told in ({"verdict": "ok", "passed": 99, "failed": 0, "why": "", "nonce": ""}, {"value": True}):
@@ -45,14 +45,14 @@ def broken(problem: dict[str, Any]) -> dict[str, str]:
     right, entry = problem["prompt"] + problem["canonical_solution"], problem["entry_point"]
 
     def instead(body: str) -> str:
-        return right + _OFF + "_calls = []" + _RIGHT.format(entry=entry, body=body)
+        return right + _OFF + _RIGHT.format(entry=entry, body=body)
 
     return {
         "no body": f"def {entry}(*args):\n    pass\n",
         "raises": instead("raise ValueError(_right(*args, **kwargs))"),
         "does not compile": right + "\n)\n",
         "off by one": instead("return _off(_right(*args, **kwargs))"),
-        "right once": instead(_ONCE),
+        "without its last statement": unfinished(right, entry),
         "in a list": instead("return [_right(*args, **kwargs)]"),
         "equal to everything": instead(_EQUAL),
         "exits with 0": instead("import os; os._exit(0)"),
@@ -66,15 +66,23 @@ def problems(path: str | Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in lines]
 
 
-def matrix(sandbox: Sandbox, rows: list[dict[str, Any]]) -> dict[str, Counter[str]]:
-    """How often each kind of program got each verdict."""
+def unfinished(code: str, entry: str) -> str:
+    tree = ast.parse(code)
+    for part in tree.body:
+        if isinstance(part, ast.FunctionDef) and part.name == entry:
+            part.body = [*part.body[:-1], ast.Pass()]
+    return ast.unparse(ast.fix_missing_locations(tree))
+
+
+def matrix(patient: Sandbox, impatient: Sandbox, rows: list[dict[str, Any]]) -> dict[str, Counter[str]]:
+    """How often each kind of program got each verdict; what loops goes to the impatient one."""
     jobs = [("canonical", row, row["canonical_solution"]) for row in rows]
     jobs += [(name, row, code) for row in rows for name, code in broken(row).items()]
 
     def verdict(job: tuple[str, dict[str, Any], str]) -> tuple[str, str]:
         name, row, code = job
-        prompt = row["prompt"] if name == "canonical" else ""
-        found = sandbox.check(code, row["test"], prompt=prompt, entry=row["entry_point"])
+        box = impatient if name == "loops for ever" else patient
+        found = box.check(code, row["test"], prompts=[row["prompt"]], entry=row["entry_point"])
         if (found.kind == "ok") != (name == "canonical"):
             print(row["task_id"], name, found)
         return name, found.kind
@@ -90,7 +98,7 @@ def speed(sandbox: Sandbox, rows: list[dict[str, Any]], rounds: int) -> str:
     """Canonical solutions, over and over, on all cores."""
     before, started = _cpu(sandbox), time.perf_counter()
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
-        list(threads.map(lambda row: sandbox.check(row["canonical_solution"], row["test"], prompt=row["prompt"],
+        list(threads.map(lambda row: sandbox.check(row["canonical_solution"], row["test"], prompts=[row["prompt"]],
                                                    entry=row["entry_point"]), rows * rounds))  # fmt: skip
     wall, cpu, n = time.perf_counter() - started, _cpu(sandbox) - before, len(rows) * rounds
     return f"{n} checks in {wall:.2f} s: {n / wall:.0f} a second; {1000 * cpu / n:.1f} ms of CPU each"
@@ -111,8 +119,9 @@ def _cpu(sandbox: Sandbox) -> float:
 if __name__ == "__main__":
     tasks = problems(sys.argv[1])
     for tier in sys.argv[2:] or TIERS:
-        box = attacked(tier, 2.0)
+        box, impatient = attacked(tier, 30.0), attacked(tier, 1.0)
         print(f"{tier}: {speed(box, tasks, 1)} (first round)\n{tier}: {speed(box, tasks, 10)}")
-        for name, counts in matrix(box, tasks).items():
-            print(f"{name:20} {dict(counts)}")
+        for name, counts in matrix(box, impatient, tasks).items():
+            print(f"{name:26} {dict(counts)}")
         box.close()
+        impatient.close()

@@ -143,7 +143,9 @@ def test_the_prompt_goes_before_the_code_where_it_is_code(reward: Any) -> None:
     assert scores(code, texts, test, prompt, entry="f").values == [1.0, 1.0, 0.0]
     cheat = "    return 4\n\ndef helper(x): return 0"  # the test's helper is the prompt's
     assert scores(code, [cheat], test.replace("f(3) == 6", "helper(0) == 1"), prompt, entry="f").values == [1.0]
-    assert scores(code, ["def g(x): return 4"], test, "Write f.", entry="f").values == [0.0]
+    asked = f"Write it:\n```python\n{prompt}```\n"
+    assert scores(code, ["```\ndef f(x): return 2 * x\n```"], test, asked, entry="f").values == [1.0]
+    assert scores(code, ["def g(x): return 4"], ADD, "Write f.", entry="f").values == [0.0]
 
 
 def test_the_code_is_the_last_fenced_block() -> None:
@@ -290,7 +292,7 @@ def test_humaneval(tier: str) -> None:
         if row["task_id"] in ("HumanEval/0", "HumanEval/38", "HumanEval/51")
     ]
     box = attacked(tier, 5.0)
-    found = humaneval.matrix(box, rows)
+    found = humaneval.matrix(box, box, rows)
     box.close()
     assert len(found) == 11
     for name, counts in found.items():

@@ -5,7 +5,7 @@
     reward: {code: {tests: test, entry_point: entry_point, timeout: 10, partial: false}}
 
 The code is the last fenced block of the completion, else all of it. A prompt that is Python itself, as HumanEval's are,
-goes before it. A row's tests are one of
+or has it in such a block, goes before it and before the test. A row's tests are one of
 
 - a text that defines ``check(candidate)``, as HumanEval's do. It runs in a process of its own and reaches the
   candidate by value: arguments and answers are plain data (inside/wire.py), an argument that is changed in place does
@@ -73,7 +73,10 @@ class CodeReward:
         if tests is None or (self._options.entry_point and entry is None):
             return Verdict("abstain", why="the row has no tests")
         if isinstance(tests, str):
-            return self._sandbox.check(code, tests, prompt=plain_text(prompt), entry=str(entry or ""), partial=partial)
+            asked = plain_text(prompt)
+            return self._sandbox.check(
+                code, tests, prompts=(asked, code_of(asked)), entry=str(entry or ""), partial=partial
+            )
         if not isinstance(tests, list) or not tests or not all(_is_pair(pair) for pair in tests):
             return Verdict(
                 "error", why=f"column {self._options.tests!r} is neither a text nor a list of input and output"

@@ -70,12 +70,23 @@ class Zygote:
             last = self.close().strip().rpartition("\n")[2]
             raise NotStarted(said or last or f"its process ended with {self._process.returncode}")
 
-    def send(self, kind: bytes, number: int, descriptors: Sequence[int] = ()) -> None:
+    def start(self, kind: bytes, number: int, descriptors: Sequence[int]) -> None:
         try:
             with self._lock:
                 socket.send_fds(self._socket, [MESSAGE.pack(kind, number)], descriptors)
         except OSError as error:
             raise ZygoteGone(str(error)) from error
+
+    def end(self, number: int) -> None:
+        """Returns when the processes of `number` are gone. Raises ZygoteGone: what came back is worth nothing then."""
+        try:
+            with self._lock:
+                self._socket.sendall(MESSAGE.pack(END, number))
+                ended = self._socket.recv(1)
+        except OSError as error:
+            raise ZygoteGone(str(error)) from error
+        if not ended:
+            raise ZygoteGone("its process was killed")
 
     def close(self) -> str:
         """End everything. Returns what it wrote to stderr."""
@@ -99,16 +110,18 @@ class Sandbox:
         self._lock = threading.Lock()
         self._zygote: Zygote | None = Zygote(command)
 
-    def check(self, code: str, test: str, *, prompt: str = "", entry: str = "", partial: bool = False) -> Verdict:
+    def check(
+        self, code: str, test: str, *, prompts: Sequence[str] = (), entry: str = "", partial: bool = False
+    ) -> Verdict:
         """Put ``check(candidate)`` of `test` to the function `entry` of `code` (empty: its last function).
 
-        `prompt` goes before the code where it is Python. partial: all assertions are tried, not up to the first that
-        fails.
+        The first of `prompts` that is Python and defines something goes before the code. partial: all assertions are
+        tried, not up to the first that fails.
         """
         if len(code) > MAX_CODE:
             return Verdict("wrong", why=f"the code has {len(code)} characters, more than {MAX_CODE}")
         nonce = secrets.token_hex(16)
-        job = {"nonce": nonce, "prompt": prompt, "code": code, "test": test, "entry": entry, "partial": partial}
+        job = {"nonce": nonce, "prompts": list(prompts), "code": code, "test": test, "entry": entry, "partial": partial}
         try:
             said, state = self._run(CALLED, json.dumps(job).encode(), time.monotonic() + self.timeout)
         except ZygoteGone as error:
@@ -162,12 +175,12 @@ class Sandbox:
         ours_out, theirs_out = os.pipe()
         try:
             try:
-                zygote.send(kind, number, (theirs_in, theirs_out))
+                zygote.start(kind, number, (theirs_in, theirs_out))
             finally:
                 os.close(theirs_in)
                 os.close(theirs_out)
             done, ours_in = exchange(ours_in, sent, ours_out, deadline), -1
-            zygote.send(END, number)  # fails where the zygote has died, and what came back is worth nothing then
+            zygote.end(number)
             return done
         except ZygoteGone:
             with self._lock:

@@ -78,7 +78,7 @@ class Tally:
 
 def graded(job: dict[str, Any], tally: Tally) -> None:
     """Run the test against the candidate. Raises Broken, NotPlain."""
-    before = definitions(job["prompt"])
+    before = next(filter(None, map(definitions, job["prompts"])), "")
     names: dict[str, Any] = {"__name__": "test", PASSED: tally.hold, FAILED: tally.fail}
     try:
         tree = ast.parse(job["test"])

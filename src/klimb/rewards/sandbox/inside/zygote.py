@@ -4,7 +4,7 @@ A message on the control socket is a kind, a number, and descriptors::
 
     C 7 [job, verdict]     a candidate that is called, and its grader, with pipes between the two
     P 7 [input, output]    a candidate that is a whole program
-    E 7                    end what was started under this number
+    E 7                    end what was started under this number; answered by a byte when it is gone
 
 What the children work on comes to them by pipes that the zygote does not read, so that no candidate is forked from a
 process that has seen a test. When the other end closes the socket or dies, everything is killed.
@@ -56,6 +56,7 @@ def main() -> None:
         kind, number = MESSAGE.unpack(head)
         if kind == END:
             zygote.end(number)
+            channel.sendall(b".")
         else:
             zygote.start(kind, number, descriptors)
     for number in list(zygote.children):
