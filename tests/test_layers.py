@@ -61,13 +61,15 @@ LOADERS = ("AutoConfig", "AutoTokenizer", "AutoModelForCausalLM", "AutoModelForS
 
 @pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_nothing_is_pickled_or_evaluated(path: Path) -> None:
+    sandboxed = path.parent == PACKAGE / "rewards" / "sandbox" / "inside"  # the one place that runs foreign code
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import | ast.ImportFrom):
             names = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
             assert not any(name.split(".")[0] in ("pickle", "dill", "cloudpickle") for name in names)
         if isinstance(node, ast.Call):
             called = ast.unparse(node.func)
-            assert called not in ("eval", "exec", "torch.load", "torch.save", "dist.all_gather_object")
+            assert called != "exec" or sandboxed
+            assert called not in ("eval", "torch.load", "torch.save", "dist.all_gather_object")
             if called.endswith(".from_pretrained") and called.split(".")[0] in LOADERS:
                 assert "**code.loading(" in ast.unparse(node), "whether a model's own code may run is decided there"
         if isinstance(node, ast.keyword):

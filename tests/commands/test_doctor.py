@@ -67,3 +67,8 @@ def test_jobs_that_do_not_exist(tmp_path: Path) -> None:
     said = klimb("doctor", "dpo", f"model={tmp_path}")
     assert (said.code, said.err.count("\n")) == (1, 1)
     assert "config.json" in said.err
+
+
+def test_it_says_what_model_written_code_would_run_in() -> None:
+    found = {row["part"]: row for row in json.loads(klimb("doctor", "--json").out)}["sandbox"]
+    assert "withstood the escape test" in found["found"] or found["fix"] == "apt install bubblewrap"

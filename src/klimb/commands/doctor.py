@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 import torch
 from packaging.requirements import Requirement
 
-from klimb.errors import ConfigError, did_you_mean
+from klimb.errors import ConfigError, RewardError, did_you_mean, one_line
 from klimb.models.load import resolve_dtype, without_bfloat16
 from klimb.objective.algorithms import ALGORITHMS
 from klimb.objective.preference import PREFERENCE_LOSSES
+from klimb.rewards.sandbox import open_sandbox
 from klimb.runtime.memory import available
 from klimb.runtime.plan import gigabytes
 from klimb.stages.common import target_of
@@ -42,6 +43,7 @@ def examine() -> list[Finding]:
         Finding("klimb", f"{metadata.version('klimb')}, Python {platform.python_version()}, {platform.platform()}"),
         *packages(metadata.requires("klimb") or []),
         *devices(),
+        sandbox(),
     ]
 
 
@@ -82,6 +84,16 @@ def devices() -> Iterator[Finding]:
         yield Finding("mps", f"{gigabytes(available(torch.device('mps')))} free")
     if not torch.cuda.is_available() and not torch.backends.mps.is_available():
         yield Finding("gpu", f"torch {torch.__version__} sees none: device=auto is cpu", None)
+
+
+def sandbox() -> Finding:
+    """What the reward `code` would run in."""
+    try:
+        opened = open_sandbox(timeout=10.0)
+    except RewardError as error:
+        return Finding("sandbox", one_line(error).partition("; install ")[0], None, "apt install bubblewrap")
+    opened.close()
+    return Finding("sandbox", f"{opened.tier}: withstood the escape test", None)
 
 
 def _version(name: str) -> str | None:

@@ -48,10 +48,12 @@ class WeightedSum:
         values_by_part: dict[str, Values] = {}
         terms_by_part: dict[str, Values] = {}
         notes: list[str] = []
+        counts: dict[str, int] = {}
         for part in self.parts:
             scores = part.reward(prompts, completions, columns)
             values_by_part[part.name] = scores.parts.get(part.reward.name, scores.values)
             terms_by_part[part.name] = scores.values
+            counts |= {f"{part.name}/{ending}": count for ending, count in scores.counts.items()}
             notes += [f"{part.name}: {note}" for note in scores.notes]
             for failure in scores.failures:
                 reason = f"{part.name}: {failure.reason}"
@@ -64,7 +66,7 @@ class WeightedSum:
                 total = None
             totals.append(total)
         weights = {part.name: part.weight for part in self.parts}
-        return Scores(totals, [failures[row] for row in sorted(failures)], values_by_part, notes, weights)
+        return Scores(totals, [failures[row] for row in sorted(failures)], values_by_part, notes, weights, counts)
 
     def _total(self, row: int, terms_by_part: dict[str, Values]) -> float | None:
         terms = [part.weight * value for part in self.parts if (value := terms_by_part[part.name][row]) is not None]

@@ -40,6 +40,8 @@ class Scores:
     """What went wrong without costing a score, such as a worker that was replaced."""
     weights: dict[str, float] = field(default_factory=dict)
     """What the components are multiplied with, by the same names."""
+    counts: dict[str, int] = field(default_factory=dict)
+    """How many rows ended how (ok, wrong, abstain, timeout, error), where the source tells."""
 
 
 class Reward(Protocol):

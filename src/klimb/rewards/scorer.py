@@ -137,6 +137,7 @@ class Scorer:
             present = [value for value in values if value is not None]
             if present:
                 report.metrics[f"reward/{name}"] = math.fsum(present) / len(present)
+        report.metrics.update({f"verdict/{ending}": float(count) for ending, count in scores.counts.items()})
         return report
 
     def close(self) -> None:

@@ -6,6 +6,7 @@
     reward: exact                                        a rule of rules.py
     reward: {numeric: {column: solution}}                a rule with options
     reward: {my_reward.py:score: {timeout: 300}}         a function with more time than 60 s a call
+    reward: {code: {tests: test, timeout: 5}}            hidden tests, in the sandbox (code.py)
     reward: runs/rm/model                                the directory of a trained reward model
     reward:                                              a weighted sum
       - {reward: my_reward.py:score, weight: 1.0}
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from klimb.errors import RewardError, did_you_mean, nearest
+from klimb.rewards.code import parse_code
 from klimb.rewards.combine import Part, WeightedSum
 from klimb.rewards.function import START_TIMEOUT, TIMEOUT, FunctionReward, from_callable, from_file
 from klimb.rewards.normalise import Normalised
@@ -33,7 +35,8 @@ from klimb.rewards.protocol import Reward
 from klimb.rewards.rules import RULES, format, parse_rule, regex, rule_function
 
 ModelLoader = Callable[[str], Reward]
-KNOWN = f"known: my_reward.py:NAME, {', '.join(RULES)}, a reward model's directory, a weighted list of these"
+NAMES = (*RULES, "code")
+KNOWN = f"known: my_reward.py:NAME, {', '.join(NAMES)}, a reward model's directory, a weighted list of these"
 
 
 def parse_reward(
@@ -72,7 +75,7 @@ def reward_files(spec: Any) -> list[Path]:
         return [path for part in spec for path in reward_files(part)]
     if isinstance(spec, dict):
         return reward_files(spec["reward"] if "reward" in spec else next(iter(spec), None))
-    if not isinstance(spec, str) or spec in RULES:
+    if not isinstance(spec, str) or spec in NAMES:
         return []
     path = Path(spec.rpartition(":")[0] if _is_function(spec) else spec)
     return [path] if path.exists() else []
@@ -83,6 +86,8 @@ def _named(spec: str, options: dict[str, Any], model_loader: ModelLoader | None)
         return _function(spec, options)
     if spec in RULES:
         return _rule(spec, options)
+    if spec == "code":
+        return parse_code(options)
     if spec.endswith(".py"):
         raise RewardError("a file without the name of a function", where=spec, fix=f"write {spec}:NAME")
     if Path(spec).is_dir() or spec.count("/") == 1:
@@ -92,7 +97,7 @@ def _named(spec: str, options: dict[str, Any], model_loader: ModelLoader | None)
         if model_loader is None:
             raise RewardError("a reward model cannot be used here", where=spec, fix="use a function or a rule")
         return model_loader(spec)
-    close = nearest(spec, RULES)
+    close = nearest(spec, NAMES)
     raise RewardError(f"unknown reward {spec!r}", fix=f"did you mean {close!r}? {KNOWN}" if close else KNOWN)
 
 

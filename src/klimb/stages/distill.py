@@ -29,9 +29,9 @@ from klimb.runtime.run import Run
 from klimb.runtime.signals import Interrupt
 from klimb.stages.common import Session, TrainConfig, stream_seed
 from klimb.stages.evaluate import Judges, Measurement, local_engine
+from klimb.stages.experience import requests
 from klimb.stages.memory import of_distilling
 from klimb.stages.models import load_policy, load_reference, load_texts, prompt_room
-from klimb.stages.experience import requests
 from klimb.types import Example, Group
 
 

@@ -16,6 +16,7 @@ from klimb.data.render import Renderer
 from klimb.models.faces import Policy, sequence_kl
 from klimb.models.load import load_tokenizer
 from klimb.models.packing import Budget
+from klimb.rewards.code import sandbox_tier
 from klimb.rewards.model import ModelReward
 from klimb.rewards.normalise import Normalised
 from klimb.rewards.protocol import Reward
@@ -179,9 +180,11 @@ def open_reward(spec: Any, session: Session, renderer: Renderer, running: list[N
         same = tokenizer.get_vocab() == mine.get_vocab() or mine.get_vocab().items() <= tokenizer.get_vocab().items()
         return ModelReward(model, Renderer(tokenizer), directory, same_tokenizer=same, budget=Budget(8192, session.say))
 
-    reward = asked_once(parse_reward(spec, model_loader=load, running=running))
+    reward = parse_reward(spec, model_loader=load, running=running)
     session.run.closing.callback(reward.close)
-    return reward
+    if (tier := sandbox_tier(reward)) and (begun := session.run.decide("sandbox", lambda: tier)) != tier:
+        session.run.report(f"sandbox: begun in {begun}, it goes on in {tier}")
+    return asked_once(reward)
 
 
 def local_engine(

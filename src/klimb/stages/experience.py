@@ -51,7 +51,9 @@ def rollout(actors: Actors, step: int) -> tuple[list[Group], list[Group], dict[s
             note_solved(actors, group, step)
             teaches = wanted is None or wanted([float(s.score or 0.0) for s in group.samples])
             (kept if teaches else refused).append(group)
-        counts |= {key: value for key, value in report.metrics.items() if key not in ("reward/mean", "reward/std")}
+        for key, value in report.metrics.items():
+            if key not in ("reward/mean", "reward/std"):
+                counts[key] = value + (counts.get(key, 0.0) if key.startswith("verdict/") else 0.0)
         if wanted is None or len(kept) >= config.prompts_per_step:
             break
     if not kept:

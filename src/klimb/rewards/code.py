@@ -1,0 +1,139 @@
+"""Code that is run against hidden tests, in the sandbox.
+
+::
+
+    reward: {code: {tests: test, entry_point: entry_point, timeout: 10, partial: false}}
+
+The code is the last fenced block of the completion, else all of it. A prompt that is Python itself, as HumanEval's are,
+or has it in such a block, goes before it and before the test. A row's tests are one of
+
+- a text that defines ``check(candidate)``, as HumanEval's do. It runs in a process of its own and reaches the
+  candidate by value: arguments and answers are plain data (inside/wire.py), an argument that is changed in place does
+  not come back, a function as an argument makes the row unscored (abstain);
+- a list of {"input": …, "output": …}: the code as a program, once for each, by what it prints.
+
+None abstains. 1 where all tests pass, else 0, or their share with `partial`. A timeout counts as 0: it is the
+candidate's doing. A test that fails before it has asked the candidate for anything is a failure of the row (error).
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple, get_args
+
+from klimb.errors import RewardError, did_you_mean
+from klimb.rewards.calling import Signature
+from klimb.rewards.protocol import Columns, Failure, Reward, Scores
+from klimb.rewards.rules import plain_text
+from klimb.rewards.sandbox import Kind, Sandbox, Verdict, open_sandbox
+from klimb.types import Text
+
+
+class Options(NamedTuple):
+    """tests, entry_point: columns. Without entry_point the last function of the code is called. timeout: seconds for
+    one completion with all its tests. unsafe_local: run without a sandbox where this machine has none.
+    """
+
+    tests: str = "test"
+    entry_point: str | None = None
+    timeout: float = 10.0
+    partial: bool = False
+    unsafe_local: bool = False
+
+
+class CodeReward:
+    """A Reward. Opens a sandbox, and raises RewardError where there is none."""
+
+    name = "code"
+
+    def __init__(self, options: Options, sandbox: Sandbox | None = None) -> None:
+        columns = [options.tests, *([options.entry_point] if options.entry_point else [])]
+        self._options = options
+        self._signature = Signature(frozenset(columns), frozenset(columns))
+        self._sandbox = sandbox or open_sandbox(options.timeout, unsafe_local=options.unsafe_local)
+        self.tier = self._sandbox.tier
+
+    def __call__(self, prompts: Sequence[Text], completions: Sequence[Text], columns: Columns) -> Scores:
+        arguments = self._signature.pick(columns, "reward code")
+        entry = self._options.entry_point
+        entries = arguments[entry] if entry else [None] * len(completions)
+        with ThreadPoolExecutor(_cores()) as threads:
+            verdicts = list(threads.map(self.verdict, prompts, completions, arguments[self._options.tests], entries))
+        counts = Counter(dict.fromkeys(get_args(Kind), 0))
+        counts.update(verdict.kind for verdict in verdicts)
+        failures = [Failure(row, verdict.why) for row, verdict in enumerate(verdicts) if verdict.kind == "error"]
+        return Scores([self._score(verdict) for verdict in verdicts], failures, counts=dict(counts))
+
+    def verdict(self, prompt: Text, completion: Text, tests: Any, entry: Any) -> Verdict:
+        """Of one row."""
+        code, partial = code_of(plain_text(completion)), self._options.partial
+        if tests is None or (self._options.entry_point and entry is None):
+            return Verdict("abstain", why="the row has no tests")
+        if isinstance(tests, str):
+            asked = plain_text(prompt)
+            return self._sandbox.check(
+                code, tests, prompts=(asked, code_of(asked)), entry=str(entry or ""), partial=partial
+            )
+        if not isinstance(tests, list) or not tests or not all(_is_pair(pair) for pair in tests):
+            return Verdict(
+                "error", why=f"column {self._options.tests!r} is neither a text nor a list of input and output"
+            )
+        return self._sandbox.check_program(code, [(pair["input"], pair["output"]) for pair in tests], partial=partial)
+
+    def _score(self, verdict: Verdict) -> float | None:
+        if verdict.kind in ("abstain", "error"):
+            return None
+        if self._options.partial and verdict.passed:
+            return verdict.passed / (verdict.passed + verdict.failed)
+        return float(verdict.kind == "ok")
+
+    def close(self) -> None:
+        self._sandbox.close()
+
+
+def parse_code(options: dict[str, Any]) -> CodeReward:
+    """The reward `code` with these options. Raises RewardError."""
+    where = "reward code"
+    for name, value in options.items():
+        if name not in Options._fields:
+            raise RewardError(f"unknown option {name!r}", where=where, fix=did_you_mean(name, Options._fields))
+        if name in ("partial", "unsafe_local") and not isinstance(value, bool):
+            raise RewardError(f"{name} is {value!r}", where=where, fix="write true or false")
+        if name in ("tests", "entry_point") and not (isinstance(value, str) and value):
+            raise RewardError(f"{name} is {value!r}", where=where, fix="name a column of the data")
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if name == "timeout" and not (number and 0 < value <= 3600):
+            raise RewardError(
+                f"timeout is {value!r}", where=where, fix="give the seconds of one completion, up to 3600"
+            )
+    return CodeReward(Options(**options))
+
+
+def sandbox_tier(reward: Reward) -> str | None:
+    """The tier that `reward`, or any part of it, runs code in."""
+    if isinstance(reward, CodeReward):
+        return reward.tier
+    inner = [part.reward for part in getattr(reward, "parts", ())] or [getattr(reward, "reward", None)]
+    return next((tier for one in inner if one is not None and (tier := sandbox_tier(one))), None)
+
+
+def code_of(text: str) -> str:
+    """The last closed fenced block, else one that was opened and never closed, else all of `text`."""
+    parts = text.split("```")
+    if len(parts) == 1:
+        return text
+    closed = parts[1:-1:2]
+    block = closed[-1] if closed else parts[-1]
+    language, newline, code = block.partition("\n")
+    return code if newline and " " not in language.strip() else block
+
+
+def _is_pair(pair: Any) -> bool:
+    return isinstance(pair, dict) and all(isinstance(pair.get(key), str) for key in ("input", "output"))
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
