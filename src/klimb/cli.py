@@ -293,22 +293,11 @@ def _print_result(result: Mapping[str, Any], as_json: bool) -> None:
     from klimb.report.text import cell
 
     evaluation = result.get("evaluation") or {}
-    facts = {k: v for k, v in {**result, **evaluation}.items() if isinstance(v, str | int | float) and v != ""}
-    for key in (
-        "method",
-        "algorithm",
-        "model",
-        "proxy",
-        "gold",
-        "gold_low",
-        "gold_high",
-        "kl",
-        "accuracy",
-        "seconds",
-        "run",
-    ):
-        if key in facts:
-            print(f"{key:10} {cell(facts[key])}")
+    facts = {**result, **evaluation, "report": f"{result['run']}/report.html"}
+    for key in ("method", "algorithm", "model", "proxy", "gold", "kl", "accuracy", "seconds", "run", "report"):
+        if facts.get(key) not in (None, ""):
+            low, high = (cell(facts.get(f"{key}{end}")) for end in ("_low", "_high"))
+            print(f"{key:10} {cell(facts[key])}" + (f" [{low}, {high}]" if f"{key}_low" in facts else ""))
 
 
 def _print_seeds(summary: Mapping[str, Any], as_json: bool) -> None:

@@ -31,6 +31,9 @@ def test_from_nothing_to_an_export(here: Path, monkeypatch: pytest.MonkeyPatch) 
     assert said.code == 0
     assert sum(character.isdigit() for character in said.out.strip()) / len(said.out.strip()) > 0.5
     assert klimb("export", run, "out=mine").code == 0
+    again = klimb("grpo", "recipe.yaml", "threads=1")  # finished: what it found is shown
+    assert re.search(r"^proxy      \d\.\d{3} \[\d\.\d{3}, \d\.\d{3}\]$", again.out, re.MULTILINE)
+    assert again.out.endswith(f"run        {run}\nreport     {run}/report.html\n")
     assert AutoModelForCausalLM.from_pretrained("mine")
 
 

@@ -160,8 +160,10 @@ def _held_out(run: Trained) -> Iterator[tuple[str, str, str]]:
     if run.result.get("accuracy") is not None:
         for name, found in {"accuracy": run.result, **run.result.get("baselines", {})}.items():
             what = name if found is run.result else f"accuracy of {name.replace('_', ' ')} alone"
-            interval = f"(95 % interval {found['accuracy_low']:.4g} to {found['accuracy_high']:.4g})"
-            yield what, f"{found['accuracy']:.4g} {interval}", f"{run.result['held_out_pairs']:,} held-out pairs"
+            value = f"{found['accuracy']:.4g}"
+            if "accuracy_low" in found:  # runs of earlier versions know no interval
+                value += f" (95 % interval {found['accuracy_low']:.4g} to {found['accuracy_high']:.4g})"
+            yield what, value, f"{run.result['held_out_pairs']:,} held-out pairs"
     last: dict[str, Any] = next(
         (row for row in reversed(run.lines("metrics.jsonl")) if any(k.startswith("eval/") for k in row)), {}
     )
