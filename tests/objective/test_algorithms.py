@@ -30,9 +30,14 @@ from klimb.objective import (
 )
 from klimb.objective.advantage import gae, group_mean, group_zscore, leave_one_out, running_mean
 from klimb.objective.aggregate import sequence_mean, sequence_sum, token_mean
-from klimb.objective.importance import truncate
-from klimb.objective.sampling import dynamic, soft_overlong
+from klimb.objective.entropy import adaptive_entropy
+from klimb.objective.group_advantage import over_mean
+from klimb.objective.importance import sequence_drop, truncate
+from klimb.objective.kl import k3_plus
+from klimb.objective.reference import moving
+from klimb.objective.sampling import dynamic, extremes, leave_out, skip_solved, soft_overlong
 from klimb.objective.surrogate import clip, product_clip, sequence_clip
+from klimb.objective.tokens import top_entropy
 
 NAMES = [
     *("reinforce", "rloo", "reinforce++", "ppo", "grpo", "dr_grpo", "dapo", "gspo", "cispo"),
@@ -83,6 +88,14 @@ def test_resolving_fills_the_constants_of_the_run_and_leaves_set_ones():
         (replace(GSPO, aggregate=token_mean), 4, 1, "aggregate", "sequence_mean"),
         (replace(RLOO, surrogate=product_clip(), aggregate=sequence_mean), 4, 1, "aggregate", "sequence_sum"),
         (REINFORCE, 1, 2, "surrogate", "clip"),
+        (replace(GRPO, advantage=over_mean), 1, 1, "advantage", "running_mean"),
+        (replace(ALGORITHMS["gmpo"], aggregate=token_mean), 4, 1, "aggregate", "sequence_mean"),
+        (replace(ALGORITHMS["luspo"], aggregate=sequence_sum(8.0)), 4, 1, "aggregate", "luspo"),
+        (replace(ALGORITHMS["dppo"], importance=truncate()), 4, 1, "importance", "surrogate to clip"),
+        (replace(ALGORITHMS["gdpo"], kl=KL("reward", k1, 0.1)), 4, 1, "advantage", "kl.where"),
+        (replace(ALGORITHMS["gdpo"], overlong=soft_overlong()), 4, 1, "advantage", "overlong to none"),
+        (replace(ALGORITHMS["dro"], kl=GRPO.kl), 4, 1, "advantage", "level: sequence"),
+        (replace(DAPO, reference=moving()), 4, 1, "reference", "a kl"),
     ],
 )
 def test_nonsense_is_refused_with_a_way_out(algorithm, samples, updates, key, way_out):
@@ -137,6 +150,21 @@ def test_dapos_four_parts_and_its_children():
             {"name": "grpo", "importance": {"truncate": 3}, "entropy_bonus": 0.01},
             replace(GRPO, importance=truncate(3), entropy_bonus=0.01),
         ),
+        ({"name": "grpo", "entropy_bonus": "5e-3"}, replace(GRPO, entropy_bonus=5e-3)),
+        (
+            {"name": "grpo", "entropy_bonus": {"adaptive_entropy": {"target": 1}}},
+            replace(GRPO, entropy_bonus=adaptive_entropy(target=1)),
+        ),
+        ({"name": "grpo", "token_filter": {"top_entropy": 0.3}}, replace(GRPO, token_filter=top_entropy(0.3))),
+        ({"name": "top_entropy", "token_filter": "none"}, replace(ALGORITHMS["top_entropy"], token_filter=None)),
+        ({"name": "dapo", "overlong": "leave_out"}, replace(DAPO, overlong=leave_out())),
+        ({"name": "grpo", "reference": {"moving": [200, 1]}}, replace(GRPO, reference=moving(200, 1))),
+        ({"name": "grpo", "curriculum": "skip_solved"}, replace(GRPO, curriculum=skip_solved())),
+        ({"name": "grpo", "kl": {"estimator": "k3+"}}, replace(GRPO, kl=replace(GRPO.kl, estimator=k3_plus))),
+        ({"name": "grpo", "kl": {"corrected": True}}, replace(GRPO, kl=replace(GRPO.kl, corrected=True))),
+        ({"name": "ppo", "critic": {"lam": 1}}, replace(PPO, critic=Critic(0.2, 1))),
+        ({"name": "ppo", "weighting": "extremes"}, replace(PPO, weighting=extremes)),
+        ({"name": "grpo", "importance": "sequence_drop"}, replace(GRPO, importance=sequence_drop())),
         ({"name": "rloo", "aggregate": "sequence_sum"}, replace(RLOO, aggregate=sequence_sum())),
         ({"name": "grpo", "advantage": {"group_zscore": 0}}, replace(GRPO, advantage=group_zscore(0.0))),
     ],
@@ -168,6 +196,9 @@ def test_what_people_write(spec, expected):
         ({"name": "grpo", "kl": {"where": "lossy"}}, "kl.where"),
         ({"name": "grpo", "kl": 0.1}, "algorithm.kl: 0.1"),
         ({"name": "dapo", "kl": {"beta": 0.1}}, "set kl.where"),
+        ({"name": "grpo", "entropy_bonus": "adaptive"}, "algorithm.entropy_bonus: expected a number, got 'adaptive'"),
+        ({"name": "grpo", "reference": {"moving": [0, 1]}}, "algorithm.reference: moving"),
+        ({"name": "grpo", "token_filter": "top_entropi"}, "algorithm.token_filter: unknown 'top_entropi'"),
         ("nowhere.py:MINE", "there is no file nowhere.py"),
     ],
 )

@@ -67,8 +67,8 @@ BOUNDED = [n for n, a in ALGORITHMS.items() if a.needs.old_logps and a.surrogate
 
 @pytest.mark.parametrize("name", BOUNDED)
 def test_the_clip_is_at_work(name: str) -> None:
-    """Else the tests above would say nothing about it."""
-    assert 0.1 <= whole(name, torch.float32)[2]["clip_fraction"] <= 0.3
+    """Else the tests above would say nothing about it. (Only one sample of a group has an advantage under pass@k.)"""
+    assert 0.05 <= whole(name, torch.float32)[2]["clip_fraction"] <= 0.3
 
 
 @pytest.fixture(scope="module")
@@ -148,6 +148,7 @@ def test_a_row_that_counted_as_a_sample_would_be_seen() -> None:
     columns = {
         name: torch.zeros(torn.mask.shape, dtype=column.dtype).masked_scatter(torn.mask, column[batch.mask])
         for name, column in batch.columns.items()
+        if column.ndim == 2
     }
     gradients, _ = outcome(update, budget=WHOLE)
     counted, _ = outcome(update, budget=WHOLE, batch=torn.with_columns(**columns))

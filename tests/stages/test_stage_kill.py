@@ -83,6 +83,18 @@ def jobs(world: World) -> dict[str, Job]:
             **{**rl, "reward": {"reward": world.reward("count"), "normalise": "running", "clip": 1.0}},
         ),
         "reinforce": Job("rl", algorithm={"name": "reinforce", "kl": {"target": 1.0}}, **rl),
+        "moving": Job(
+            "rl",
+            algorithm={
+                "name": "grpo",
+                "reference": {"moving": [2, 0.5]},
+                "entropy_bonus": {"adaptive_entropy": {"target": 1.5}},
+                "curriculum": {"skip_solved": [0.1, 2]},
+            },
+            updates_per_step=2,
+            **rl,
+        ),
+        "a_star_po": Job("rl", algorithm="a_star_po", lora={"rank": 2}, **rl),
     }
 
 
@@ -125,7 +137,7 @@ def test_ten_random_moments(jobs: dict[str, Job], finished: Callable[[str], Path
 
 
 CHECKPOINT, RENAME = "klimb.runtime.checkpoint.save", "klimb.runtime.durable.os.rename"
-STEP, GENERATE = "klimb.runtime.learner.Learner.step", "klimb.stages.rl.generate"
+STEP, GENERATE = "klimb.runtime.learner.Learner.step", "klimb.stages.experience.generate"
 INSTANTS: list[tuple[str, str, Trap]] = [
     ("sft", "before the first step", partial(at_call, STEP, 1)),
     ("sft", "between a step and its line", partial(at_call, "klimb.runtime.run.Run.log", 5)),
@@ -158,6 +170,8 @@ INSTANTS: list[tuple[str, str, Trap]] = [
     ("dapo", "in the middle of a refill", partial(at_call, GENERATE, 2)),
     ("dapo", "in the middle of a later refill", partial(at_call, GENERATE, 9)),
     ("running", "with a reward whose scale follows the training", partial(at_call, GENERATE, 6)),
+    ("moving", "with a reference that moves, a steered entropy and prompts that rest", partial(at_call, GENERATE, 6)),
+    ("a_star_po", "with values of the reference's samples", partial(at_call, GENERATE, 9)),
     ("reinforce", "with a running mean and an adaptive β", partial(at_call, GENERATE, 6)),
 ]
 

@@ -71,6 +71,57 @@ def test_every_algorithm_climbs(world: World, tmp_path: Path, algorithm: str) ->
     assert len(list((done.path / "samples").iterdir())) == 12
 
 
+def test_a_reference_set_anew_at_every_step_is_the_policy(world: World, tmp_path: Path) -> None:
+    """From the second step on the KL at sampling is nothing; with an older one it grows."""
+    common = {"model": world.model, "data": world.prompts, "reward": world.reward("count"), "steps": 4, **SMALL_RL}
+    anew, half, fixed = (
+        play("rl", tmp_path / f"run-{number}", algorithm={"name": "grpo", "reference": schedule}, **common).rows
+        for number, schedule in enumerate([{"moving": [1, 1]}, {"moving": [2, 0.5]}, "none"])
+    )
+    assert max(row["kl"] for row in anew) < 1e-4 < 0.1 < fixed[-1]["kl"]
+    assert [row["kl"] for row in half[:2]] == [row["kl"] for row in fixed[:2]]
+    assert half[2]["kl"] < fixed[2]["kl"]
+
+
+def test_samples_that_were_cut_are_compared_with_and_not_learnt_from(world: World, tmp_path: Path) -> None:
+    algorithm = {"name": "dr_grpo", "overlong": "leave_out"}
+    common = {"model": world.model, "data": world.prompts, "reward": world.reward("count"), "steps": 1, **SMALL_RL}
+    found = play("rl", tmp_path / "run", algorithm=algorithm, **common)
+    whole = play("rl", tmp_path / "whole", algorithm="dr_grpo", **common)
+    assert 0 < found.rows[0]["finish/length"] < 1
+    assert found.rows[0]["advantage/std"] == whole.rows[0]["advantage/std"]
+    assert found.rows[0]["entropy"] != whole.rows[0]["entropy"]  # of the tokens that are learnt from
+
+
+def test_solved_prompts_rest_and_come_back(world: World, tmp_path: Path) -> None:
+    """Everything counts as solved: a prompt drawn at step 1 is not drawn at step 2, and all are when all rest."""
+    common = {"model": world.model, "data": world.prompts, "reward": world.reward("count"), **SMALL_RL}
+    common |= {"prompts_per_step": 2, "steps": 6, "algorithm": {"name": "grpo", "curriculum": {"skip_solved": [0, 2]}}}
+    done = play("rl", tmp_path / "run", **common)
+    drawn = []
+    for step in range(1, 7):
+        table = pyarrow.parquet.read_table(tmp_path / "run" / "samples" / f"step-{step:06d}.parquet").to_pylist()
+        drawn.append({row["prompt_id"] for row in table})
+    for one, two, three in zip(drawn, drawn[1:], drawn[2:]):
+        assert len(one | two | three) == 6
+    assert len(done.rows) == 6
+
+
+def test_greedy_baselines_and_values_of_the_reference(world: World, tmp_path: Path) -> None:
+    """The greedy reply of a prompt is one; π_ref's draws are made once for a prompt, at its first step."""
+    asked: list[int] = []
+
+    def counted(completions: list[str]) -> list[float]:
+        asked.append(len(completions))
+        return [float(text.count("yes")) for text in completions]
+
+    common = {"model": world.model, "data": world.prompts, "reward": counted, "steps": 2, **SMALL_RL}
+    play("rl", tmp_path / "greedy", algorithm="remax", **common)
+    assert asked[-4:] == [48, 6, 48, 6]
+    play("rl", tmp_path / "values", algorithm="a_star_po", **common)
+    assert asked[-3:] == [48, 48, 48]  # 6 prompts of 8 samples each, 8 draws for each of the 6 prompts, and again 48
+
+
 def test_nothing_is_learnt_from_shuffled_rewards(world: World, tmp_path: Path) -> None:
     """The control: the same numbers in random order. What climbs here climbs by mistake."""
     run = {"model": world.model, "data": world.prompts, "gold": world.reward("count"), "steps": 12, **SMALL_RL}

@@ -29,13 +29,15 @@ class Sampler:
         self.position = 0
         self._order = self._permutation()
 
-    def next_batch(self) -> list[int]:
+    def next_batch(self, size: int | None = None) -> list[int]:
+        """The next `size` rows, by default a whole batch."""
+        size = size or self.batch_size
         batch: list[int] = []
-        while len(batch) < self.batch_size:
+        while len(batch) < size:
             if self.position == self.n:
                 self.epoch, self.position = self.epoch + 1, 0
                 self._order = self._permutation()
-            taken = self._order[self.position : self.position + self.batch_size - len(batch)]
+            taken = self._order[self.position : self.position + size - len(batch)]
             batch += taken.tolist()
             self.position += len(taken)
         return batch

@@ -115,6 +115,11 @@ class Backbone(nn.Module):
                 if f".{source}." in path and "lora_" in path:
                     numbers[path.replace(f".{source}.", f".{name}.")].copy_(parameter)
 
+    def named_weights(self, adapter: str | None) -> dict[str, Tensor]:
+        """All weights, or an adapter's, whether they are trained or not."""
+        named = {name: p.detach() for name, p in self.model.named_parameters()}
+        return named if adapter is None else {n: p for n, p in named.items() if "lora_" in n and f".{adapter}." in n}
+
     def trainable(self, adapter: str | None = "policy") -> dict[str, nn.Parameter]:
         """The parameters that training moves, by name: the adapter's, or all of a model without adapters."""
         if self.peft is None:

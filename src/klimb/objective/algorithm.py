@@ -14,7 +14,8 @@ from klimb.objective.critic import Critic
 from klimb.objective.entropy import adaptive_entropy
 from klimb.objective.importance import Importance
 from klimb.objective.kl import KL, NO_KL, k2
-from klimb.objective.sampling import Overlong, Sampling, Weighting, length_penalty, soft_overlong
+from klimb.objective.reference import moving
+from klimb.objective.sampling import Overlong, Sampling, Weighting, length_penalty, skip_solved, soft_overlong
 from klimb.objective.surrogate import Surrogate, reinforce
 from klimb.objective.tokens import TokenFilter, imitate_correct
 
@@ -48,6 +49,8 @@ class Algorithm:
     weighting: Weighting | None = None
     token_filter: TokenFilter | None = None
     imitation: imitate_correct | None = None
+    reference: moving | None = None
+    curriculum: skip_solved | None = None
     entropy_bonus: float | adaptive_entropy = 0.0
     """Coefficient of the policy's entropy in nats per token, added to what is maximised."""
     source: str = ""

@@ -25,7 +25,8 @@ class adaptive_entropy:
     high: float = 1.0
     start: float = 0.0
 
-    def coefficient(self, state: State) -> float:
+    def __call__(self, state: State) -> float:
+        """The coefficient of this update."""
         if "entropy" not in state or float(state["entropy"]) > self.target:
             return 0.0
         return float(state["entropy_coefficient"])
@@ -44,4 +45,4 @@ ENTROPY_BONUSES: Mapping[str, type] = {"adaptive_entropy": adaptive_entropy}
 
 
 def entropy_coefficient(bonus: float | adaptive_entropy, state: State) -> float:
-    return bonus.coefficient(state) if isinstance(bonus, adaptive_entropy) else bonus
+    return bonus(state) if isinstance(bonus, adaptive_entropy) else bonus

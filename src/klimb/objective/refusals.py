@@ -75,6 +75,10 @@ def problems(algorithm: Algorithm, *, samples_per_prompt: int, updates_per_step:
             "lost; set kl.where to loss and overlong to none",
         ),
         (
+            a.reference is not None and not a.needs.ref,
+            "reference: it moves and nothing looks at it; set reference to none, or give the algorithm a kl",
+        ),
+        (
             isinstance(a.advantage, prompt_value) and not a.regression,
             "advantage: prompt_value belongs to a regression on log π/π_ref; set kl to {where: loss, estimator: k2, "
             "level: sequence, beta: 1} and aggregate to {sequence_sum: 1}, or advantage to gae",

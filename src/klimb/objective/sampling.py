@@ -75,6 +75,24 @@ OVERLONG: Mapping[str, type] = {
 }  # fmt: skip
 
 
+@dataclass(frozen=True)
+class skip_solved:
+    """A prompt all of whose samples score at least `solved` is not drawn for the next `recheck` steps, then looked at
+    again: no samples are spent on what is known, and what is forgotten comes back. When all prompts rest, all come.
+
+    Changes what is averaged over: towards what is hard, at times what cannot be solved at all.
+    """
+
+    solved: float = 1.0
+    recheck: int = 10
+
+    def rests(self, scores: Sequence[float]) -> bool:
+        """Scores of a group, before any shaping."""
+        return min(scores) >= self.solved
+
+
+CURRICULA: Mapping[str, type] = {"skip_solved": skip_solved}
+
 Weighting = Callable[[Tensor], Tensor]
 """Scores of a whole update [B] → weight of each sample's advantage, [B] with mean 1."""
 

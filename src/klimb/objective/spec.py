@@ -20,7 +20,8 @@ from klimb.objective.critic import Critic
 from klimb.objective.entropy import ENTROPY_BONUSES
 from klimb.objective.importance import IMPORTANCES
 from klimb.objective.kl import ESTIMATORS, KL, NO_KL
-from klimb.objective.sampling import OVERLONG, SAMPLINGS, WEIGHTINGS
+from klimb.objective.reference import REFERENCES
+from klimb.objective.sampling import CURRICULA, OVERLONG, SAMPLINGS, WEIGHTINGS
 from klimb.objective.surrogate import SURROGATES
 from klimb.objective.tokens import IMITATIONS, TOKEN_FILTERS
 from klimb.plugin import is_reference, load_attribute, unknown_name
@@ -36,9 +37,11 @@ AXES: Mapping[str, Mapping[str, Any]] = {
     "weighting": WEIGHTINGS,
     "token_filter": TOKEN_FILTERS,
     "imitation": IMITATIONS,
+    "reference": REFERENCES,
+    "curriculum": CURRICULA,
     "entropy_bonus": ENTROPY_BONUSES,
 }
-OPTIONAL = ("normalise", "importance", "sampling", "overlong", "weighting", "token_filter", "imitation")
+OPTIONAL = tuple(axis for axis in AXES if axis not in ("advantage", "surrogate", "aggregate", "entropy_bonus"))
 
 
 def parse_algorithm(spec: str | Mapping[str, Any] | Algorithm) -> Algorithm:
@@ -125,7 +128,7 @@ def _parse_axis(axis: str, spec: Any, base: Algorithm) -> Any:
     where = f"algorithm.{axis}"
     if axis == "kl":
         return _parse_kl(spec, base.kl)
-    if axis == "entropy_bonus" and spec not in ENTROPY_BONUSES and not isinstance(spec, Mapping):
+    if axis == "entropy_bonus" and not (callable(spec) or isinstance(spec, Mapping) or spec in ENTROPY_BONUSES):
         return _number(where, spec)
     if spec in (None, "none") and axis in (*OPTIONAL, "critic"):
         return None

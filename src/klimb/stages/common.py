@@ -275,9 +275,13 @@ class Session:
 
     def end_step(
         self, step: int, total: int, measured: Mapping[str, float], *, every: int, state: dict[str, Any],
-        tensors: Mapping[str, Tensor] | None = None, samples: Sequence[Mapping[str, Any]] = (),
+        tensors: Mapping[str, Tensor] | None = None, reference: Mapping[str, Tensor] | None = None,
+        samples: Sequence[Mapping[str, Any]] = (),
     ) -> None:  # fmt: skip
-        """Log step `step` of `total`, save when it is due, leave when Ctrl-C asked for it."""
+        """Log step `step` of `total`, save when it is due, leave when Ctrl-C asked for it.
+
+        reference: weights of one that moves.
+        """
         if samples:
             self.run.write_samples(step, samples)
         self.run.log(step, {**measured, **{f"time/{k}": v for k, v in self.timings.items()}})
@@ -289,7 +293,8 @@ class Session:
             self.run.sync()
             named: dict[str, Mapping[str, Tensor]] = {n: learner.tensors() for n, learner in self.learners.items()}
             saved = {"learners": {n: learner.steps for n, learner in self.learners.items()}, "stage": state}
-            checkpoint.save(self.run.checkpoints, step, {**named, "state": tensors or {}}, saved)
+            kept = {"reference": reference} if reference else {}
+            checkpoint.save(self.run.checkpoints, step, {**named, **kept, "state": tensors or {}}, saved)
         if leaving:
             raise Interrupted(f"saved after step {step} of {total} in {self.run.path}; the same command continues")
 

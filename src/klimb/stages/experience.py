@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import statistics
 from collections import Counter
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -35,7 +35,7 @@ def rollout(actors: Actors, step: int) -> tuple[list[Group], list[Group], dict[s
     drawn: list[Group] = []
     counts: dict[str, float] = {}
     for refill in range(config.max_refills + 1):
-        prompts = [actors.prompts[i] for i in actors.sampler.next_batch()][: config.prompts_per_step - len(kept)]
+        prompts = next_prompts(actors, config.prompts_per_step - len(kept), step)
         seed = stream_seed(config.seed, f"rollout {refill}", step)
         with session.timed("rollout"):
             groups = generate(actors.engine, requests(prompts, config.samples_per_prompt, params, seed))
@@ -47,6 +47,7 @@ def rollout(actors: Actors, step: int) -> tuple[list[Group], list[Group], dict[s
         counts["samples/dropped"] = counts.get("samples/dropped", 0) + report.dropped_samples
         wanted = actors.algorithm.sampling
         for group in report.groups:
+            note_solved(actors, group, step)
             teaches = wanted is None or wanted([float(s.score or 0.0) for s in group.samples])
             (kept if teaches else refused).append(group)
         counts |= {key: value for key, value in report.metrics.items() if key not in ("reward/mean", "reward/std")}
@@ -63,6 +64,28 @@ def rollout(actors: Actors, step: int) -> tuple[list[Group], list[Group], dict[s
         if len(kept) < config.prompts_per_step:
             session.run.event("too_few_groups", _too_few(config, len(kept), len(refused)))
     return kept, refused, {**counts, **_sample_counts(drawn, kept)}
+
+
+def next_prompts(actors: Actors, wanted: int, step: int) -> list[Prompt]:
+    """The next of the sampler's order, without those that rest; with them once it went round and found too few."""
+    if actors.algorithm.curriculum is None:
+        return [actors.prompts[i] for i in actors.sampler.next_batch()][:wanted]
+    found: list[Prompt] = []
+    passed = 0
+    while len(found) < wanted:
+        prompt = actors.prompts[actors.sampler.next_batch(1)[0]]
+        rests = actors.resting.get(prompt.id, 0) >= step or prompt in found
+        if rests and passed < 2 * len(actors.prompts):
+            passed += 1
+        else:
+            found.append(prompt)
+    return found
+
+
+def note_solved(actors: Actors, group: Group, step: int) -> None:
+    curriculum = actors.algorithm.curriculum
+    if curriculum is not None and curriculum.rests([float(s.score or 0.0) for s in group.samples]):
+        actors.resting[group.prompt.id] = step + curriculum.recheck
 
 
 def _too_few(config: RlConfig, kept: int, refused: int) -> str:
@@ -139,6 +162,7 @@ def baselines(actors: Actors, groups: Sequence[Group], draws: Draws, step: int) 
     temperature = 0.0 if draws.greedy else config.temperature
     params = SamplingParams(config.max_tokens, actors.loaded.stop_tokens(actors.prompts), temperature)
     seed = stream_seed(config.seed, "baseline", 0 if draws.of_reference else step)
+    summary: Callable[[torch.Tensor], torch.Tensor] = cast(Any, actors.algorithm.advantage).summary
     engine = actors.reference_engine if draws.of_reference else actors.engine
     assert engine is not None
     with session.timed("rollout"):
@@ -148,7 +172,7 @@ def baselines(actors: Actors, groups: Sequence[Group], draws: Draws, step: int) 
     for group in drawn:
         scores = [s.score for s in group.samples if s.score is not None]
         if scores:
-            known[group.prompt.id] = float(actors.algorithm.advantage.summary(torch.tensor(scores)))  # type: ignore[attr-defined]
+            known[group.prompt.id] = float(summary(torch.tensor(scores, dtype=torch.float64)))
     return [known.get(g.prompt.id, statistics.fmean(s.score or 0.0 for s in g.samples)) for g in groups]
 
 
@@ -163,6 +187,7 @@ def look_up(actors: Actors, batch: TokenBatch, stale: bool) -> TokenBatch:
     The first update on fresh samples needs no old log-probs: the policy is the one that sampled, and its ratio is 1
     to the bit. Further updates compare with the behaviour log-probs, which in fp32 are the trainer's own to 1e-6; in
     bfloat16 they are off by more than a clip range would forgive, so there a pass before the update takes their place.
+    So it does where an importance correction tells the policy of before the update from the one that sampled.
     """
     config, budget = actors.config, actors.session.scoring
     with actors.session.timed("look up"):
@@ -174,9 +199,11 @@ def look_up(actors: Actors, batch: TokenBatch, stale: bool) -> TokenBatch:
             batch = batch.with_columns(collisions=collisions.cpu())
         if actors.critic is not None:
             batch = batch.with_columns(values=critic_values(actors.critic, batch, budget=budget).cpu())
-        if stale or (config.updates_per_step > 1 and actors.session.dtype != torch.bfloat16):
+        several, exact = config.updates_per_step > 1, actors.session.dtype != torch.bfloat16
+        corrected = actors.algorithm.importance is not None
+        if not corrected and (stale or (several and exact)):
             batch = batch.with_columns(old_logps=batch["behavior_logps"])
-        elif config.updates_per_step > 1 and actors.algorithm.needs.old_logps:
+        elif several and actors.algorithm.needs.old_logps:
             outputs = policy_logps(actors.policy, batch, budget=budget, temperature=config.temperature)
             batch = batch.with_columns(old_logps=outputs.logps.cpu())
     return batch

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -19,20 +21,23 @@ _START = {torch.float64: 1e-5, torch.float32: 1e-4, torch.bfloat16: 2e-2}
 
 
 class Mismatch:
-    """How far the log-probs stored at sampling are from the trainer's, watched at every step."""
+    """How far the log-probs stored at sampling are from the trainer's, watched at every step: p50, p95, p99 and the
+    largest |difference|, and the share of tokens whose ratio is outside [0.9, 1.1], over the whole first update."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
         self.differences: list[Tensor] = []
 
     def add(self, logps: Tensor, micro: TokenBatch) -> None:
-        self.differences.append((logps.detach() - micro["behavior_logps"])[micro.mask].abs().float().cpu())
+        self.differences.append((logps.detach() - micro["behavior_logps"])[micro.mask].float().cpu())
 
     def report(self, step: int, batch: TokenBatch, fresh: bool) -> Metrics:
         differences = torch.cat([*self.differences, torch.zeros(0)])
         if world() > 1:
             differences = torch.tensor([gap for theirs in gather(differences.tolist()) for gap in theirs])
-        p99 = float(torch.quantile(differences[: 1 << 24], 0.99))
+        sizes = differences.abs()
+        p50, p95, p99 = (float(torch.quantile(sizes[: 1 << 24], share)) for share in (0.5, 0.95, 0.99))
+        outside = (differences < math.log(0.9)) | (differences > math.log(1.1))
         if p99 > _BOUNDS[self.dtype]:
             raise KlimbError(
                 f"step {step}: log-probs at sampling and in training differ by {p99:.2g} (p99)", where="rollout",
@@ -47,4 +52,11 @@ class Mismatch:
                     why="the reference is not the model that training starts from",
                     fix="name the reference that you mean with reference=DIR",
                 )  # fmt: skip
-        return {"mismatch/p99": metrics.ratio(p99, 1.0), "mismatch/max": metrics.ratio(float(differences.max()), 1.0)}
+        found = {
+            "p50": p50,
+            "p95": p95,
+            "p99": p99,
+            "max": float(sizes.max()),
+            "outside": float(outside.float().mean()),
+        }
+        return {f"mismatch/{name}": metrics.ratio(value, 1.0) for name, value in found.items()}

@@ -118,14 +118,16 @@ def load_policy(session: Session, model: str, lora: LoRA | None, seed: int, rend
     return Loaded(policy, renderer, model, base_in_4bit=base_in_4bit)
 
 
-def load_reference(session: Session, policy: Loaded, reference: str | None = None) -> Policy:
+def load_reference(session: Session, policy: Loaded, reference: str | None = None, moves: bool = False) -> Policy:
     """π_ref, frozen: the named model, else the policy as it is now, before its first update.
+
+    moves: its weights are going to follow the policy's, so that on LoRA it is an adapter of its own.
 
     On LoRA nothing is loaded twice: the reference is the base with the adapter off, or a frozen copy of the adapter
     that training started from, which is another thing than the base.
     """
     backbone, named = policy.backbone, reference or policy.source
-    if named == policy.source and backbone.peft is not None and not backbone.started_from_adapter:
+    if named == policy.source and backbone.peft is not None and not backbone.started_from_adapter and not moves:
         return Policy(backbone, None, policy.policy.own_head)
     if reference is None and backbone.peft is not None:
         backbone.add_adapter("reference", "policy")

@@ -7,7 +7,7 @@ a second learner stepped on the same batch.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -100,6 +100,8 @@ class RlConfig(TrainConfig):
             yield f"reference: {algorithm.name} has no KL to it; leave it out, or set measure_kl=true"
         if algorithm.needs.parts and not (isinstance(self.reward, list) and len(self.reward) > 1):
             yield f"reward: {algorithm.name} compares the parts of a sum, and this is one; give a list, or use grpo"
+        if algorithm.reference is not None and self.lora is not None and self.reference is not None:
+            yield "algorithm.reference: adapters cannot move into another model's weights; leave reference out"
         if self.updates_per_step > self.prompts_per_step:
             yield f"updates_per_step={self.updates_per_step}: more than the {self.prompts_per_step} groups of a step"
 
@@ -126,6 +128,8 @@ class Actors:
     reference_engine: RolloutEngine | None = None
     known_values: dict[str, float] = field(default_factory=dict)
     """Baselines by prompt that were made of π_ref's samples."""
+    resting: dict[str, int] = field(default_factory=dict)
+    """Prompts that are solved, and up to which step they are not drawn."""
 
     @property
     def policy(self) -> Policy:
@@ -139,12 +143,24 @@ class Actors:
         """What a checkpoint needs besides weights and the algorithm's state."""
         moments = [list(part.moments) for part in self.running if part.moments is not None]
         return {"sampler": self.sampler.state(), "reward_counts": dict(self.scorer.counts), "reward_moments": moments,
-                "known_values": self.known_values}  # fmt: skip
+                "known_values": self.known_values, "resting": self.resting}  # fmt: skip
 
-    def restore(self, progress: dict[str, Any]) -> None:
+    def moving_weights(self) -> dict[str, Tensor]:
+        """Of a reference that follows the policy, by the names that the policy's weights have; else none."""
+        if self.algorithm.reference is None or self.reference is None:
+            return {}
+        own, followed = self.reference.adapter, self.policy.trainable()
+        weights = self.reference.backbone.named_weights(own)
+        renamed = {name.replace(f".{own}.", ".policy."): weight for name, weight in weights.items()}
+        return {name: renamed[name] for name in followed}
+
+    def restore(self, progress: dict[str, Any], reference: Mapping[str, Tensor]) -> None:
+        for name, weight in self.moving_weights().items():
+            weight.copy_(reference[name])
         self.sampler.restore(progress["sampler"])
         self.scorer.counts = progress["reward_counts"]
-        self.known_values = progress.get("known_values", {})
+        self.known_values = progress["known_values"]
+        self.resting = progress["resting"]
         for part, moments in zip(self.running, progress["reward_moments"], strict=True):
             part.moments = Moments(*moments)
 
@@ -157,7 +173,7 @@ def train(config: RlConfig, run: Run, interrupt: Interrupt, say: Any) -> dict[st
     start = 0
     if found := session.resume():
         start, state = found.step, found.tensors["state"]
-        actors.restore(found.state["stage"])
+        actors.restore(found.state["stage"], found.tensors.get("reference", {}))
 
     for step in session.steps(start, config.steps):
         actors.engine.update_weights(step)
@@ -174,14 +190,18 @@ def train(config: RlConfig, run: Run, interrupt: Interrupt, say: Any) -> dict[st
             batch = batch.with_columns(returns=credit.returns)
         measured = learn(actors, teaching(actors.algorithm, batch), step, state)
         state = after_step(actors.algorithm, credit.state, measured)
+        if (schedule := actors.algorithm.reference) is not None and schedule.due(step):
+            schedule.move(actors.moving_weights(), actors.policy.trainable())
         session.end_step(
             step, config.steps, {**metrics.results(credit.metrics | measured), **counted},
             every=config.checkpoint_every, state=actors.progress(), tensors=state,
-            samples=sample_records(groups, refused),
+            reference=actors.moving_weights(), samples=sample_records(groups, refused),
         )  # fmt: skip
 
     actors.loaded.save(run.model)
-    reference = actors.reference or (load_reference(session, actors.loaded, config.model) if judges else None)
+    stays = actors.algorithm.reference is None or actors.loaded.backbone.started_from_adapter
+    reference = actors.reference if stays else None
+    reference = reference or (load_reference(session, actors.loaded, config.model) if judges else None)
     evaluation = judges.evaluate(actors.policy, reference, "evaluate") if judges and reference else None
     return {"model": str(run.model), "steps": config.steps, "algorithm": describe(actors.algorithm),
             "evaluation": evaluation}  # fmt: skip
@@ -222,7 +242,9 @@ def prepare(config: RlConfig, session: Session) -> Actors:
     loaded = load_policy(session, config.model, config.lora, config.seed, renderer)
     loaded.conversational = data.conversational
     needs = algorithm.needs
-    reference = load_reference(session, loaded, config.reference) if needs.ref or config.measure_kl else None
+    reference = None
+    if needs.ref or config.measure_kl:
+        reference = load_reference(session, loaded, config.reference, moves=algorithm.reference is not None)
     critic = load_critic(session, loaded, config.critic.model) if needs.critic else None
     updates = config.steps * config.updates_per_step
     warmup = config.critic.warmup_steps * config.updates_per_step if critic else 0
