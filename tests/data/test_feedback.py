@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from toy_tokenizers import word_tokenizer
 
 from klimb.data.feedback import load_feedback
 from klimb.data.render import Renderer
 from klimb.errors import DataError
+from klimb.lab.scratch import word_tokenizer
 
 WORDS = ["a", "b", "c", "?", "yes", "no", "it", "is", "so", "."]
 
@@ -83,11 +83,11 @@ STEPS = [
 def test_steps_become_pairs_where_solutions_part(renderer: Renderer, tmp_path: Path) -> None:
     items = load_feedback("steps", written(tmp_path / "steps.jsonl", STEPS), renderer).items
     read = [tuple(texts(renderer, part).split() for part in (i.prompt, i.chosen, i.rejected)) for i in items]
-    end = renderer.tokenizer.eos_token
+    begin, end = renderer.tokenizer.bos_token, renderer.tokenizer.eos_token
     assert read == [
-        (["a", "?"], ["it", "is"], ["no"]),
-        (["a", "?", "it", "is"], ["yes"], ["no"]),
-        (["b", "?", "it", "is"], ["yes", end], ["no", end]),  # these end their solutions
+        ([begin, "a", "?"], ["it", "is"], ["no"]),
+        ([begin, "a", "?", "it", "is"], ["yes"], ["no"]),
+        ([begin, "b", "?", "it", "is"], ["yes", end], ["no", end]),  # these end their solutions
     ]
     assert all(all(i.chosen_mask) and all(i.rejected_mask) for i in items)
 

@@ -75,7 +75,7 @@ def test_the_clip_is_at_work(name: str) -> None:
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[dict, dict]]:
     """Of each rank: gradients and metrics by dtype, update and budget."""
     folder = tmp_path_factory.mktemp("ranks")
-    run_ranks([Path(__file__).with_name("updates.py"), folder], ranks=2)
+    run_ranks([Path(__file__).with_name("updates.py"), folder], ranks=2, timeout=600)
     return [
         (load_file(folder / f"gradients-{r}.safetensors"), json.loads((folder / f"metrics-{r}.json").read_text()))
         for r in range(2)

@@ -42,6 +42,7 @@ def data_for(kind: str, world: World, folder: Path) -> str:
     return world.preferences
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [n for n in PREFERENCE_LOSSES if n not in ("discopop", "chosen_nll")])
 def test_every_loss_learns_what_was_preferred(name: str, world: World, tmp_path: Path) -> None:
     """discopop does not from here, by its formula: see its page; chosen_nll knows no rejected."""

@@ -171,7 +171,7 @@ def _guess(metrics: list[dict[str, float]]) -> str:
     names = {name for step in metrics for name in step}
     if "reward/mean" in names:
         return "rl"
-    if "chosen_log_ratio" in names:
+    if names & {"chosen_log_ratio", "chosen_logps"}:
         return "preference"
     if "margin" in names:
         return "reward"

@@ -50,6 +50,8 @@ PANELS: dict[str, tuple[Panel, ...]] = {
             "chosen; dashed: rejected",
             "nats",
         ),
+        Panel("Log-probability", ("chosen_logps", "rejected_logps"), "chosen; dashed: rejected", "nats"),
+        Panel("Displaced pairs", ("displaced",), "share whose chosen fell below the reference as the margin grew"),
     ),
     "reward": (
         Panel("Accuracy", ("accuracy", "eval/accuracy"), "pairs in the right order"),

@@ -101,7 +101,7 @@ class Update:
     ) -> tuple[TokenBatch, dict[str, Tensor], dict[str, Tensor]]:
         """The batch with all its columns, the statistics that are scalars, and the loss's state after this update.
 
-        known: the reference's log-probs, of which those of `items` are at `places`; None: to be computed, or not needed.
+        known: the reference's log-probs, those of `items` at `places`; None: to be computed here, or not needed.
         """
         batch = batch_of(items)
         if known is not None:
@@ -185,7 +185,7 @@ def train(config: PreferenceConfig, run: Run, interrupt: Interrupt, say: Any) ->
     if found := session.resume():
         start, update.state = found.step, found.tensors["state"]
         sampler.restore(found.state["stage"]["sampler"])
-        displacement = Displacement(**found.state["stage"]["displacement"])
+        displacement = Displacement(**found.state["stage"].get("displacement", {}))
 
     for step in session.steps(start, steps):
         places = sampler.next_batch()

@@ -56,7 +56,7 @@ def reference_logps(
     if facts is None:
         session.say("reference log-probs: computed for this run alone, a hub name does not say which weights it has")
         return _joined(_computed(session, items, batch_of, reference()), samples)
-    key = kept.key_of({**facts, "items": _content(items, batch_of)})
+    key = str(share(kept.key_of({**facts, "items": _content(items, batch_of)})))
     if share(kept.find(key) is not None):
         session.say(f"reference log-probs: hit: {kept.path_of(key)}")
         return _read(kept.path_of(key), samples)
