@@ -60,6 +60,14 @@ def test_an_open_constant_is_an_error():
         sequence_sum()(LOSS, MASK, BatchTotals.of(MASK, GROUP))
 
 
+@pytest.mark.parametrize("aggregate", [token_mean, sequence_mean, sequence_sum(1.0)])
+def test_an_update_of_one_token_is_that_token(aggregate):
+    mask = torch.tensor([[True, False]])
+    assert aggregate(torch.tensor([[3.0, 9.0]]), mask, BatchTotals.of(mask, GROUP[:1])) == 3.0
+
+
 def test_pairs():
+    assert pair_mean(torch.tensor([3.0]), 1) == 3.0
+    assert pair_mean(torch.zeros(0), 0) == 0.0
     losses = torch.tensor([1.0, 2.0, 6.0])
     assert pair_mean(losses[:1], 3) + pair_mean(losses[1:], 3) == pytest.approx(3.0)

@@ -223,6 +223,8 @@ CASES: dict[str, list[Bad]] = {
         Bad("no such device", "SFT device=gpu", ("device=gpu",)),
         Bad("neither on nor off", "SFT checkpointing=maybe", ("checkpointing", "'maybe'", "auto")),
         Bad("doctor of an unknown job", "doctor dpoo model=base", ("'dpoo'", "'dpo'")),
+        Bad("a page of an unknown algorithm", "algorithms gpro", ("'gpro'", "did you mean 'grpo'")),
+        Bad("nothing to verify", "verify missing.py:MINE", ("missing.py",)),
         Bad("doctor of no model", "doctor dpo model=empty", ("model=empty", "config.json"), empty),
         Bad("no such dtype", "SFT dtype=fp8", ("dtype=fp8",)),
         Bad("no YAML after =", "SFT 'optimizer={lr'", ("optimizer",)),

@@ -118,14 +118,14 @@ def _advantages(row: Algorithm, given: Mapping[str, Tensor], mask: Tensor = MASK
 
 def _row_method(row: Algorithm, given: Mapping[str, Tensor], mask: Tensor = MASK) -> Method:
     advantages, totals = _advantages(row, given, mask), BatchTotals.of(mask, GROUP)
-    stored = {name: given[name] for name in ("old_logps", "behavior_logps", "entropy")}
+    stored: dict[str, Any] = {name: given[name] for name in ("old_logps", "behavior_logps", "entropy")}
     columns = update_columns(
         row, logps=given["logps"], advantages=advantages, scores=given["scores"], mask=mask, **stored
     )
     columns |= stored | {"ref_logps": given["ref_logps"], "advantages": advantages, "mask": mask}
 
     def loss(logps: Tensor, part: Sequence[int]) -> Tensor:
-        own = {name: column[part] for name, column in columns.items()}
+        own: dict[str, Any] = {name: column[part] for name, column in columns.items()}
         return policy_loss(row, logps=logps[part], totals=totals, **own)[0]
 
     return Method(loss, given["logps"], mask, PARTS, range(len(mask)))
