@@ -195,7 +195,7 @@ def test_mistakes_are_named(options: dict[str, Any], said: str) -> None:
 
 
 def test_a_column_that_is_not_there(reward: Any) -> None:
-    with pytest.raises(RewardError, match="'tests', which is no column"):
+    with pytest.raises(RewardError, match="no column 'tests'; did you mean 'test'"):
         reward(tests="tests")(["?"], ["x"], {"test": [ADD]})
 
 

@@ -25,7 +25,6 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, get_args
 
 from klimb.errors import RewardError, did_you_mean
-from klimb.rewards.calling import Signature
 from klimb.rewards.protocol import Columns, Failure, Reward, Scores
 from klimb.rewards.rules import plain_text
 from klimb.rewards.sandbox import Kind, Sandbox, Verdict, open_sandbox
@@ -50,18 +49,20 @@ class CodeReward:
     name = "code"
 
     def __init__(self, options: Options, sandbox: Sandbox | None = None) -> None:
-        columns = [options.tests, *([options.entry_point] if options.entry_point else [])]
         self._options = options
-        self._signature = Signature(frozenset(columns), frozenset(columns))
         self._sandbox = sandbox or open_sandbox(options.timeout, unsafe_local=options.unsafe_local)
         self.tier = self._sandbox.tier
 
     def __call__(self, prompts: Sequence[Text], completions: Sequence[Text], columns: Columns) -> Scores:
-        arguments = self._signature.pick(columns, "reward code")
-        entry = self._options.entry_point
-        entries = arguments[entry] if entry else [None] * len(completions)
+        tests, entry = self._options.tests, self._options.entry_point
+        for name in filter(None, (tests, entry)):
+            if name not in columns:
+                raise RewardError(
+                    f"the data has no column {name!r}", where="reward code", fix=did_you_mean(name, columns)
+                )
+        entries = columns[entry] if entry else [None] * len(completions)
         with ThreadPoolExecutor(_cores()) as threads:
-            verdicts = list(threads.map(self.verdict, prompts, completions, arguments[self._options.tests], entries))
+            verdicts = list(threads.map(self.verdict, prompts, completions, columns[tests], entries))
         counts = Counter(dict.fromkeys(get_args(Kind), 0))
         counts.update(verdict.kind for verdict in verdicts)
         failures = [Failure(row, verdict.why) for row, verdict in enumerate(verdicts) if verdict.kind == "error"]
