@@ -17,7 +17,7 @@ def first_line(path: Path) -> str:
 
 
 def main() -> None:
-    for folder in [ROOT, *sorted(p for p in ROOT.iterdir() if p.is_dir() and (p / "__init__.py").exists())]:
+    for folder in [ROOT, *sorted(path.parent for path in ROOT.glob("*/**/__init__.py"))]:
         print(f"{folder.relative_to(ROOT.parents[1])}/")
         for path in sorted(p for p in folder.iterdir() if p.suffix in (".py", ".c", ".h")):
             if path.stem != "__init__":
