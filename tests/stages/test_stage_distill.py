@@ -13,11 +13,13 @@ from transformers import AutoModelForCausalLM
 from world import CONTEXT, LETTERS, WORDS, World, play
 
 from klimb.batch import Row, TokenBatch
+from klimb.commands.check_recipe import sources_of
 from klimb.errors import ConfigError
 from klimb.lab.scratch import make_model, word_tokenizer
 from klimb.models.faces import divergence, sequence_kl
 from klimb.models.logprobs import Head, full_divergence
 from klimb.objective.supervised import forward_kl, generalised_jsd, reverse_kl
+from klimb.stages.registry import stage_config
 
 
 @pytest.fixture(scope="module")
@@ -107,3 +109,10 @@ def test_a_teacher_of_another_vocabulary(world: World, tmp_path: Path) -> None:
         ConfigError, match=r"teacher=.*other: its vocabulary is another than the student's.*klimb sample"
     ):
         play("distill", tmp_path / "run", model=world.model, teacher=str(other), data=world.prompts, max_tokens=4)
+
+
+def test_what_it_reads_is_checked_before_it_runs(world: World) -> None:
+    values = {"model": world.model, "teacher": world.model, "data": world.demonstrations, "max_tokens": 4}
+    half = stage_config("distill", {**values, "on_policy": 0.5, "prompts_per_step": 4})
+    assert [source.key for source in sources_of("distill", half)] == ["data", "demonstrations"]
+    assert [source.key for source in sources_of("distill", stage_config("distill", values))] == ["data"]

@@ -7,6 +7,7 @@ import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,13 +16,14 @@ from klimb.commands.check_data import SHOWN, write_problems
 from klimb.commands.dry_run import lines_of_all, told, told_of_all
 from klimb.commands.schema import config_class, stage_of
 from klimb.config import load_recipe, load_yaml, shipped_recipes
+from klimb.data.feedback import load_feedback
 from klimb.data.formats import BadRows
 from klimb.data.kinds import Detector
 from klimb.data.load import load_examples, load_preferences, load_prompts
 from klimb.data.report import Loaded
 from klimb.errors import ConfigError, KlimbError
 from klimb.objective.algorithms import ALGORITHMS
-from klimb.objective.preference import PREFERENCE_LOSSES
+from klimb.objective.preference import PREFERENCE_LOSSES, needs_of, parse_preference
 from klimb.rewards.protocol import Scores
 from klimb.rewards.scorer import distributions, dry_run
 from klimb.runtime.run import Run
@@ -188,15 +190,19 @@ def sources_of(stage: str, config: Any) -> Iterator[Source]:
     if stage in ("sft", "reward", "preference"):
         limit = min(config.max_tokens or context, context)
         load: Callable[..., Loaded[Any]] = load_examples if stage == "sft" else load_preferences
+        if stage == "preference":
+            load = partial(load_feedback, needs_of(parse_preference(config.loss)).data)
         for key in ("data", "eval_data"):
             if getattr(config, key) is not None:
                 yield Source(key, load, getattr(config, key), {**typed, "max_length": limit})
         if stage == "reward" and config.reference is not None:
             yield Source("reference", load_examples, config.reference, {**typed, "max_length": limit})
-    elif stage in ("rl", "sample"):
+    elif stage in ("rl", "sample", "distill"):
         room = prompt_room(context, config.max_tokens)
         limit = min(getattr(config, "max_prompt_tokens", None) or room, room)
         yield Source("data", load_prompts, config.data, {**typed, "max_length": limit})
+        if stage == "distill" and config.drawn < config.prompts_per_step:
+            yield Source("demonstrations", load_examples, config.data, {**typed, "max_length": context})
     for key in ("measure", "until"):
         if (holder := getattr(config, key, None)) is not None:
             room = prompt_room(context, holder.max_tokens)

@@ -89,7 +89,8 @@ def _pins(config: Any) -> dict[str, code.Pin]:
     trusts, revision = getattr(config, "trust_remote_code", False), getattr(config, "revision", None)
     if not trusts and revision is None:
         return {}
-    further = [getattr(config, "reference", None), getattr(getattr(config, "critic", None), "model", None)]
+    further = [getattr(config, "reference", None), getattr(config, "teacher", None)]
+    further += [getattr(getattr(config, "critic", None), "model", None)]
     specs = [getattr(holder, key, None) for holder in (config, getattr(config, "measure", None))
              for key in ("reward", "gold")]  # fmt: skip
     further += [str(path) for spec in specs for path in reward_files(spec) if path.is_dir()]
