@@ -91,7 +91,7 @@ CASES = {
     "klimb grp": ["grpo"],
     "klimb grpo optimizer.dec": ["optimizer.decay="],
     "klimb grpo optimizer.decay=co": ["constant", "cosine"],
-    "klimb rl algorithm=dr": ["dr_grpo"],
+    "klimb rl algorithm=dr_": ["dr_grpo"],
     "klimb export lora=": ["merged", "kept"],
     "klimb check data.jsonl transcripts=": ["text", "chat"],
     "klimb chat runs temp": ["temperature="],

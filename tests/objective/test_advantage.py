@@ -144,8 +144,8 @@ def test_optimal_value_is_the_soft_maximum_of_its_draws():
     assert greedy_baseline().summary(torch.tensor([0.25])).item() == 0.25
 
 
-def test_leave_one_out_with_the_others_standard_deviation():
-    returns = [1.0, 5.0, 2.5, 4.0]
+@pytest.mark.parametrize("returns", [[1.0, 5.0, 2.5, 4.0], [1.0, 5.0, 2.5]])
+def test_leave_one_out_with_the_others_standard_deviation(returns):
     found = leave_one_out_zscore(eps=0.01)(outcomes(returns))
     for i, r in enumerate(returns):
         rest = returns[:i] + returns[i + 1 :]

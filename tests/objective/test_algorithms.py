@@ -35,6 +35,7 @@ from klimb.objective.group_advantage import over_mean
 from klimb.objective.importance import sequence_drop, truncate
 from klimb.objective.kl import k3_plus
 from klimb.objective.reference import moving
+from klimb.objective.refusals import hints
 from klimb.objective.sampling import dynamic, extremes, leave_out, skip_solved, soft_overlong
 from klimb.objective.surrogate import clip, product_clip, sequence_clip
 from klimb.objective.tokens import top_entropy
@@ -106,6 +107,21 @@ def test_nonsense_is_refused_with_a_way_out(algorithm, samples, updates, key, wa
     with pytest.raises(ValueError, match=f"algorithm {algorithm.name}: {key}") as error:
         validate(algorithm, samples_per_prompt=samples, updates_per_step=updates)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "updates", "key"),
+    [
+        ("dapo", 1, "surrogate"),
+        ("kl_cov", 1, "token_filter"),
+        ("dapo", 2, None),
+        ("kl_cov", 2, None),
+        ("grpo", 1, None),
+    ],
+)
+def test_what_does_nothing_with_one_update_is_said(name, updates, key):
+    found = hints(ALGORITHMS[name], updates_per_step=updates)
+    assert [line.split(":")[0] for line in found] == ([key] if key else [])
 
 
 def test_dapos_four_parts_and_its_children():

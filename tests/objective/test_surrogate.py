@@ -14,9 +14,11 @@ from klimb.objective.surrogate import (
     cispo,
     clip,
     dual_clip,
+    kl_mask,
     product_clip,
     reinforce,
     sequence_clip,
+    tv_mask,
 )
 
 MASK = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 0, 0]], dtype=torch.bool)
@@ -87,6 +89,35 @@ def test_cispo_bounds_the_weight_and_keeps_every_gradient(ratio, weight, advanta
     assert gradient == pytest.approx(-advantage * weight)
     assert loss == pytest.approx(-advantage * weight * math.log(ratio))
     assert clipped == (ratio != weight)
+
+
+@pytest.mark.parametrize(
+    ("surrogate", "old", "new", "advantage", "killed"),
+    [
+        (tv_mask(low=0.2, high=0.3), 0.3, 0.65, 1.0, True),  # 0.35 up, past 0.3
+        (tv_mask(low=0.2, high=0.3), 0.3, 0.55, 1.0, False),
+        (tv_mask(low=0.2, high=0.3), 0.3, 0.65, -1.0, False),  # it has to come back
+        (tv_mask(low=0.2, high=0.3), 0.3, 0.05, -1.0, True),  # 0.25 down, past 0.2
+        (tv_mask(low=0.2, high=0.3), 0.3, 0.15, -1.0, False),
+        (tv_mask(low=0.2, high=0.3), 0.3, 0.05, 1.0, False),
+        (tv_mask(), 1e-4, 1e-3, 1.0, False),  # ten times as likely, and next to nothing has moved
+        # 0.3 log(0.3/π) + 0.7 log(0.7/(1 − π)): 0.253 at 0.65, 0.0057 at 0.35, 0.324 at 0.05.
+        (kl_mask(low=0.3, high=0.2), 0.3, 0.65, 1.0, True),
+        (kl_mask(low=0.3, high=0.3), 0.3, 0.65, 1.0, False),
+        (kl_mask(low=0.3, high=0.005), 0.3, 0.35, 1.0, True),
+        (kl_mask(low=0.3, high=0.006), 0.3, 0.35, 1.0, False),
+        (kl_mask(low=0.2, high=0.2), 0.3, 0.65, -1.0, False),
+        (kl_mask(low=0.3, high=0.2), 0.3, 0.05, -1.0, True),
+        (kl_mask(low=0.4, high=0.2), 0.3, 0.05, -1.0, False),
+    ],
+)
+def test_a_divergence_lets_go_on_the_outward_side_only(surrogate, old, new, advantage, killed):
+    logps = torch.tensor([[math.log(new)]], dtype=torch.float64, requires_grad=True)
+    before, mask = torch.tensor([[math.log(old)]], dtype=torch.float64), torch.ones(1, 1, dtype=torch.bool)
+    loss, clipped = surrogate(logps, before, torch.full_like(before, advantage), mask)
+    (gradient,) = torch.autograd.grad(loss.sum(), logps)
+    assert clipped.item() == killed
+    assert gradient.item() == pytest.approx(0.0 if killed else -advantage * new / old)
 
 
 def test_cispo_lower_bound():

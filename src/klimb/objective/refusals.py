@@ -8,7 +8,8 @@ from klimb.objective.algorithm import Algorithm
 from klimb.objective.group_advantage import COMPARING, parts_zscore
 from klimb.objective.kl import k1
 from klimb.objective.sampling import dynamic, length_penalty, soft_overlong
-from klimb.objective.surrogate import anchor_of, geometric_clip, product_clip, reinforce, sequence_clip
+from klimb.objective.surrogate import anchor_of, clip, geometric_clip, product_clip, reinforce, sequence_clip
+from klimb.objective.tokens import kl_cov
 
 
 def problems(algorithm: Algorithm, *, samples_per_prompt: int, updates_per_step: int) -> list[str]:
@@ -85,6 +86,16 @@ def problems(algorithm: Algorithm, *, samples_per_prompt: int, updates_per_step:
         ),
     ]
     return [message for holds, message in rules if holds]
+
+
+def hints(algorithm: Algorithm, *, updates_per_step: int) -> list[str]:
+    """What does nothing with these batch numbers and is no mistake: a line each, for who starts the run."""
+    a = algorithm
+    higher = isinstance(a.surrogate, clip) and a.surrogate.high != a.surrogate.low
+    if updates_per_step == 1 and (higher or isinstance(a.token_filter, kl_cov)):
+        what = "token_filter" if isinstance(a.token_filter, kl_cov) else "surrogate"
+        return [f"{what}: with one update a batch every ratio is 1 and it changes nothing; updates_per_step=2 uses it"]
+    return []
 
 
 def validate(algorithm: Algorithm, *, samples_per_prompt: int, updates_per_step: int) -> None:

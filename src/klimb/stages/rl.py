@@ -29,7 +29,7 @@ from klimb.objective.credit import assign_credit
 from klimb.objective.critic import critic_loss
 from klimb.objective.entropy import adaptive_entropy
 from klimb.objective.policy_loss import policy_loss, update_columns
-from klimb.objective.refusals import validate
+from klimb.objective.refusals import hints, validate
 from klimb.objective.spec import describe, parse_algorithm
 from klimb.rewards.normalise import Moments, Normalised
 from klimb.rewards.protocol import Reward
@@ -160,8 +160,8 @@ class Actors:
             weight.copy_(reference[name])
         self.sampler.restore(progress["sampler"])
         self.scorer.counts = progress["reward_counts"]
-        self.known_values = progress["known_values"]
-        self.resting = progress["resting"]
+        self.known_values = progress.get("known_values", {})
+        self.resting = progress.get("resting", {})
         for part, moments in zip(self.running, progress["reward_moments"], strict=True):
             part.moments = Moments(*moments)
 
@@ -230,6 +230,8 @@ def prepare(config: RlConfig, session: Session) -> Actors:
     for line in preview(config):
         session.say(line)
     algorithm = resolved(config)
+    for hint in hints(algorithm, updates_per_step=config.updates_per_step):
+        session.say(hint)
     renderer, context = load_texts(config.model)
     room = prompt_room(context, config.max_tokens)
     data = session.read(load_prompts, config.data, config, renderer, min(config.max_prompt_tokens or room, room))
