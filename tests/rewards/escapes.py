@@ -43,6 +43,7 @@ ATTEMPTS = {
     "read the memory of its parent by a system call": "call(310, os.getppid(), None, 0, None, 0, 0)",
     "reach its descriptors by /proc": "os.open('/proc/self/fd/3', os.O_RDWR)",
     "take a descriptor of its parent's": "fd = call(434, os.getppid(), 0); call(438, fd, 3, 0)",
+    "the link to what its parent runs": "os.readlink(f'/proc/{os.getppid()}/exe')",
     "climb by ..": "open('/usr/lib/' + '../' * 9 + canary).read()",
     # files that are written
     "overwrite a file": "open(canary, 'w').write('mine')",

@@ -19,6 +19,7 @@ from klimb.errors import RewardError
 from klimb.rewards import Reward, Scorer, Scores, parse_reward
 from klimb.rewards.code import CodeReward, Options, code_of, sandbox_tier
 from klimb.rewards.sandbox import Verdict, open_sandbox
+from klimb.rewards.sandbox.inside.confine import Confinement, Unconfined
 from klimb.rewards.sandbox.run import NotStarted
 from klimb.rewards.sandbox.tiers import TIERS, attacked
 from klimb.types import Group, Prompt, Sample
@@ -274,6 +275,16 @@ def test_without_bubblewrap_and_landlock_it_refuses() -> None:
     for part in ("no sandbox", "bubblewrap: not installed", "Landlock", "apt install bubblewrap", "unsafe_local: true"):
         assert part in refusal
     assert unsafe == "unsafe_local [1.0]"
+
+
+@pytest.mark.parametrize("machine", ["aarch64", "i686"])
+def test_a_machine_whose_system_calls_are_not_known_gets_no_sandbox(
+    machine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    for tier in TIERS:
+        with pytest.raises(Unconfined, match=machine):
+            Confinement(tier, [], 1 << 29)
 
 
 def test_a_tier_that_leaks_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -123,7 +123,7 @@ class Sandbox:
         nonce = secrets.token_hex(16)
         job = {"nonce": nonce, "prompts": list(prompts), "code": code, "test": test, "entry": entry, "partial": partial}
         try:
-            said, state = self._run(CALLED, json.dumps(job).encode(), time.monotonic() + self.timeout)
+            said, state = self._run(CALLED, framed(json.dumps(job)), time.monotonic() + self.timeout)
         except ZygoteGone as error:
             return Verdict("error", why=f"the sandbox died: {error}")
         if state == "timeout":
@@ -139,7 +139,7 @@ class Sandbox:
         why = ""
         for place, (given, expected) in enumerate(pairs):
             try:
-                said, state = self._run(PROGRAM, program(code, given), deadline)
+                said, state = self._run(PROGRAM, framed(code) + _bytes(given), deadline)
             except ZygoteGone as error:
                 return Verdict("error", why=f"the sandbox died: {error}")
             if state == "timeout":
@@ -154,7 +154,7 @@ class Sandbox:
 
     def output(self, code: str, given: str = "") -> str:
         """What the program prints, for the escape test."""
-        said, state = self._run(PROGRAM, program(code, given), time.monotonic() + self.timeout)
+        said, state = self._run(PROGRAM, framed(code) + _bytes(given), time.monotonic() + self.timeout)
         return said.decode("utf-8", "replace") if state == "ended" else f"({state})"
 
     def _run(self, kind: bytes, sent: bytes, deadline: float) -> tuple[bytes, str]:
@@ -237,9 +237,13 @@ def _written(fd: int, rest: memoryview) -> int:
         return len(rest)
 
 
-def program(code: str, given: str) -> bytes:
-    body = code.encode("utf-8", "replace")
-    return LENGTH.pack(len(body)) + body + given.encode("utf-8", "replace")
+def framed(text: str) -> bytes:
+    body = _bytes(text)
+    return LENGTH.pack(len(body)) + body
+
+
+def _bytes(text: str) -> bytes:
+    return text.encode("utf-8", "replace")
 
 
 def _lines(text: str) -> list[str]:

@@ -14,7 +14,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from .wire import NotPlain, TooLarge, decode, encode, read_frame, read_to_end, write_frame
+from .wire import LENGTH, NotPlain, TooLarge, decode, encode, read_exactly, read_frame, write_frame
 
 JOB, VERDICT, REQUESTS, REPLIES = 3, 4, 5, 6
 PASSED, FAILED = "__klimb_passed__", "__klimb_failed__"
@@ -33,8 +33,9 @@ class Unfit(Exception):
 
 
 def serve() -> None:
-    """Read the job to its end, grade, and write {"nonce", "verdict", "passed", "failed", "why"}."""
-    job = json.loads(read_to_end(JOB))
+    """Read the job, grade, and write {"nonce", "verdict", "passed", "failed", "why"}."""
+    (length,) = LENGTH.unpack(read_exactly(JOB, LENGTH.size))
+    job = json.loads(read_exactly(JOB, length))
     tally = Tally(stop=not job["partial"])
     try:
         graded(job, tally)
@@ -43,6 +44,8 @@ def serve() -> None:
         verdict, why = "abstain", f"an argument of the test cannot be sent to the candidate: {error}"
     except Broken as error:
         verdict, why = "error", str(error)
+    except BaseException as error:  # of the test's, or made by answers that it could not take
+        verdict, why = "wrong" if tally.asked else "error", f"the test ends by {type(error).__name__}"
     told = {"verdict": verdict, "passed": tally.passed, "failed": tally.failed, "why": why[:500]}
     write_frame(VERDICT, {"nonce": job["nonce"], **told})
 
@@ -89,11 +92,12 @@ def graded(job: dict[str, Any], tally: Tally) -> None:
         raise Broken(f"the test cannot be loaded: {type(error).__name__}: {error}") from error
     if not callable(names.get("check")):
         raise Broken("the test defines no function check(candidate)")
-    candidate = names[job["entry"]] = proxy(tally)  # tests call it by its name too
+    check, candidate = names["check"], proxy(tally)
+    names[job["entry"]] = candidate  # tests call it by its name too
     with contextlib.suppress(OSError):  # it has died already; the first call says so
         write_frame(REQUESTS, {"before": before, "code": job["code"], "entry": job["entry"]})
     try:
-        names["check"](candidate)
+        check(candidate)
     except Stop:
         pass
     except Exception as error:

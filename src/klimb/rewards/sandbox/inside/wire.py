@@ -117,10 +117,3 @@ def read_exactly(fd: int, count: int) -> bytes:
             raise EOFError
         received += chunk
     return bytes(received)
-
-
-def read_to_end(fd: int) -> bytes:
-    received = bytearray()
-    while chunk := os.read(fd, 1 << 16):
-        received += chunk
-    return bytes(received)
