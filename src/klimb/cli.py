@@ -117,6 +117,14 @@ def preference(
     _stage("preference", "preference", arguments or [], {}, as_json, dry_run, fresh)
 
 
+@app.command(name="online_preference")
+def online_preference(
+    arguments: Arguments = None, as_json: Json = False, dry_run: DryRun = False, fresh: Fresh = False
+) -> None:
+    """A preference loss on the policy's own samples, two a prompt, ranked by a reward (online DPO, XPO)."""
+    _stage("online_preference", "online_preference", arguments or [], {}, as_json, dry_run, fresh)
+
+
 @app.command()
 def distill(arguments: Arguments = None, as_json: Json = False, dry_run: DryRun = False, fresh: Fresh = False) -> None:
     """Follow a teacher's distribution on the student's own samples, or on written texts."""

@@ -16,6 +16,7 @@ from klimb.report.text import without_credentials
 STAGES = {
     "sft": "supervised fine-tuning", "reward": "reward model on comparisons (Bradley–Terry)",
     "rl": "reinforcement learning", "preference": "direct preference optimisation",
+    "online_preference": "preference optimisation on its own samples",
     "distill": "distillation from a teacher",
 }  # fmt: skip
 

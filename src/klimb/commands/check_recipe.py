@@ -197,7 +197,7 @@ def sources_of(stage: str, config: Any) -> Iterator[Source]:
                 yield Source(key, load, getattr(config, key), {**typed, "max_length": limit})
         if stage == "reward" and config.reference is not None:
             yield Source("reference", load_examples, config.reference, {**typed, "max_length": limit})
-    elif stage in ("rl", "sample", "distill"):
+    elif stage in ("rl", "sample", "distill", "online_preference"):
         room = prompt_room(context, config.max_tokens)
         limit = min(getattr(config, "max_prompt_tokens", None) or room, room)
         yield Source("data", load_prompts, config.data, {**typed, "max_length": limit})

@@ -11,7 +11,7 @@ from klimb.report.text import finite, number
 from klimb.report.tracks import WINDOW, trend
 
 Verdict = Literal["baseline", "better", "worse", "not shown", "no gold"]
-TRAINED = ("rl", "preference", "distill")
+TRAINED = ("rl", "preference", "online_preference", "distill")
 _NO_LEASH = re.compile(r"β\s*=\s*0(?:\.0*)?(?![\d.])")
 
 

@@ -12,7 +12,7 @@ import yaml
 
 from klimb.report.text import clipped, finite
 
-KINDS = ("sft", "reward", "sample", "rl", "preference", "distill", "evaluate")
+KINDS = ("sft", "reward", "sample", "rl", "preference", "online_preference", "distill", "evaluate")
 RUN_FILES = ("metrics.jsonl", "result.json")
 
 

@@ -32,6 +32,7 @@ DOCUMENT_LIMIT = 8_000
 SECTIONS = {
     "rl": ("Reinforcement learning, step by step", "every online run"),
     "preference": ("Preference optimisation", "pairs, no sampling"),
+    "online_preference": ("Preference optimisation on own samples", "pairs ranked by a reward"),
     "distill": ("Distillation", "towards a teacher"),
     "reward": ("Reward model", "what the proxy was fitted to"),
     "sft": ("Supervised fine-tuning", "the start, and the reference of every KL"),

@@ -53,6 +53,14 @@ PANELS: dict[str, tuple[Panel, ...]] = {
         Panel("Log-probability", ("chosen_logps", "rejected_logps"), "chosen; dashed: rejected", "nats"),
         Panel("Displaced pairs", ("displaced",), "share whose chosen fell below the reference as the margin grew"),
     ),
+    "online_preference": (
+        Panel("Reward (proxy)", ("reward/mean",), "what ranks the pairs"),
+        Panel("Gold", ("gold/mean",), "same completions, a judge training never sees"),
+        Panel("Loss", ("loss",), "per pair"),
+        Panel("Margin", ("margin",), "implicit reward, chosen minus rejected", "nats"),
+        Panel("Log-ratio to the reference", ("chosen_log_ratio", "rejected_log_ratio"), "dashed: rejected", "nats"),
+        Panel("Length", ("length/mean",), "mean completion", "tokens"),
+    ),
     "distill": (
         Panel("Divergence from the teacher", ("loss",), "what training lowers", "nats per token"),
         Panel("Length", ("length/mean",), "mean completion", "tokens"),

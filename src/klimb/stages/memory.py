@@ -59,6 +59,15 @@ def of_rl(config: Any, needs: Any, context: int) -> Work:
     )  # fmt: skip
 
 
+def of_online_pairs(config: Any, context: int) -> Work:
+    prompt = min(config.max_prompt_tokens or TYPICAL // 2, max(context - config.max_tokens, 1))
+    sampled = (Sampled(min(_ENGINE_ROWS, 2 * config.prompts_per_step), prompt, config.max_tokens, 2),)
+    return Work(
+        _learning(config), Shape(prompt, config.max_tokens, 2), frozen=_reference(config, True) + _judges(config),
+        sampled=(*sampled, *_measured(config, context)),
+    )  # fmt: skip
+
+
 def of_distilling(config: Any, context: int) -> Work:
     prompt = min(config.max_prompt_tokens or TYPICAL // 2, max(context - config.max_tokens, 1))
     sampled = (Sampled(min(_ENGINE_ROWS, config.prompts_per_step), prompt, config.max_tokens, 1),)

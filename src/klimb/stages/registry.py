@@ -23,6 +23,7 @@ STAGES: Mapping[str, tuple[str, str]] = {
     "reward": ("klimb.stages.reward", "RewardConfig"),
     "rl": ("klimb.stages.rl", "RlConfig"),
     "preference": ("klimb.stages.preference", "PreferenceConfig"),
+    "online_preference": ("klimb.stages.online_preference", "OnlinePreferenceConfig"),
     "distill": ("klimb.stages.distill", "DistillConfig"),
     "sample": ("klimb.stages.sample", "SampleConfig"),
     "evaluate": ("klimb.stages.evaluate", "EvaluateConfig"),
