@@ -124,14 +124,15 @@ def padded(lines: list[list[int]], value: int) -> Tensor:
     return pad_sequence([torch.tensor(line) for line in lines], batch_first=True, padding_value=value)
 
 
-def assert_equal(update: Update, gradients: dict[str, Tensor], loss: Tensor) -> None:
+def assert_equal(update: Update, gradients: dict[str, Tensor], loss: Tensor, terms: float = 1.0) -> None:
+    """terms: the size of what is summed to the loss, which may cancel."""
     for budget in (WHOLE, 40):
         found, measured = outcome(update, budget=budget)
         used = {name: gradient for name, gradient in found.items() if name in gradients}
         assert used.keys() == gradients.keys()
         assert relative_error(used, gradients) <= BOUND
-        # Terms of either sign and the order of 1 cancel in a loss of algorithms: hence an absolute part.
-        assert measured["objective"] == pytest.approx(float(loss), rel=BOUND, abs=BOUND / 5)
+        # Terms of either sign cancel in a loss of algorithms: hence an absolute part.
+        assert measured["objective"] == pytest.approx(float(loss), rel=BOUND, abs=BOUND / 10 * terms)
 
 
 # Algorithms ---------------------------------------------------------------------------------------------------------
@@ -264,7 +265,8 @@ def test_grpo(
     batch = rows(masked=True)
     update, old, new = in_klimb(algorithm, batch, reference, temperature)
     loss, gradients = in_trl(trainer, batch, old, new)
-    assert_equal(update, gradients, loss)
+    # VESPO's terms are −A φ log π: several nats each, where those of a ratio are around 1.
+    assert_equal(update, gradients, loss, terms=4.0 if case == "vespo" else 1.0)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
