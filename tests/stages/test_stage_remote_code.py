@@ -101,7 +101,7 @@ def test_a_run_goes_on_with_no_other_code(world: World, own: Path, tmp_path: Pat
     sft(world, done.path, tuned.model, **lora)
     (done.path / "result.json").unlink()
     (own / "extra.py").write_text("NOTE = ''\n")
-    with pytest.raises(RunError, match=r"own: its Python code is not that with which the run began: then .* now "):
+    with pytest.raises(RunError, match=r"model: its Python code is not that with which the run began: then .* now "):
         sft(world, done.path, tuned.model, **lora)
 
 
@@ -155,6 +155,7 @@ print([line for line in done.said if "its own Python code" in line])
 common |= dict(model="plain/model", trust_remote_code=False)
 done = play("sft", Path(sys.argv[3] + "-plain"), revision=sys.argv[4], **common)
 print(any(line.startswith("memory: about") for line in done.said))
+common |= dict(model="some/model", trust_remote_code=True)
 try:
     play("sft", Path(sys.argv[3] + "-other"), revision="f" * 40, **common)
 except Exception as error:
