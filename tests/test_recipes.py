@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from klimb.stages.pipeline import check_recipe
 from klimb.stages.results import Result
 
 RECIPES = {name: yaml.safe_load(path.read_text()) for name, path in shipped_recipes().items()}
-MADE_HERE = {"quickstart", "gsm8k-digits", "hh-reward"}  # their model comes with their world
+COUNTDOWN = {"countdown", "expert-iteration", "r1", "r1-zero"}
+MADE_HERE = {"quickstart", "gsm8k-digits", "hh-reward", *COUNTDOWN}  # their model comes with their world
 CALCULATIONS = [(a, b) for a in range(1, 60) for b in range(2, 40)]
 
 
@@ -65,6 +67,15 @@ WHOLE_REPLIES = {"language", "reward_model", "dpo"}
 """Their `max_tokens` bounds rows that are written already."""
 
 
+def stages_of(stages: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Those within rounds, too."""
+    for name, settings in stages.items():
+        if "repeat" in settings:
+            yield from stages_of(settings["stages"])
+        else:
+            yield name, settings
+
+
 def tiny(name: str, folder: Path) -> dict[str, Any]:
     """The recipe with other sizes, a tiny model for that of the hub, and files for its data sets."""
     recipe = json.loads(json.dumps(RECIPES[name]))
@@ -72,7 +83,7 @@ def tiny(name: str, folder: Path) -> dict[str, Any]:
     recipe |= {"out": str(folder / "out"), "threads": 1, "device": "cpu", "token_budget": 1024}
     recipe |= {"data": data} if "data" in recipe else {}
     model = chat_model(folder / "model")
-    for stage, settings in recipe["stages"].items():
+    for stage, settings in stages_of(recipe["stages"]):
         kept = {key: min(value, settings[key]) for key, value in SMALL.items() if key in settings}
         if stage in WHOLE_REPLIES or settings["stage"] in ("sft", "reward", "preference"):
             kept.pop("max_tokens", None)
@@ -88,7 +99,9 @@ def tiny(name: str, folder: Path) -> dict[str, Any]:
         if "critic" in settings:
             settings["critic"].pop("warmup_steps", None)
         if settings["stage"] == "sample":  # enough that some replies are better than others
-            settings["samples_per_prompt"] = 40
+            settings["samples_per_prompt"] = 1 if name in COUNTDOWN else 40
+        if "keep" in settings:
+            settings["keep"] = {"best": 1}
         if "best_of" in settings:
             settings |= {"best_of": [1, 2], "report_n": 2}
         if "measure" in settings:
@@ -102,7 +115,7 @@ def tiny(name: str, folder: Path) -> dict[str, Any]:
 @pytest.mark.parametrize("name", RECIPES)
 def test_two_steps_of_every_stage(name: str, tmp_path: Path) -> None:
     found = klimb.run(tiny(name, tmp_path), say=lambda line: None)
-    assert [*found] == [*RECIPES[name]["stages"]]
+    assert [*found] == [*check_recipe(name, RECIPES[name])["stages"]]
     for stage in found.stages.values():
         if stage.result["stage"] in ("sft", "reward", "preference", "rl"):
             assert stage.metrics["step"] == [1, 2]

@@ -78,7 +78,7 @@ def test_rows_of_which_none_can_be_used(here: Path) -> None:
     write(here / "other.jsonl", [{"question": "a ?", "answer": "b"}] * 3)
     said = klimb("check", "other.jsonl")
     assert said.code == 1
-    assert "rename them, as in columns={prompt: question}" in said.out
+    assert "rename them, as in columns={prompt: question, completion: answer}" in said.out
     assert said.out.splitlines()[-1] == "not fit to train on: no row can be used"
     code, found = looked("other.jsonl", "columns.prompt=question", "columns.completion=answer")
     assert (code, found["type"], found["repeats"]) == (0, "prompt-completion (standard)", 2)

@@ -110,8 +110,8 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
     save = Loaded.save
     for stage in (rl, preference):
 
-        def made(session: Any, policy: Loaded, *rest: Any, load: Any = stage.load_reference) -> Policy:
-            found.reference = load(session, policy, *rest)
+        def made(session: Any, policy: Loaded, *rest: Any, load: Any = stage.load_reference, **options: Any) -> Policy:
+            found.reference = load(session, policy, *rest, **options)
             found.reference_before, found.policy_before = mine(found.reference), mine(policy.policy)
             return found.reference
 
@@ -208,7 +208,8 @@ def test_python_beside_a_model_is_never_run(base: str, files: dict[str, str], he
     config.write_text(json.dumps({**json.loads(config.read_text()), "model_type": "own", "auto_map": code}))
     (here / "foreign" / "own.py").write_text("open('ran', 'w').close()\n")
     with pytest.raises(
-        KlimbError, match=r"foreign: cannot be loaded \(it needs Python code of its own, which klimb never runs"
+        KlimbError,
+        match=r"foreign: cannot be loaded \(it needs Python code of its own, which runs only",
     ):
         play("sft", here / "run", model="foreign", data=files["sft"], steps=1, batch_size=6)
     assert not (here / "ran").exists()

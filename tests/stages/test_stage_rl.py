@@ -36,8 +36,8 @@ def centred(scores, group):
 
 MINE = replace(GRPO, name="mine", kl=NO_KL)
 
-def hinge(chosen, rejected, chosen_tokens, rejected_tokens):
-    return (1 - (chosen - rejected)).clamp(min=0)
+def hinge(pairs):
+    return (1 - pairs.margin()).clamp(min=0)
 
 '''
 

@@ -70,7 +70,7 @@ def test_rejection_sampling_in_rounds(world: World, tmp_path: Path) -> None:
     summary = run({"name": "rounds", "out": str(tmp_path), "seed": 5, "stages": {
         "sft": start, "rounds": {**rounds, "stages": {"draw": draw, "learn": learn}},
     }})  # fmt: skip
-    results = summary["stages"]
+    results = {name: stage.result for name, stage in summary.stages.items()}
     assert list(results) == ["sft", "draw-1", "learn-1", "draw-2", "learn-2"]
     assert [results[name]["seed"] for name in results] == [5, 5, 5, 10_005, 10_005]
     for count in (1, 2):
