@@ -11,20 +11,19 @@ from klimb.commands.check_data import (
     SHOWN,
     CheckConfig,
     Held,
+    bad_lines,
     balance,
     first_good,
     holds_transcripts,
     in_characters,
     in_tokens,
+    line_of,
     quantiles,
     write_problems,
 )
-from klimb.commands.check_data import reasons as reasons_of
 from klimb.config import load_config, shipped_recipes
-from klimb.data.formats import BadRows, Problem
+from klimb.data.formats import BadRows
 from klimb.errors import ConfigError, did_you_mean
-
-_WIDTH = 14
 
 
 def check(words: Sequence[str], as_json: bool) -> int:
@@ -116,62 +115,52 @@ def _lines(held: Held, file: Path | None) -> Iterator[str]:
     yield f"{held.source}: {held.rows:,} rows, {held.type}; {held.used:,} can be read"
     yield from bad_lines(held.problems, file)
     if held.used:
-        yield _line("repeats", f"{held.repeats:,} rows repeat an earlier one exactly; {held.prompts:,} prompts differ")
+        yield line_of(
+            "repeats", f"{held.repeats:,} rows repeat an earlier one exactly; {held.prompts:,} prompts differ"
+        )
     if held.columns:
-        yield _line("columns", f"{', '.join(held.columns)}: reach a reward function by their names")
+        yield line_of("columns", f"{', '.join(held.columns)}: reach a reward function by their names")
     if held.lengths:
         yield from _table(held)
     for what, (over, most) in held.limits.items():
         share = over / max(held.used, 1)
-        yield _line("over the limit", f"{over:,} {what} ({share:.2%}) have more than {most:,} tokens")
+        yield line_of("over the limit", f"{over:,} {what} ({share:.2%}) have more than {most:,} tokens")
     if shares := balance(held):
-        yield _line("balance", ", ".join(f"{what}: {share:.1%}" for what, share in shares.items()))
-    yield from (_line("note", note) for note in held.notes)
+        yield line_of("balance", ", ".join(f"{what}: {share:.1%}" for what, share in shares.items()))
+    yield from (line_of("note", note) for note in held.notes)
     if held.cache:
-        yield _line("cache", held.cache)
-
-
-def bad_lines(problems: Sequence[Problem], file: Path | None) -> Iterator[str]:
-    """How many, why, and the first of them."""
-    if not problems:
-        yield _line("bad rows", "none")
-        return
-    why = "; ".join(f"{count:,} × {reason}" for reason, count in list(reasons_of(problems).items())[:8])
-    yield _line("bad rows", f"{len(problems):,}: {why}")
-    yield from (f"  {problem}" for problem in problems[:SHOWN])
-    if file is not None:
-        yield f"  and {len(problems) - SHOWN:,} more; all of them are in {file}"
+        yield line_of("cache", held.cache)
 
 
 def _table(held: Held) -> Iterator[str]:
     rows = {part: quantiles(lengths) for part, lengths in held.lengths.items() if len(lengths)}
     for number, (part, values) in enumerate(rows.items()):
         if number == 0:
-            yield _line(held.unit, "  ".join(f"{name:>7}" for name in values))
-        yield _line(f"  {part}", "  ".join(f"{value:>7,}" for value in values.values()))
+            yield line_of(held.unit, "  ".join(f"{name:>7}" for name in values))
+        yield line_of(f"  {part}", "  ".join(f"{value:>7,}" for value in values.values()))
 
 
 def _text_lines(found: Mapping[str, Any]) -> Iterator[str]:
     if counts := found.get("ends"):
         told = [f"{count:,} {what}" for what, count in counts.items() if what != "rows" and count]
         twice = "" if counts["begin with two"] or counts["end with two"] else "none has one of them twice"
-        yield _line("BOS and EOS", f"of the first {counts['rows']:,} rows {', '.join([*told, twice]).rstrip(', ')}")
+        yield line_of("BOS and EOS", f"of the first {counts['rows']:,} rows {', '.join([*told, twice]).rstrip(', ')}")
     for what, does in found.get("template", {}).items():
-        yield _line("chat template", f"{what}: {does}")
+        yield line_of("chat template", f"{what}: {does}")
     if found.get("examples"):
         yield from _example_lines(found["examples"])
     if found.get("transcripts"):
         how = "these are transcripts of Human: and Assistant: turns; transcripts=chat makes messages of them"
-        yield _line("note", how)
+        yield line_of("note", how)
     if missed := found.get("not_looked_at"):
-        yield _line("not looked at", f"{', '.join(missed)}: add model=DIR, a Hugging Face directory or hub name")
+        yield line_of("not looked at", f"{', '.join(missed)}: add model=DIR, a Hugging Face directory or hub name")
 
 
 def _example_lines(examples: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     from klimb.commands.check_text import in_colour, shown
 
     colour = in_colour()
-    yield _line("examples", "what is trained on is green" if colour else "what is trained on stands between ⟦ and ⟧")
+    yield line_of("examples", "what is trained on is green" if colour else "what is trained on stands between ⟦ and ⟧")
     for example in examples:
         yield f"── {example['row']}"
         yield from (f"  {line}" for line in shown(example["text"], colour).split("\n"))
@@ -183,7 +172,3 @@ def _verdict(held: Held, fit: bool) -> str:
     if not held.used:
         return "not fit to train on: no row can be used"
     return f"not fit to train on: {len(held.problems):,} bad rows stop a run; mend them, or set on_bad=drop"
-
-
-def _line(name: str, text: str) -> str:
-    return f"{name:{_WIDTH}} {text}"

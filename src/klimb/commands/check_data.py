@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,8 @@ from klimb.errors import DataError
 
 SHOWN = 20
 """Bad rows on the screen; where there are more, a file gets all."""
+_WIDTH = 14
+"""Of the names of lines."""
 QUANTILES = {"least": 0.0, "5 %": 0.05, "half": 0.5, "95 %": 0.95, "99 %": 0.99, "most": 1.0}
 
 
@@ -226,3 +228,19 @@ def write_problems(problems: Sequence[Problem], source: str) -> Path:
     except OSError as error:
         raise DataError("cannot be written", where=path, why=error.strerror or error, fix="stand elsewhere") from error
     return path
+
+
+def bad_lines(problems: Sequence[Problem], file: Path | None) -> Iterator[str]:
+    """How many, why, and the first of them."""
+    if not problems:
+        yield line_of("bad rows", "none")
+        return
+    why = "; ".join(f"{count:,} × {reason}" for reason, count in list(reasons(problems).items())[:8])
+    yield line_of("bad rows", f"{len(problems):,}: {why}")
+    yield from (f"  {problem}" for problem in problems[:SHOWN])
+    if file is not None:
+        yield f"  and {len(problems) - SHOWN:,} more; all of them are in {file}"
+
+
+def line_of(name: str, text: str) -> str:
+    return f"{name:{_WIDTH}} {text}"

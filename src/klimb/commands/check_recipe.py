@@ -11,8 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from klimb.commands.check import bad_lines
-from klimb.commands.check_data import SHOWN, write_problems
+from klimb.commands.check_data import SHOWN, bad_lines, write_problems
 from klimb.commands.dry_run import lines_of_all, told, told_of_all
 from klimb.commands.schema import config_class, stage_of
 from klimb.config import load_recipe, load_yaml, shipped_recipes

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 
@@ -16,12 +16,10 @@ from klimb.models.load import HALF
 from klimb.objective.advantage import Draws
 from klimb.rollout.engine import Request, generate
 from klimb.rollout.sampling import SamplingParams
+from klimb.stages.actors import Actors, RlConfig
 from klimb.stages.common import stream_seed
 from klimb.stages.evaluate import add_gold, batch_of
 from klimb.types import Group, Prompt
-
-if TYPE_CHECKING:
-    from klimb.stages.rl import Actors, RlConfig
 
 
 def rollout(actors: Actors, step: int) -> tuple[list[Group], list[Group], dict[str, float]]:
