@@ -243,3 +243,11 @@ def test_what_is_no_data(here: Path) -> None:
         assert names in said.err
     (here / "empty.jsonl").touch()
     assert klimb("check", "empty.jsonl").err == "klimb: empty.jsonl: no rows; give it at least one\n"
+
+
+def test_a_row_of_another_type_is_one_bad_row(here: Path) -> None:
+    write(here / "mixed.jsonl", [{"prompt": "a ?"}, {"text": "b"}])
+    said = klimb("check", "mixed.jsonl")
+    assert said.code == 1
+    assert "mixed.jsonl:2: has no column prompt (it has: text), where most rows are prompt" in said.out
+    assert "not fit to train on: 1 bad rows" in said.out

@@ -413,7 +413,6 @@ CASES: dict[str, list[Bad]] = {
         Bad("a check of no such file", "check missing.jsonl", ("missing.jsonl",)),
         Bad("a check of an unknown method", "check dpoo model=base", ("'dpoo'", "'dpo'")),
         Bad("a check of an empty file", "check bad.jsonl", ("bad.jsonl", "no rows"), file("bad.jsonl", "")),
-        Bad("a check of two types in one file", "check bad.jsonl", ("bad.jsonl:2", "bad.jsonl:1"), rows({"prompt": "a ?"}, {"text": "b"})),
         Bad("a check with an unknown key", "check demonstrations.jsonl modle=base", ("'modle'", "'model'")),
         Bad("a check of a misspelt recipe", "check bad.yaml", ("bad.yaml", "'stpes'", "'steps'"), file("bad.yaml", "model: base\ndata: demonstrations.jsonl\nstpes: 3\n")),
         Bad("a check of a recipe for several stages", "check bad.yaml", ("reward, preference", "klimb check reward"), file("bad.yaml", "model: base\ndata: preferences.jsonl\n")),
