@@ -65,8 +65,9 @@ def test_also_in_threads_and_each_has_steps_of_its_own() -> None:
 def test_steps_do_not_add_up_over_renderings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sandbox, "STEPS", 2000)
     template = Renderer(toy.chatml("{% for a in range(900) %}{% endfor %}" + toy.CHATML)).template
-    for _ in range(5):
-        template.render(ROWS[0]["messages"])
+    rendered = [template.render(ROWS[0]["messages"]) for _ in range(5)]
+    assert rendered == [rendered[0]] * 5
+    assert ROWS[0]["messages"][0]["content"] in rendered[0][0]
 
 
 def test_long_conversations_and_contents_are_no_endless_template() -> None:
