@@ -72,7 +72,7 @@ def sft(model: str = "${world.model}", **settings: Any) -> dict[str, Any]:
 def contests() -> dict[str, Contest]:
     adam = {"betas": [0.9, 0.99]}
     task = {"stage": "rl", "model": "${sft.model}", "data": "${world.prompts}", "reward": "${world.reward}",
-            "prompts_per_step": 64, "samples_per_prompt": 8, "steps": 60}  # fmt: skip
+            "prompts_per_step": 64, "samples_per_prompt": 8, "steps": 60, "max_samples": 60 * 64 * 8}  # fmt: skip
     measured = {"data": "${world.prompts}", "reward": "${reward_model.model}", "gold": "${world.gold}",
                 "samples_per_prompt": 171, "max_tokens": 20}  # fmt: skip
     pairs = {"stage": "sample", "model": "${sft.model}", "data": "${world.prompts}", "samples_per_prompt": 2400,
@@ -89,7 +89,8 @@ def contests() -> dict[str, Contest]:
         },
     }  # fmt: skip
     online = {**task, "reward": "${reward_model.model}", "gold": "${world.gold}", "prompts_per_step": 16, "steps": 80,
-              "max_tokens": 20, "optimizer": {"lr": 3e-4, "betas": [0.9, 0.95]}}  # fmt: skip
+              "max_samples": 80 * 16 * 8, "max_tokens": 20,
+              "optimizer": {"lr": 3e-4, "betas": [0.9, 0.95]}}  # fmt: skip
     offline = {"stage": "preference", "model": "${sft.model}", "data": "${comparisons.preferences}", "epochs": 2,
                "batch_size": 128, "optimizer": {"lr": 3e-4, "betas": [0.9, 0.95]}}  # fmt: skip
     return {
@@ -181,7 +182,7 @@ def row_of(contest: str, seed: int, method: str, results: Mapping[str, Any], fol
         "contest": contest, "seed": seed, "method": method, "pass@1": found["gold"], "pass@16": curve[-1].get("gold"),
         "proxy": found.get("proxy"), "kl": found["kl"], "length": found["length"], "entropy": mean("entropy"),
         "chosen_log_ratio": mean("chosen_log_ratio"), "seconds": results[trained]["seconds"],
-        "drawn": sum(s.get("samples/drawn", 0) for s in steps), "model": results[trained]["model"],
+        "drawn": steps[-1].get("samples/drawn"), "model": results[trained]["model"],
     }  # fmt: skip
 
 

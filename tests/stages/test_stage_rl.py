@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from dataclasses import replace
@@ -205,6 +206,18 @@ def test_dynamic_sampling_refills_until_groups_differ(world: World, tmp_path: Pa
     run |= {"data": hard, "reward": "exact", "prompts_per_step": 1}
     with pytest.raises(KlimbError, match="no group to learn from out of 6"):
         play("rl", tmp_path / "none", algorithm="dapo", max_refills=5, **run)
+
+
+def test_training_ends_when_so_many_completions_are_drawn(world: World, tmp_path: Path) -> None:
+    """Refused groups count, and so do samples that only serve as baselines."""
+    run = {"model": world.model, "data": world.prompts, "reward": world.reward("rare"), "steps": 20, **SMALL_RL}
+    done = play("rl", tmp_path / "run", algorithm="dapo", max_refills=30, max_samples=600, **run)
+    drawn = [row["samples/drawn"] for row in done.rows]
+    assert drawn == list(itertools.accumulate(row["groups/drawn"] * 8 for row in done.rows))
+    assert drawn[-2] < 600 <= drawn[-1]
+    assert done.result["steps"] == len(drawn) < 12
+    remax = play("rl", tmp_path / "remax", algorithm="remax", max_samples=108, **run)
+    assert [row["samples/drawn"] for row in remax.rows] == [54, 108]  # 6 prompts, 8 samples and one greedy reply each
 
 
 def test_a_reward_model_on_a_scale_that_follows_the_training(world: World, tmp_path: Path) -> None:

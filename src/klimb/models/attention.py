@@ -34,6 +34,9 @@ _HARMLESS = {"use_cache", "output_attentions", "output_hidden_states", "return_d
 class AttentionPlan(Protocol):
     """Who sees whom. q [1, H, N, D]; k, v [1, H_kv, N, D]; returns [1, N, H, D_v]."""
 
+    read: Tensor | None
+    """Places of the run whose states are read after the last layer; None: all of them."""
+
     def attend(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, softcap: float | None
     ) -> Tensor: ...
@@ -134,6 +137,7 @@ class PackedAttention:
 
     def __init__(self, spans: Sequence[tuple[range, range]], device: torch.device) -> None:
         self.spans, self.device = spans, device
+        self.read: Tensor | None = None
 
     def attend(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, softcap: float | None

@@ -21,6 +21,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from klimb.errors import KlimbError
 from klimb.models.attention import AttentionPlan
+from klimb.models.last_layer import skip_unread, worth_skipping
 from klimb.models.load import LoRA, context_length
 from klimb.models.logprobs import Head
 
@@ -50,6 +51,7 @@ class Backbone(nn.Module):
         self.model = model
         self.started_from_adapter = adapter is not None and self.peft is not None
         self.context = context_length(model.config)
+        skip_unread(model)
 
     @property
     def device(self) -> torch.device:
@@ -87,9 +89,14 @@ class Backbone(nn.Module):
             self.peft.base_model.set_adapter(adapter, inference_mode=adapter == "reference")
 
     def states(
-        self, tokens: Tensor, positions: Tensor, plan: AttentionPlan, keep: Tensor, *, logits: bool = False
-    ) -> Tensor:
-        """Hidden states [K, d] after the final norm at the flat places `keep` [K], or the model's own logits [K, V]."""
+        self, tokens: Tensor, positions: Tensor, plan: AttentionPlan, keep: Tensor, read: Tensor | None = None,
+        *, logits: bool = False,
+    ) -> Tensor:  # fmt: skip
+        """Hidden states [K, d] after the final norm at the flat places `keep` [K], or the model's own logits [K, V].
+
+        read: the places of `keep`, once each; None where those are all.
+        """
+        plan.read = worth_skipping(read, len(tokens))
         inputs = {
             "input_ids": tokens[None],
             "position_ids": positions[None],

@@ -108,6 +108,7 @@ class Prefill:
     positions: Tensor
     stored: list[tuple[int, int]]
     """Place of each prompt that is continued, and how much of it is there: what the pieces see besides themselves."""
+    read: Tensor | None = None
 
     @staticmethod
     def of(cache: KVCache, pieces: Sequence[tuple[int, range]], device: torch.device) -> Prefill:
@@ -191,6 +192,7 @@ class Decode:
         self.longest = longest
         self.masks: dict[int | None, Tensor] = {}
         self.lines: dict[int, Tensor] = {}
+        self.read: Tensor | None = None
 
     def attend(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, softcap: float | None

@@ -46,7 +46,7 @@ class Policy(nn.Module):
         """The head and the states [M, d] that predict the marked tokens."""
         self.backbone.use(self.adapter)
         states = self.backbone.states(
-            packed.tokens, packed.positions, packed.plan, packed.predictors, logits=self.own_head
+            packed.tokens, packed.positions, packed.plan, packed.predictors, packed.read, logits=self.own_head
         )
         return self.head(), states
 
@@ -79,7 +79,7 @@ class Critic(nn.Module):
         """values [B, T] in nats of nothing: the units of the reward. Zero where not masked."""
         packed = pack(batch, self.backbone.device)
         self.backbone.use(self.adapter)
-        states = self.backbone.states(packed.tokens, packed.positions, packed.plan, packed.predictors)
+        states = self.backbone.states(packed.tokens, packed.positions, packed.plan, packed.predictors, packed.read)
         return _scatter(self.value(states).squeeze(-1).to(precision(states)), batch)
 
     def trainable(self) -> dict[str, nn.Parameter]:
@@ -100,7 +100,7 @@ class RewardModel(nn.Module):
         """Raw scores [B]."""
         packed = pack(batch, self.backbone.device)
         self.backbone.use("policy")
-        states = self.backbone.states(packed.tokens, packed.positions, packed.plan, packed.last)
+        states = self.backbone.states(packed.tokens, packed.positions, packed.plan, packed.last, packed.ends)
         scores = self.head(states).squeeze(-1).to(precision(states))
         final = scores.new_zeros(len(batch), dtype=torch.long)
         final[packed.last_sample] = torch.arange(len(scores), device=scores.device)  # the last of its rows wins

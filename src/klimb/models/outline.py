@@ -139,7 +139,7 @@ class Outline:
         place = self.backbone.get_submodule(holder)
         results = []
         for few in _COMPUTED_LAYERS:
-            setattr(place, name, nn.ModuleList(layers[:few]))
+            setattr(place, name, nn.ModuleList([*layers[: few - 1], layers[-1]]))
             results.append(self._measured(measure, checkpointing))
         setattr(place, name, nn.ModuleList(layers))
         further = len(layers) - _COMPUTED_LAYERS[-1]
@@ -149,10 +149,12 @@ class Outline:
     def _measured(self, measure: Callable[[], tuple[int, int]], checkpointing: bool) -> tuple[int, int]:
         if not checkpointing:
             return measure()
+        layers = [m for m in self.backbone.modules() if isinstance(m, GradientCheckpointingLayer)]
+        forwards = [layer.forward for layer in layers]
         self.backbone.checkpoint_activations()
         found = measure()
-        for module in self.backbone.modules():
-            module.__dict__.pop("forward", None)
+        for layer, forward in zip(layers, forwards, strict=True):
+            layer.forward = forward
         return found
 
     @contextmanager

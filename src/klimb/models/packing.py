@@ -24,7 +24,7 @@ class Packed:
 
     tokens, positions [N]. predictors [M]: flat place of the token whose hidden state predicts the marked token (so
     of the state that its value is of); targets [M]: its id. last [R]: flat place of each row's last token, and
-    last_sample [R] whose row it is.
+    last_sample [R] whose row it is. read, ends: the places of predictors and of last, once each and in order.
     """
 
     tokens: Tensor
@@ -34,6 +34,8 @@ class Packed:
     targets: Tensor
     last: Tensor
     last_sample: Tensor
+    read: Tensor
+    ends: Tensor
 
 
 def pack(batch: TokenBatch, device: torch.device) -> Packed:
@@ -70,7 +72,8 @@ def pack(batch: TokenBatch, device: torch.device) -> Packed:
     as_tensor = lambda values: torch.tensor(values, dtype=torch.long, device=device)  # noqa: E731
     return Packed(
         as_tensor(tokens), as_tensor(positions), PackedAttention(spans, device), as_tensor(predictors),
-        as_tensor(targets), as_tensor(last), as_tensor(last_sample),
+        as_tensor(targets), as_tensor(last), as_tensor(last_sample), as_tensor(sorted(set(predictors))),
+        as_tensor(sorted(set(last))),
     )  # fmt: skip
 
 

@@ -233,7 +233,8 @@ class LocalEngine:
 
     def _states(self, tokens: Tensor, positions: Tensor, plan: Prefill | Decode, keep: Tensor) -> Tensor:
         self.policy.backbone.use(self.policy.adapter)
-        return self.policy.backbone.states(tokens, positions, plan, keep, logits=self.policy.own_head)
+        read = keep if isinstance(plan, Prefill) else None
+        return self.policy.backbone.states(tokens, positions, plan, keep, read, logits=self.policy.own_head)
 
     def _logits(self, states: Tensor) -> Tensor:
         return self.policy.head().logits(states)

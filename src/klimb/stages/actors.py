@@ -56,6 +56,7 @@ class RlConfig(TrainConfig):
     critic: CriticConfig = CriticConfig()
     failure_limit: float = Field(0.05, ge=0, le=1, description="share of rows whose reward may fail")
     max_refills: int = Field(8, ge=0, description="dynamic sampling: further rounds of prompts for one batch")
+    max_samples: int | None = Field(None, ge=1, description="training ends after the step that drew so many in all")
     measure: Measurement | None = None
 
     def work(self, context: int) -> Work:
@@ -110,6 +111,8 @@ class Actors:
     """Baselines by prompt that were made of π_ref's samples."""
     resting: dict[str, int] = field(default_factory=dict)
     """Prompts that are solved, and up to which step they are not drawn."""
+    samples_drawn: int = 0
+    """Completions of the policy since the run began, refused ones among them."""
 
     @property
     def policy(self) -> Policy:
@@ -122,8 +125,15 @@ class Actors:
     def progress(self) -> dict[str, Any]:
         """What a checkpoint needs besides weights and the algorithm's state."""
         moments = [list(part.moments) for part in self.running if part.moments is not None]
-        return {"sampler": self.sampler.state(), "reward_counts": dict(self.scorer.counts), "reward_moments": moments,
-                "known_values": self.known_values, "resting": self.resting}  # fmt: skip
+        return {
+            "sampler": self.sampler.state(), "reward_counts": dict(self.scorer.counts), "reward_moments": moments,
+            "known_values": self.known_values, "resting": self.resting, "samples_drawn": self.samples_drawn,
+        }  # fmt: skip
+
+    @property
+    def finished(self) -> bool:
+        """Have as many completions been drawn as may be?"""
+        return self.config.max_samples is not None and self.samples_drawn >= self.config.max_samples
 
     def moving_weights(self) -> dict[str, Tensor]:
         """Of a reference that follows the policy, by the names that the policy's weights have; else none."""
@@ -141,6 +151,7 @@ class Actors:
         self.scorer.counts = progress["reward_counts"]
         self.known_values = progress.get("known_values", {})
         self.resting = progress.get("resting", {})
+        self.samples_drawn = progress.get("samples_drawn", 0)
         for part, moments in zip(self.running, progress["reward_moments"], strict=True):
             part.moments = Moments(*moments)
 

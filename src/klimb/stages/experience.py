@@ -43,6 +43,7 @@ def rollout(actors: Actors, step: int) -> tuple[list[Group], list[Group], dict[s
             if actors.gold is not None:
                 add_gold(actors.gold, groups, lambda event: session.run.event(**event))
         drawn += groups
+        actors.samples_drawn += sum(len(group.samples) for group in groups)
         counts["samples/dropped"] = counts.get("samples/dropped", 0) + report.dropped_samples
         wanted = actors.algorithm.sampling
         for group in report.groups:
@@ -170,6 +171,7 @@ def baselines(actors: Actors, groups: Sequence[Group], draws: Draws, step: int) 
         drawn = generate(engine, [Request(prompt, draws.samples, params, seed) for prompt in prompts])
     with session.timed("reward"):
         actors.scorer.score(drawn)
+    actors.samples_drawn += sum(len(group.samples) for group in drawn)
     for group in drawn:
         scores = [s.score for s in group.samples if s.score is not None]
         if scores:

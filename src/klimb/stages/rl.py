@@ -47,12 +47,15 @@ def train(config: RlConfig, run: Run, interrupt: Interrupt, say: Any) -> dict[st
     actors = prepare(config, session)
     judges = Judges.for_measurement(config.measure, session, actors.loaded, config.seed)
     state: dict[str, Tensor] = {}
-    start = 0
+    taken = 0
     if found := session.resume():
-        start, state = found.step, found.tensors["state"]
+        taken, state = found.step, found.tensors["state"]
         actors.restore(found.state["stage"], found.tensors.get("reference", {}))
 
-    for step in session.steps(start, config.steps):
+    for step in session.steps(taken, config.steps):
+        if actors.finished:
+            say(f"stopped after step {taken}: {actors.samples_drawn} completions are drawn")
+            break
         actors.engine.update_weights(step)
         groups, refused, counted = rollout(actors, step)
         batch = look_up(actors, experience(actors, groups, step), stale=is_stale(groups, step))
@@ -69,6 +72,7 @@ def train(config: RlConfig, run: Run, interrupt: Interrupt, say: Any) -> dict[st
         state = after_step(actors.algorithm, credit.state, measured)
         if (schedule := actors.algorithm.reference) is not None and schedule.due(step):
             schedule.move(actors.moving_weights(), actors.policy.trainable())
+        taken, counted["samples/drawn"] = step, float(actors.samples_drawn)
         session.end_step(
             step, config.steps, {**metrics.results(credit.metrics | measured), **counted},
             every=config.checkpoint_every, state=actors.progress(), tensors=state,
@@ -80,7 +84,7 @@ def train(config: RlConfig, run: Run, interrupt: Interrupt, say: Any) -> dict[st
     reference = actors.reference if stays else None
     reference = reference or (load_reference(session, actors.loaded, config.model) if judges else None)
     evaluation = judges.evaluate(actors.policy, reference, "evaluate") if judges and reference else None
-    return {"model": str(run.model), "steps": config.steps, "algorithm": describe(actors.algorithm),
+    return {"model": str(run.model), "steps": taken, "algorithm": describe(actors.algorithm),
             "evaluation": evaluation}  # fmt: skip
 
 
