@@ -16,17 +16,17 @@ from klimb.models.faces import Policy
 
 pytestmark = pytest.mark.skipif(native.why_not() is not None, reason=f"no kernels: {native.why_not()}")
 
-# What of each family's two layers is taken over: norms, gated MLPs, attentions by their rotary positions, GELUs.
+# What of each family is taken over: norms, gated MLPs, attentions by their rotary positions, GELUs, linear layers.
 TAKEN = {
-    "llama": (5, 2, 2, 0),
-    "llama-tied": (5, 2, 2, 0),
-    "qwen2": (5, 2, 2, 0),
-    "qwen3": (9, 2, 2, 0),
-    "mistral-window": (5, 2, 2, 0),
-    "gemma2": (9, 0, 2, 2),
-    "gemma3": (13, 0, 2, 2),
-    "cohere-scaled": (0, 2, 0, 0),
-    "gpt2": (0, 0, 0, 2),
+    "llama": (5, 2, 2, 0, 15),
+    "llama-tied": (5, 2, 2, 0, 15),
+    "qwen2": (5, 2, 2, 0, 15),
+    "qwen3": (9, 2, 2, 0, 15),
+    "mistral-window": (5, 2, 2, 0, 15),
+    "gemma2": (9, 0, 2, 2, 15),
+    "gemma3": (13, 0, 2, 2, 15),
+    "cohere-scaled": (0, 2, 0, 0, 15),
+    "gpt2": (0, 0, 0, 2, 1),
 }
 
 
@@ -45,9 +45,8 @@ def taken(model: nn.Module) -> list[nn.Module]:
 def test_what_is_taken_over(family: str) -> None:
     model = tiny(family)
     modules = taken(model)
-    kinds = [
-        sum(word in type(module).__name__ for module in modules) for word in ("RMSNorm", "MLP", "Attention", "GELU")
-    ]
+    names = ("RMSNorm", "MLP", "Attention", "GELU", "Linear")
+    kinds = [sum(word in type(module).__name__ for module in modules) for word in names]
     assert tuple(kinds) == TAKEN[family]
     assert len(modules) == sum(kinds)
 
@@ -66,6 +65,29 @@ def test_log_probs_and_gradients_are_those_of_torch(family: str) -> None:
     (ours, gradients), (theirs, expected) = found
     # The log-probs reach -30 and the weights were spread by 4: rounding of both paths, not only of the kernels.
     torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=2e-5)
+    assert gradients.keys() == expected.keys()
+    for name, gradient in gradients.items():
+        assert (gradient - expected[name]).norm() <= 1e-4 * expected[name].norm() + 1e-6, name
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_gradients_of_several_micro_batches_are_added_in_place(family: str) -> None:
+    model = tiny(family)
+    policy, batches = Policy(Backbone(model), None), [ragged(seed=seed) for seed in range(3)]
+    weights = [m.weight for m in model.modules() if type(m) is nn.Linear and m is not model.get_output_embeddings()]
+    arrived: list[bool] = []
+    for weight in weights:
+        weight.register_hook(lambda gradient: arrived.append(gradient is not None))
+    found = []
+    for on in (True, False):
+        native.use(on)
+        model.zero_grad()
+        arrived.clear()
+        for batch in batches:
+            policy(batch).logps.square().mean().backward()
+        assert sum(arrived) == len(weights) * (1 if on else 3)  # what is added in place comes to no hook
+        found.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+    gradients, expected = found
     assert gradients.keys() == expected.keys()
     for name, gradient in gradients.items():
         assert (gradient - expected[name]).norm() <= 1e-4 * expected[name].norm() + 1e-6, name

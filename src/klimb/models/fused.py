@@ -26,12 +26,18 @@ Forward = Callable[..., Any]
 
 
 def take_over(model: nn.Module) -> None:
-    """RMSNorms, gated MLPs, GELUs and rotary positions of a model, each if it proves equal. Needs the kernels."""
+    """RMSNorms, gated MLPs, GELUs, rotary positions and the linear layers of a model, each if it proves equal.
+
+    Needs the kernels.
+    """
     was = native.use(True)  # a layer's own way would prove nothing
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         for module in model.modules():
-            forward = _rms_norm_of(module) or _gated_mlp_of(module) or _gelu_of(module) or _with_rotary(module)
+            forward = (
+                _rms_norm_of(module) or _gated_mlp_of(module) or _gelu_of(module) or _with_rotary(module)
+                or _linear_of(module)
+            )  # fmt: skip
             if forward is not None:
                 module.forward = MethodType(forward, module)
     native.use(was)
@@ -199,3 +205,41 @@ class _Rotary(torch.autograd.Function):
         cosine, sine = ctx.saved_tensors
         dq, dk = (native.rope(native.dense_rows(g[0]), cosine, sine, inverse=True)[None] for g in grads)
         return dq, dk, None, None
+
+
+# Linear layers --------------------------------------------------------------------------------------------------------
+
+
+def _linear_of(module: nn.Module) -> Forward | None:
+    return _linear if type(module) is nn.Linear else None
+
+
+def _linear(self: Any, x: Tensor) -> Tensor:
+    if not (torch.is_grad_enabled() and self.weight.requires_grad and native.takes(x)):
+        return nn.functional.linear(x, self.weight, self.bias)
+    return _Linear.apply(x, self.weight, self.bias)
+
+
+class _Linear(torch.autograd.Function):
+    """From the second micro-batch on the weight's gradient is added where it is, within the product that computes it:
+    a matrix less to write, and two less to read.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return nn.functional.linear(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        needs_x, _, needs_bias = ctx.needs_input_grad
+        dx = grad @ weight if needs_x else None
+        dbias = grad.flatten(0, -2).sum(0) if needs_bias else None
+        rows, grads = x.flatten(0, -2), grad.flatten(0, -2)
+        sum_so_far = weight.grad
+        if sum_so_far is None or sum_so_far.stride() != weight.stride():
+            return dx, (rows.t() @ grads).t(), dbias
+        sum_so_far.t().addmm_(rows.t(), grads)
+        return dx, None, dbias
