@@ -18,7 +18,8 @@ from klimb.data.render import Renderer
 from klimb.errors import ConfigError, DataError, KlimbError
 from klimb.models.backbone import Backbone
 from klimb.models.code import pinned
-from klimb.models.load import check_vocabulary, load_causal, load_tokenizer, resolve_device, resolve_dtype
+from klimb.models.load import check_vocabulary, load_causal, resolve_device, resolve_dtype
+from klimb.models.place import load_tokenizer
 from klimb.models.probe import probed_policy
 from klimb.report.text import visible
 from klimb.rollout.engine import Request

@@ -93,7 +93,7 @@ def _looked(config: CheckConfig, progress: Any) -> tuple[Held, dict[str, Any]]:
         return in_characters(config), {**further, "not_looked_at": missed}
     from klimb.commands.check_text import ends, examples, template_facts
     from klimb.data.render import Renderer
-    from klimb.models.load import base_of, declared_context, load_tokenizer
+    from klimb.models.place import base_of, declared_context, load_tokenizer
 
     renderer = Renderer(load_tokenizer(config.model))
     local = Path(base_of(config.model))

@@ -58,7 +58,8 @@ def _write_merged(trained: Trained, folder: Path) -> None:
     import torch
 
     from klimb.models.backbone import Backbone
-    from klimb.models.load import load_causal, load_tokenizer, save_causal
+    from klimb.models.load import load_causal, save_causal
+    from klimb.models.place import load_tokenizer
     from klimb.stages.trust import as_trained
 
     dtype = getattr(torch, str(trained.manifest["decisions"].get("dtype", "float32")))

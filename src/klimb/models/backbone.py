@@ -22,8 +22,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from klimb.errors import KlimbError
 from klimb.models.attention import AttentionPlan
 from klimb.models.last_layer import skip_unread, worth_skipping
-from klimb.models.load import LoRA, context_length
+from klimb.models.load import LoRA
 from klimb.models.logprobs import Head
+from klimb.models.place import context_length
 
 _UNKNOWN = ""
 """No adapter has this name."""

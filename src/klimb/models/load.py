@@ -10,21 +10,16 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
-    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import logging as transformers_logging
 
 from klimb import native
 from klimb.errors import KlimbError
 from klimb.models import attention, code, fused, nf4
-
-transformers_logging.disable_progress_bar()
+from klimb.models.place import base_of, check_place, first_line
 
 DTYPES = {
     "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64,
@@ -88,15 +83,6 @@ def without_bfloat16(device: torch.device) -> str | None:
     return f"{torch.cuda.get_device_name(device)} (compute capability {capability[0]}.{capability[1]})"
 
 
-def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
-    """The tokenizer beside the weights (of an adapter: its own copy, else its base model's)."""
-    check_place(model)
-    try:
-        return AutoTokenizer.from_pretrained(model, **code.loading(model))
-    except (OSError, ValueError, KeyError) as error:
-        raise KlimbError(f"model={model}: no tokenizer can be loaded from it ({_first_line(error)})") from None
-
-
 def load_causal(
     model: str, device: torch.device, dtype: torch.dtype, base: Literal["dense", "4bit"] = "dense"
 ) -> tuple[PreTrainedModel, Path | None]:
@@ -112,26 +98,6 @@ def load_causal(
     elif nf4.noted(model):
         nf4.round_weights(network)
     return network, adapter
-
-
-def base_of(model: str) -> str:
-    """The model that a LoRA adapter belongs to; any other is its own. A path is made absolute: adapters remember it."""
-    adapter = Path(model) / "adapter_config.json"
-    base = str(json.loads(adapter.read_text())["base_model_name_or_path"]) if adapter.is_file() else model
-    if base != model and base.startswith((".", "/", "~")) and not Path(base).exists():
-        raise KlimbError(f"model={model}: an adapter whose base model {base} is not there; put it back, or mend "
-                         f"base_model_name_or_path in {adapter}")  # fmt: skip
-    return str(Path(base).resolve()) if Path(base).exists() else base
-
-
-def declared_context(model: str) -> int:
-    """`context_length` before the weights are loaded."""
-    base = base_of(model)
-    check_place(base)
-    try:
-        return context_length(AutoConfig.from_pretrained(base, **code.loading(base)))
-    except (OSError, ValueError, KeyError) as error:
-        raise KlimbError(f"model={model}: cannot be loaded ({_first_line(error)})") from None
 
 
 def load_classifier(model: str, device: torch.device, dtype: torch.dtype, seed: int = 0) -> PreTrainedModel:
@@ -173,7 +139,7 @@ def _from_pretrained(
             model, dtype=dtype, attn_implementation=attention.NAME, **code.loading(model), **options
         )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        raise KlimbError(f"model={model}: cannot be loaded ({_first_line(error)})") from None
+        raise KlimbError(f"model={model}: cannot be loaded ({first_line(error)})") from None
     if getattr(loaded, "hf_quantizer", None) is not None and "quantization_config" not in options:
         raise KlimbError(f"model={model}: its weights are stored quantised, klimb quantises dense ones itself",
                          fix="give the dense model, and lora.base=4bit to hold it in 4 bits")  # fmt: skip
@@ -207,29 +173,6 @@ def _store_by_column(model: PreTrainedModel) -> None:
         dense = isinstance(module, nn.Linear) and module.weight.is_floating_point()
         if dense and module is not model.get_output_embeddings():
             module.weight.data = module.weight.data.t().contiguous().t()
-
-
-def check_place(model: str) -> None:
-    """What exists has to be a model; what looks like a path has to exist; anything else is a hub name."""
-    path = Path(model)
-    if path.exists() and not any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
-        raise KlimbError(f"model={model}: not a model directory (no config.json in it); give a Hugging Face model "
-                         "directory, the `model/` folder of a klimb run, or a hub name")  # fmt: skip
-    if not path.exists() and (model.startswith((".", "/", "~")) or model.endswith("/") or model.count("/") > 1):
-        raise KlimbError(f"model={model}: no such directory; give one that exists, or a hub name")
-
-
-def _first_line(error: Exception) -> str:
-    if "trust_remote_code" in str(error):
-        return ("it needs Python code of its own, which runs only where that is typed: read it, then set "
-                "trust_remote_code=true, and for a hub name revision=COMMIT")  # fmt: skip
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def context_length(config: PretrainedConfig) -> int:
-    """Longest sequence the positions allow."""
-    config = config.get_text_config()
-    return int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 1 << 30)
 
 
 def save_causal(

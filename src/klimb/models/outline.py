@@ -28,7 +28,8 @@ from klimb.batch import Row, TokenBatch
 from klimb.models import attention, code, nf4
 from klimb.models.backbone import Backbone
 from klimb.models.faces import Policy, RewardModel
-from klimb.models.load import HALF, LoRA, base_of, check_place
+from klimb.models.load import HALF, LoRA
+from klimb.models.place import base_of, check_place
 
 META = torch.device("meta")
 _FEW_SAMPLES = 8  # computed; so many and twice so many tell what each further one adds

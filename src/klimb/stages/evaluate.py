@@ -14,8 +14,8 @@ from klimb.config import StageConfig
 from klimb.data.load import load_prompts
 from klimb.data.render import Renderer
 from klimb.models.faces import Policy, sequence_kl
-from klimb.models.load import load_tokenizer
 from klimb.models.packing import Budget
+from klimb.models.place import load_tokenizer
 from klimb.rewards.code import sandbox_tier
 from klimb.rewards.model import ModelReward
 from klimb.rewards.normalise import Normalised

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import torch
 
 from klimb.errors import KlimbError, one_line
-from klimb.models.load import LoRA, declared_context
+from klimb.models.load import LoRA
 from klimb.models.outline import Shape
+from klimb.models.place import declared_context
 from klimb.rewards.spec import reward_files
 from klimb.runtime.plan import Learning, Plan, Sampled, Work, gigabytes, plan
 from klimb.stages.trust import permitted

@@ -19,14 +19,13 @@ from klimb.models.faces import Critic, Policy, RewardModel
 from klimb.models.load import (
     LoRA,
     check_vocabulary,
-    declared_context,
     load_causal,
     load_classifier,
-    load_tokenizer,
     save_adapter,
     save_causal,
     score_head,
 )
+from klimb.models.place import declared_context, load_tokenizer
 from klimb.models.probe import probed_policy
 from klimb.runtime import durable
 from klimb.runtime.ranks import rank

@@ -17,8 +17,9 @@ from klimb.data.sampler import Sampler
 from klimb.errors import RewardError
 from klimb.metrics import Metrics
 from klimb.models.faces import RewardModel, reward_scores
-from klimb.models.load import check_vocabulary, load_tokenizer, save_classifier
+from klimb.models.load import check_vocabulary, save_classifier
 from klimb.models.packing import Budget
+from klimb.models.place import load_tokenizer
 from klimb.objective.critic import reward_loss
 from klimb.rewards.rules import plain_text
 from klimb.runtime.plan import Work

@@ -11,7 +11,7 @@ from typing import Any
 from klimb.config import find_references
 from klimb.errors import ConfigError, RunError
 from klimb.models import code
-from klimb.models.load import base_of
+from klimb.models.place import base_of
 from klimb.rewards.spec import reward_files
 from klimb.runtime.ranks import share
 from klimb.runtime.run import Run
