@@ -10,6 +10,7 @@ import transformers
 
 from klimb.models.load import LoRA
 from klimb.models.outline import Shape
+from klimb.models.packing import flat_length, split_by_budget
 from klimb.runtime.memory import _of_control_groups, available
 from klimb.runtime.plan import Learning, Plan, Sampled, Work, gigabytes, plan
 
@@ -58,6 +59,21 @@ def test_further_models_are_held_beside(model: str) -> None:
     assert found.held["reference"] == 4 * PARAMETERS
     shared = made(model, policy=Learning(model, LoRA(rank=2)), critic=Learning(model, LoRA(rank=2)))
     assert shared.held["critic"] == shared.held["adapters"] + shared.held["moments"]
+
+
+@pytest.mark.parametrize(("prompt", "completion", "together"), [(8, 8, 2), (20, 5, 8), (3, 40, 1), (30, 30, 4)])
+@pytest.mark.parametrize("samples", [8, 24, 64])
+@pytest.mark.parametrize("budget", [64, 100, 500, 10_000])
+def test_micro_batches_are_as_large_as_planned(
+    prompt: int, completion: int, together: int, samples: int, budget: int
+) -> None:
+    shape = Shape(prompt, completion, together)
+    batch = shape.batch(samples)
+    parts = [[row for i in part for row in batch.rows[i]] for part in split_by_budget(batch, budget)]
+    largest = max(flat_length(rows) for rows in parts)
+    planned = Work(Learning(""), shape, samples=samples).micro_batch(budget)
+    assert largest <= max(planned, prompt + completion) <= budget + prompt + completion
+    assert planned <= largest + 2 * prompt + completion
 
 
 def test_the_cache_is_keys_and_values_of_prompts_once_and_of_samples(model: str) -> None:

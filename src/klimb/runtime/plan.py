@@ -46,7 +46,8 @@ class Learning:
 
 @dataclass(frozen=True)
 class Work:
-    """What a stage holds and computes. shape: rows of its micro-batches. frozen: further models, by what they are."""
+    """What a stage holds and computes. shape: rows of its micro-batches; samples: of an update, 0 where that is not
+    known. frozen: further models, by what they are."""
 
     policy: Learning
     shape: Shape
@@ -57,6 +58,15 @@ class Work:
     sampled: tuple[Sampled, ...] = ()
     compared_at_the_end: str | None = None
     """A reference that is loaded when training is over."""
+    samples: int = 0
+
+    def micro_batch(self, budget: int) -> int:
+        """Flat tokens of the largest one: `split_by_budget` makes equal parts of an update, give or take a sample and
+        the prompt of a group that is torn apart."""
+        prompt, completion, together = self.shape
+        whole = -(-self.samples // together) * prompt + self.samples * completion
+        parts = -(-whole // budget)
+        return min(whole // parts + completion // 2 + prompt, budget) if parts > 1 else min(whole, budget) or budget
 
 
 @dataclass(frozen=True)
@@ -98,16 +108,17 @@ def plan(work: Work, dtype: torch.dtype, budget: int, *, checkpointing: bool, he
     policy = outline(work.policy, dtype)
     held = {"weights": policy.weights}
     phases = {}
+    micro_batch = work.micro_batch(budget)
     if not work.trains:
         phases["scoring"] = {"activations": _scoring(policy, work.shape, budget)}
     else:
         held |= {"adapters": policy.adapters, "masters": policy.masters, "moments": _moments(policy, work.policy)}
-        phases["training"] = _training(policy, work.shape, budget, checkpointing)
+        phases["training"] = _training(policy, work.shape, micro_batch, checkpointing)
     if work.critic is not None:
         critic = outline(work.critic, dtype)
         held["critic"] = critic.adapters + critic.masters + _moments(critic, work.critic)
         held["critic"] += 0 if work.critic.lora else critic.weights
-        phases["critic"] = _training(critic, work.shape, budget, checkpointing)
+        phases["critic"] = _training(critic, work.shape, micro_batch, checkpointing)
     for name, model in work.frozen:
         held[name] = held.get(name, 0) + outline(model, dtype).weights
     if work.sampled:

@@ -31,14 +31,17 @@ _SHOWN = 3
 def of_supervised(config: Any, context: int) -> Work:
     row = min(config.max_tokens or TYPICAL, context, TYPICAL)
     shape = Shape(max(row // 2, 1), max(row - row // 2, 1))
-    return Work(_learning(config), shape, frozen=_judges(config), sampled=_measured(config, context))
+    return Work(
+        _learning(config), shape, frozen=_judges(config), sampled=_measured(config, context), samples=config.batch_size
+    )
 
 
 def of_pairs(config: Any, context: int, *, classifier: bool = False, reference: bool = False) -> Work:
     work = of_supervised(config, context)
     policy = _learning(config, classifier=classifier)
     frozen = _reference(config, reference) + work.frozen
-    return replace(work, policy=policy, shape=work.shape._replace(samples=2), frozen=frozen)
+    shape = work.shape._replace(samples=2)
+    return replace(work, policy=policy, shape=shape, frozen=frozen, samples=2 * work.samples)
 
 
 def of_rl(config: Any, needs: Any, context: int) -> Work:
@@ -57,6 +60,7 @@ def of_rl(config: Any, needs: Any, context: int) -> Work:
         _learning(config), Shape(prompt, config.max_tokens, config.samples_per_prompt), critic=critic,
         frozen=_reference(config, compared) + _judges(config), sampled=sampled,
         compared_at_the_end=config.model if config.measure is not None and not compared else None,
+        samples=-(-config.prompts_per_step // config.updates_per_step) * config.samples_per_prompt,
     )  # fmt: skip
 
 
