@@ -72,8 +72,8 @@ class choice:
     r"""1 where the completion chooses the reference's letter.
 
     A letter is chosen by a last "answer is B" or "Answer: (B)", by \boxed{B} or #### B, by a completion that begins
-    with "B)" or "B.", or by a last line that is B alone; of the first two kinds the last one counts. Who names several at
-    that place ("A, B or C") has chosen none. The reference is a letter or the number of the choice from 0.
+    with "B)" or "B.", or by a last line that is B alone; of the first two kinds the last one counts. Who names several
+    at that place ("A, B or C") has chosen none. The reference is a letter or the number of the choice from 0.
     """
 
     column: Column = "answer"
@@ -94,7 +94,9 @@ class choice:
             return self.letters[reference]
         letter = str(reference).strip().strip("().").upper()
         if len(letter) != 1 or letter not in self.letters:
-            raise ValueError(f"the reference {str(reference)[:80]!r} in column {self.column!r} is none of {self.letters}")
+            raise ValueError(
+                f"the reference {str(reference)[:80]!r} in column {self.column!r} is none of {self.letters}"
+            )
         return letter
 
 

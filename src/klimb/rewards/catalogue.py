@@ -18,11 +18,14 @@ from klimb.rewards.answers import choice, contains, f1
 from klimb.rewards.code import Options as code
 from klimb.rewards.code import parse_code
 from klimb.rewards.function import START_TIMEOUT, TIMEOUT, FunctionReward, from_callable, from_file
+from klimb.rewards.instructions import instructions
 from klimb.rewards.isolated import Isolated, Judged
 from klimb.rewards.lengths import CosineReward, cosine, repetition
 from klimb.rewards.process import WorkerProcess
 from klimb.rewards.protocol import Reward
 from klimb.rewards.rules import Rule, exact, format, length, numeric, regex, rule_function
+from klimb.rewards.schema import json_schema
+from klimb.rewards.sql import sql
 from klimb.rewards.symbolic import math
 
 ModelLoader = Callable[[str], Reward]
@@ -47,7 +50,7 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class function:
-    """A function of yours, ``f(prompts, completions, **columns) -> list[float | None]`` as in TRL, in a process of its own.
+    """A function of yours in a process of its own: ``f(prompts, completions, **columns) -> scores``, as in TRL.
 
     None leaves a row out. One that hangs is killed, one that dies is replaced, and a bad row does not lose the batch.
     """
@@ -82,9 +85,7 @@ def _rule(options: dict[str, Any], asked: Asked) -> Reward:
     rule = parse_rule(asked.name, options)
     if isinstance(rule, regex) or (isinstance(rule, format) and rule.pattern):
         target = json.dumps({asked.name: options})
-        return FunctionReward(
-            asked.name, f"reward {asked.name}", lambda: WorkerProcess(target, START_TIMEOUT), TIMEOUT
-        )
+        return FunctionReward(asked.name, f"reward {asked.name}", lambda: WorkerProcess(target, START_TIMEOUT), TIMEOUT)
     return from_callable(rule_function(rule), name=asked.name)
 
 
@@ -137,6 +138,9 @@ SOURCES: dict[str, Source] = {
     "code": Source(code, lambda options, asked: parse_code(options)),
     "regex": Source(regex, _judged),
     "format": Source(format, _judged),
+    "json_schema": Source(json_schema, _judged),
+    "instructions": Source(instructions, _judged),
+    "sql": Source(sql, _isolated),
     "length": Source(length, _rule),
     "repetition": Source(repetition, _rule),
     "cosine": Source(cosine, _cosine),

@@ -18,7 +18,7 @@ RIGHT = 0.5
 
 @dataclass(frozen=True, slots=True)
 class repetition:
-    """The share of the completion's n-grams of words that were there before: 1 − distinct / all, 0 where there are none.
+    """The share of the completion's n-grams of words that were there before: 1 − distinct / all, 0 without any.
 
     Give it a negative weight in a sum. Of a runaway completion the last 100,000 words count.
     """
@@ -58,7 +58,9 @@ class cosine:
 
     def __post_init__(self) -> None:
         if self.max_length < 1:
-            raise RewardError(f"max_length is {self.max_length}", where="reward cosine", fix="give the tokens of a reply")
+            raise RewardError(
+                f"max_length is {self.max_length}", where="reward cosine", fix="give the tokens of a reply"
+            )
         for name in ("right", "wrong"):
             if len(getattr(self, name)) != 2:
                 raise RewardError(f"{name} is {getattr(self, name)!r}", where="reward cosine", fix="give two numbers")

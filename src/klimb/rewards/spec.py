@@ -71,7 +71,7 @@ def reward_files(spec: Any) -> list[Path]:
     if isinstance(spec, dict):
         name, options = next(iter(spec.items()), (None, None))
         inner = options.get("of") if isinstance(options, dict) else None
-        return reward_files(spec["reward"] if "reward" in spec else name) + reward_files(inner)
+        return reward_files(spec.get("reward", name)) + reward_files(inner)
     if not isinstance(spec, str) or spec in NAMES:
         return []
     path = Path(spec.rpartition(":")[0] if _is_function(spec) else spec)

@@ -22,7 +22,7 @@ _BOX = re.compile(r"\\f?boxed\s*\{")
 
 @dataclass(frozen=True, slots=True)
 class math:
-    r"""1 where the completion's answer equals the reference: ``\boxed{\frac12}`` for 0.5, ``\boxed{(x+1)^2}`` for x²+2x+1.
+    r"""1 where the completion's answer equals the reference: ``\boxed{\frac12}`` is 0.5, ``\boxed{1+x}`` is x+1.
 
     The answer is what the last \boxed{…} holds, else what follows the last ``####``, else the last number; so it is for
     the reference, which without mark or box counts as a whole. Two numbers are compared as `numeric` does, all else by
