@@ -32,6 +32,9 @@ MEMORY = 1 << 30
 MAX_TEXT = 200_000
 """Characters at the end of a completion that a worker is sent."""
 CPU = 10**6
+"""Seconds that a worker may compute in its life: the deadlines come first."""
+ROWS = 16
+"""For which a further worker is worth its start."""
 
 
 class DeadlineRule(Rule, Protocol):
@@ -68,7 +71,7 @@ class Isolated:
                 what = f"the data has no column {name!r}"
                 raise RewardError(what, where=f"reward {self.name}", fix=did_you_mean(name, columns))
         rows = [{name: [columns[name][row]] for name in self._rule.columns} for row in range(len(completions))]
-        with ThreadPoolExecutor(_cores()) as threads:
+        with ThreadPoolExecutor(min(_cores(), 1 + len(rows) // ROWS)) as threads:
             endings = list(threads.map(self._ending, completions, rows))
         failures = [Failure(row, ending.why) for row, ending in enumerate(endings) if ending.kind == "error"]
         return Scores([ending.value for ending in endings], failures, counts=counted(end.kind for end in endings))
