@@ -104,7 +104,7 @@ _MARK = re.compile(r"(?i:\b(?:answer|choice|option)\b(?:\s+is\b|\s*[:=])(?:\s*:)
 _OPENED = r"[\s*_($\[{\"'`]{0,8}(?:\\text\s*\{)?(?:(?i:option|choice)\s+)?[*_($\[{\"'`]{0,4}"
 _CLOSED = r"[)*_\]}$\"'`]{0,8}"
 _NEXT = re.compile(r"[ \t]*(?:,|/|;|&|\bor\b|\band\b)?[ \t]*(?:\bor\b|\band\b)?[ \t]*")
-_ARTICLE = re.compile(r"[ \t]+(?!(?:and|or|as|because|since|is|for)\b)\w")
+_ARTICLE = re.compile(r"[ \t]+(?!(?:and|or|as|because|since|is|for)\b)\w{2}")
 """What makes an article of an A: a word behind it."""
 
 

@@ -168,7 +168,7 @@ CHECKS: dict[str, Callable[..., bool]] = {
         len(re.findall(rf"(?m)^\s?{re.escape(section_spliter)}\s?\d+", text)) >= num_sections
     ),
     "detectable_format:json_format": _is_json,
-    "detectable_format:title": lambda text: bool(re.search(r"<<[^\n<>]*[^\s<>][^\n<>]*>>", text)),
+    "detectable_format:title": lambda text: any(map(str.strip, re.findall(r"<<([^\n<>]+)>>", text))),
     "combination:two_responses": _two_responses,
     "combination:repeat_prompt": lambda text, prompt_to_repeat: (
         text.strip().lower().startswith(prompt_to_repeat.strip().lower())
