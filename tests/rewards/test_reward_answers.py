@@ -151,7 +151,14 @@ def test_at_most_one_reference_is_ever_satisfied(text: str) -> None:
 def test_long_and_hostile_completions_are_bounded_in_time() -> None:
     stream = random.Random(0)
     noise = "".join(stream.choices(string.ascii_letters + " ().:\n", k=1_000_000))
-    texts = [noise, "answer is " * 100_000, "Answer: " + "(" * 1_000_000, "A, " * 300_000, " " * 1_000_000, "#" * 1_000_000]
+    texts = [
+        noise,
+        "answer is " * 100_000,
+        "Answer: " + "(" * 1_000_000,
+        "A, " * 300_000,
+        " " * 1_000_000,
+        "#" * 1_000_000,
+    ]
     for rule in (f1(), contains(), choice(), exact(normalise=True)):
         started = time.monotonic()
         for text in texts:
