@@ -34,7 +34,7 @@ def test_the_list():
     assert said.code == 0
     assert [line for line in said.out.splitlines() if line and not line.startswith(" ")] == [*SOURCES]
     assert [row["name"] for row in rows] == [*SOURCES]
-    [column, ignore_case, normalise] = next(row for row in rows if row["name"] == "exact")["options"]
+    [column, ignore_case, _] = next(row for row in rows if row["name"] == "exact")["options"]
     assert column == {"name": "column", "type": "text", "default": "answer", "meaning": "column of the references"}
     assert (ignore_case["type"], ignore_case["default"]) == ("true | false", "false")
     cosine = next(row for row in rows if row["name"] == "cosine")

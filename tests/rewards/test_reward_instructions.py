@@ -23,7 +23,7 @@ CASES = {
     ),
     "length_constraints:number_paragraphs": ({"num_paragraphs": 2}, "one\n***\ntwo", "one\n\ntwo"),
     "length_constraints:nth_paragraph_first_word": (
-        {"num_paragraphs": 2, "nth_paragraph": 2, "first_word": "Then"}, "First.\n\n*then* more.", "Then.\n\nMore then.",
+        {"num_paragraphs": 2, "nth_paragraph": 2, "first_word": "Then"}, "One.\n\n*then* more.", "Then.\n\nMore then.",
     ),
     "detectable_content:number_placeholders": ({"num_placeholders": 2}, "[name] at [place]", "[name] at place"),
     "detectable_content:postscript": ({"postscript_marker": "P.P.S"}, "Bye.\nP. P. S. More", "Bye. PS: more"),

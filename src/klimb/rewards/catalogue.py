@@ -18,6 +18,7 @@ from klimb.rewards.answers import choice, contains, f1
 from klimb.rewards.code import Options as code
 from klimb.rewards.code import parse_code
 from klimb.rewards.function import START_TIMEOUT, TIMEOUT, FunctionReward, from_callable, from_file
+from klimb.rewards.gym import gym
 from klimb.rewards.instructions import instructions
 from klimb.rewards.isolated import Isolated, Judged
 from klimb.rewards.lengths import CosineReward, cosine, repetition
@@ -141,6 +142,7 @@ SOURCES: dict[str, Source] = {
     "json_schema": Source(json_schema, _judged),
     "instructions": Source(instructions, _judged),
     "sql": Source(sql, _isolated),
+    "gym": Source(gym, _isolated),
     "length": Source(length, _rule),
     "repetition": Source(repetition, _rule),
     "cosine": Source(cosine, _cosine),
