@@ -70,7 +70,10 @@ def test_cosine_scales_any_reward_and_keeps_its_score() -> None:
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ({"cosine": {"max_length": 10}}, r"reward cosine: an option is missing: .*'of'"),
+        (
+            {"cosine": {"max_length": 10}},
+            r"reward cosine: an option is missing: 'of'; give a reward that says what is right",
+        ),
         ({"cosine": {"max_length": 0, "of": "exact"}}, r"max_length is 0; give the tokens"),
         ({"cosine": {"max_length": 10, "of": "exct"}}, r"unknown reward 'exct'; did you mean 'exact'"),
         ({"cosine": {"max_length": 10, "of": "exact", "right": [1]}}, r"right is \[1.0\]; give two numbers"),

@@ -71,10 +71,10 @@ def test_fifty_pairs_that_are_equal_and_fifty_that_are_not() -> None:
 @pytest.mark.usefixtures("nothing_left")
 def test_each_ending_is_told_and_counted() -> None:
     reward = parse_reward("math")
-    texts = [r"\boxed{2x}", r"\boxed{x}", "7 #### 8", "none", "5", r"\boxed{1}"]
-    scores = scored(reward, texts, ["x+x", "x+x", ["7", "8.0"], "8", None, r"\boxed{}"])
-    assert scores.values == [1.0, 0.0, 1.0, 0.0, None, None]
-    assert scores.counts == {"ok": 2, "wrong": 2, "abstain": 1, "timeout": 0, "error": 1}
+    texts = [r"\boxed{2x}", r"\boxed{x}", "7 #### 8", "none", "5", r"\boxed{1}", "x+2\n"]
+    scores = scored(reward, texts, ["x+x", "x+x", ["7", "8.0"], "8", None, r"\boxed{}", "x+2"])
+    assert scores.values == [1.0, 0.0, 1.0, 0.0, None, None, 1.0]
+    assert scores.counts == {"ok": 3, "wrong": 2, "abstain": 1, "timeout": 0, "error": 1}
     assert "is no expression" in scores.failures[0].reason
     with pytest.raises(RewardError, match="no column 'answer'; did you mean 'answers'"):
         reward(["p"], ["1"], {"answers": ["1"]})

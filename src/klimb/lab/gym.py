@@ -56,7 +56,7 @@ def prepare(out: Path, *, seed: int, task: str, train: int = 2000, test: int = 2
         "test": _write(out / "test.jsonl", asked["test"]),
         "demonstrations": _write(out / "demonstrations.jsonl", parts["train"]),
         "reward": {"gym": {}},
-        "summary": f"{task}: {len(asked['train']):,} training and {len(asked['test']):,} test questions, {told} left out",
+        "summary": f"{task}: {len(asked['train']):,} training and {len(asked['test']):,} to test, {told} left out",
     }
 
 

@@ -165,11 +165,10 @@ def built(kind: type, name: str, options: dict[str, Any]) -> Any:
     for option in options:
         if option not in hints:
             raise RewardError(f"unknown option {option!r}", where=where, fix=did_you_mean(option, hints))
-    checked = {option: _checked(hints[option], option, value, where) for option, value in options.items()}
-    try:
-        return kind(**checked)
-    except TypeError as error:
-        raise RewardError("an option is missing", where=where, why=error) from error
+    for known in options_of(kind):
+        if known.default is None and known.name not in options:
+            raise RewardError(f"an option is missing: {known.name!r}", where=where, fix=f"give {known.meaning}")
+    return kind(**{option: _checked(hints[option], option, value, where) for option, value in options.items()})
 
 
 def _checked(hint: Any, option: str, value: Any, where: str) -> Any:
@@ -210,19 +209,21 @@ def pages() -> list[Page]:
 
 def _page(name: str, kind: type) -> Page:
     text = inspect.getdoc(kind) or ""
-    summary = " ".join(text.partition("\n\n")[0].split())
+    return Page(name, " ".join(text.partition("\n\n")[0].split()), text, options_of(kind))
+
+
+def options_of(kind: type) -> list[Option]:
     hints, plain = get_type_hints(kind, include_extras=True), get_type_hints(kind)
     defaults = {
         name: parameter.default
         for name, parameter in inspect.signature(kind).parameters.items()
         if parameter.default is not parameter.empty
     }
-    options = [
+    return [
         Option(option, _type_name(plain[option]), _yaml(defaults[option]) if option in defaults else None,
                hint.__metadata__[0])
         for option, hint in hints.items()
     ]  # fmt: skip
-    return Page(name, summary, text, options)
 
 
 def _type_name(hint: Any) -> str:

@@ -13,7 +13,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from typing import NamedTuple, Protocol, get_args
 
@@ -151,13 +151,11 @@ def confine(*, files: bool = False) -> None:
     """
     readable = [path for path in {*sys.path, sys.base_prefix, "/lib", "/lib64", "/usr/lib"} if os.path.isdir(path)]
     for tier in ("unsafe_local",) if files else ("landlock", "unsafe_local"):
-        try:
+        with suppress(Unconfined, OSError, ValueError):
             confinement = Confinement(tier, readable, MEMORY)
-        except Unconfined:
-            continue
-        confinement.limit(CPU)
-        confinement.enter()
-        return
+            confinement.limit(CPU)
+            confinement.enter()
+            return
 
 
 def _cores() -> int:
