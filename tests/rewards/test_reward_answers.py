@@ -160,10 +160,10 @@ def test_long_and_hostile_completions_are_bounded_in_time() -> None:
         "#" * 1_000_000,
     ]
     for rule in (f1(), contains(), choice(), exact(normalise=True)):
-        started = time.monotonic()
+        started = time.process_time()
         for text in texts:
             rule.score(text, "B")
-        assert time.monotonic() - started < 10.0, rule  # about 1 s when it was written
+        assert time.process_time() - started < 10.0, rule  # about 1 s when it was written
 
 
 def test_verdicts_are_counted() -> None:
