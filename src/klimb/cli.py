@@ -98,8 +98,14 @@ def sft(arguments: Arguments = None, as_json: Json = False, dry_run: DryRun = Fa
 
 
 @app.command()
-def reward(arguments: Arguments = None, as_json: Json = False, dry_run: DryRun = False, fresh: Fresh = False) -> None:
-    """Train a reward model on comparisons."""
+def reward(
+    arguments: Arguments = None, as_json: Json = False, dry_run: DryRun = False, fresh: Fresh = False,
+    listed: Annotated[bool, typer.Option("--list", help="tell what can stand after `reward:`; NAME: one page")] = False,
+) -> None:  # fmt: skip
+    """Train a reward model on comparisons; --list tells every source of rewards."""
+    if listed:
+        _list_rewards(arguments or [], as_json)
+        return
     _stage("reward", "reward", arguments or [], {}, as_json, dry_run, fresh)
 
 
@@ -172,6 +178,16 @@ def algorithms(
 
 
 commands.add_to(app)
+
+
+def _list_rewards(names: list[str], as_json: bool) -> None:
+    from klimb.commands.rewards import chosen, text_of, told
+
+    pages = chosen(names)
+    if as_json:
+        print(json.dumps([told(page) for page in pages], indent=1, ensure_ascii=False))
+    else:
+        print("\n\n".join(text_of(page, whole=bool(names)) for page in pages))
 
 
 def _method_command(name: str, others: Sequence[str]) -> Any:

@@ -133,13 +133,13 @@ def test_the_number_of_a_hostile_text_is_found_in_linear_time() -> None:
 
 
 def test_a_pattern_that_takes_for_ever_is_stopped() -> None:
-    from klimb.rewards import spec
+    from klimb.rewards import catalogue, spec
 
-    original, spec.TIMEOUT = spec.TIMEOUT, 0.4
+    original, catalogue.TIMEOUT = catalogue.TIMEOUT, 0.4
     try:
         reward = spec.parse_reward({"format": {"pattern": "(a+)+$"}})
     finally:
-        spec.TIMEOUT = original
+        catalogue.TIMEOUT = original
     scores = reward(["p"] * 2, ["aaa", "a" * 40 + "b"], {})
     reward.close()
     assert scores.values == [1.0, None]

@@ -22,7 +22,7 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple, get_args
+from typing import Annotated, Any, NamedTuple, get_args
 
 from klimb.errors import RewardError, did_you_mean
 from klimb.rewards.protocol import Columns, Failure, Reward, Scores
@@ -32,15 +32,17 @@ from klimb.types import Text
 
 
 class Options(NamedTuple):
-    """tests, entry_point: columns. Without entry_point the last function of the code is called. timeout: seconds for
-    one completion with all its tests. unsafe_local: run without a sandbox where this machine has none.
+    """1 where the completion's code passes the row's hidden tests, run in the sandbox; 0 where it does not.
+
+    The code is the last fenced block, else all of the completion. A row's tests are a text that defines
+    ``check(candidate)``, as HumanEval's do, or a list of {"input": …, "output": …} for a whole program.
     """
 
-    tests: str = "test"
-    entry_point: str | None = None
-    timeout: float = 10.0
-    partial: bool = False
-    unsafe_local: bool = False
+    tests: Annotated[str, "column of the tests"] = "test"
+    entry_point: Annotated[str | None, "column of the function's name; none: the last of the code"] = None
+    timeout: Annotated[float, "seconds for one completion with all its tests"] = 10.0
+    partial: Annotated[bool, "the share of tests that pass counts"] = False
+    unsafe_local: Annotated[bool, "run without a sandbox where this machine has none"] = False
 
 
 class CodeReward:

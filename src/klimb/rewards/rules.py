@@ -13,9 +13,10 @@ from __future__ import annotations
 import inspect
 import math
 import re
+import string
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
-from typing import Any, Literal, Protocol
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Protocol
 
 from klimb.errors import RewardError, did_you_mean
 from klimb.rewards.protocol import Values
@@ -32,6 +33,10 @@ completion.
 """
 
 
+Column = Annotated[str, "column of the references"]
+"""The type of an option says what it means: `klimb reward --list` and docs/REWARDS.md are made of that."""
+
+
 class Rule(Protocol):
     @property
     def columns(self) -> tuple[str, ...]: ...
@@ -43,8 +48,9 @@ class Rule(Protocol):
 class exact:
     """1 where the completion is the reference, spaces around both left out of account."""
 
-    column: str = "answer"
-    ignore_case: bool = False
+    column: Column = "answer"
+    ignore_case: Annotated[bool, "capitals count as small letters"] = False
+    normalise: Annotated[bool, "as SQuAD compares: no case, punctuation, articles or doubled spaces"] = False
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -52,6 +58,8 @@ class exact:
 
     def score(self, text: str, *columns: Any) -> float | None:
         def same(reference: Any) -> bool:
+            if self.normalise:
+                return normalised(str(reference)) == normalised(text)
             wanted, given = str(reference).strip(), text.strip()
             return wanted.casefold() == given.casefold() if self.ignore_case else wanted == given
 
@@ -67,8 +75,8 @@ class numeric:
     is an error.
     """
 
-    column: str = "answer"
-    tolerance: float = 1e-6
+    column: Column = "answer"
+    tolerance: Annotated[float, "of the reference's size; below 1 absolute"] = 1e-6
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -92,8 +100,8 @@ class regex:
     of account.
     """
 
-    pattern: str
-    column: str = "answer"
+    pattern: Annotated[str, "a regular expression with a group"]
+    column: Column = "answer"
 
     def __post_init__(self) -> None:
         if _compiled(self.pattern).groups == 0:
@@ -120,7 +128,7 @@ class regex:
 class length:
     """How long the completion is; give it a negative weight in a sum to make it shorter."""
 
-    unit: Literal["tokens", "words", "characters"] = "tokens"
+    unit: Annotated[Literal["tokens", "words", "characters"], "what is counted"] = "tokens"
 
     def __post_init__(self) -> None:
         known = ("tokens", "words", "characters")
@@ -144,8 +152,8 @@ class format:
     line breaks too).
     """
 
-    tags: Sequence[str] = ()
-    pattern: str = ""
+    tags: Annotated[str | Sequence[str], "names of tags, in their order"] = ()
+    pattern: Annotated[str, "a regular expression"] = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tags", (self.tags,) if isinstance(self.tags, str) else tuple(self.tags))
@@ -159,30 +167,6 @@ class format:
 
     def score(self, text: str, *columns: Any) -> float | None:
         return float(_tagged(text, self.tags) if self.tags else bool(_compiled(self.pattern).search(text)))
-
-
-RULES: dict[str, Callable[..., Rule]] = {
-    "exact": exact,
-    "numeric": numeric,
-    "regex": regex,
-    "length": length,
-    "format": format,
-}
-
-
-def parse_rule(name: str, options: dict[str, Any]) -> Rule:
-    """The rule `name`. Raises RewardError for an unknown name or option, naming the nearest."""
-    if name not in RULES:
-        raise RewardError(f"unknown reward {name!r}", fix=did_you_mean(name, RULES))
-    rule = RULES[name]
-    known = [field.name for field in fields(rule)]  # type: ignore[arg-type]
-    for option in options:
-        if option not in known:
-            raise RewardError(f"unknown option {option!r}", where=f"reward {name}", fix=did_you_mean(option, known))
-    try:
-        return rule(**options)
-    except TypeError as error:
-        raise RewardError("an option is missing", where=f"reward {name}", why=error) from error
 
 
 def rule_function(rule: Rule) -> Callable[..., Values]:
@@ -226,10 +210,23 @@ def last_number(text: str) -> float | None:
     return value if math.isfinite(value) else None
 
 
+def normalised(text: str) -> str:
+    """Lower case, without punctuation, articles and doubled spaces, as SQuAD's evaluation does (arXiv 1606.05250)."""
+    bare = text.lower().translate(_NO_PUNCTUATION)
+    return " ".join(_ARTICLE.sub(" ", bare).split())
+
+
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+_ARTICLE = re.compile(r"\b(?:a|an|the)\b")
+
+
 def _any_reference(reference: Any, same: Callable[[Any], bool]) -> float | None:
-    if reference is None:
-        return None
-    return float(any(same(entry) for entry in (reference if isinstance(reference, list) else [reference])))
+    return None if reference is None else float(any(map(same, references(reference))))
+
+
+def references(reference: Any) -> list[Any]:
+    """Of a column's entry: one, or a list of them."""
+    return reference if isinstance(reference, list) else [reference]
 
 
 def _tagged(text: str, tags: Sequence[str]) -> bool:

@@ -19,24 +19,19 @@ Without `normalise` a reward model keeps the mean and std of its reference sampl
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from klimb.errors import RewardError, did_you_mean, nearest
-from klimb.rewards.code import parse_code
+from klimb.rewards.catalogue import FUNCTION, KNOWN, MODEL, NAMES, SOURCES, SUM, Asked, ModelLoader
 from klimb.rewards.combine import Part, WeightedSum
-from klimb.rewards.function import START_TIMEOUT, TIMEOUT, FunctionReward, from_callable, from_file
+from klimb.rewards.function import from_callable
 from klimb.rewards.normalise import Normalised
-from klimb.rewards.process import WorkerProcess
 from klimb.rewards.protocol import Reward
-from klimb.rewards.rules import RULES, format, parse_rule, regex, rule_function
-
-ModelLoader = Callable[[str], Reward]
-NAMES = (*RULES, "code")
-KNOWN = f"known: my_reward.py:NAME, {', '.join(NAMES)}, a reward model's directory, a weighted list of these"
 
 
 def parse_reward(
@@ -74,7 +69,9 @@ def reward_files(spec: Any) -> list[Path]:
     if isinstance(spec, list | tuple):
         return [path for part in spec for path in reward_files(part)]
     if isinstance(spec, dict):
-        return reward_files(spec["reward"] if "reward" in spec else next(iter(spec), None))
+        name, options = next(iter(spec.items()), (None, None))
+        inner = options.get("of") if isinstance(options, dict) else None
+        return reward_files(spec.get("reward", name)) + reward_files(inner)
     if not isinstance(spec, str) or spec in NAMES:
         return []
     path = Path(spec.rpartition(":")[0] if _is_function(spec) else spec)
@@ -82,48 +79,19 @@ def reward_files(spec: Any) -> list[Path]:
 
 
 def _named(spec: str, options: dict[str, Any], model_loader: ModelLoader | None) -> Reward:
-    if _is_function(spec):
-        return _function(spec, options)
-    if spec in RULES:
-        return _rule(spec, options)
-    if spec == "code":
-        return parse_code(options)
-    if spec.endswith(".py"):
+    form = spec if spec in NAMES else FUNCTION if _is_function(spec) else ""
+    if not form and spec.endswith(".py"):
         raise RewardError("a file without the name of a function", where=spec, fix=f"write {spec}:NAME")
-    if Path(spec).is_dir() or spec.count("/") == 1:
-        if options:
-            raise RewardError(f"a reward model takes no options, not {sorted(options)}", where=spec,
-                              fix=f"write {{reward: {spec}, normalise: running, clip: 5}}")  # fmt: skip
-        if model_loader is None:
-            raise RewardError("a reward model cannot be used here", where=spec, fix="use a function or a rule")
-        return model_loader(spec)
-    close = nearest(spec, NAMES)
-    raise RewardError(f"unknown reward {spec!r}", fix=f"did you mean {close!r}? {KNOWN}" if close else KNOWN)
+    if not form and (Path(spec).is_dir() or spec.count("/") == 1):
+        form = MODEL
+    if not form:
+        close = nearest(spec, NAMES)
+        raise RewardError(f"unknown reward {spec!r}", fix=f"did you mean {close!r}? {KNOWN}" if close else KNOWN)
+    return SOURCES[form].open(options, Asked(spec, partial(parse_reward, model_loader=model_loader), model_loader))
 
 
 def _is_function(spec: str) -> bool:
     return ".py:" in spec
-
-
-def _function(spec: str, options: dict[str, Any]) -> FunctionReward:
-    for option in options:
-        if option != "timeout":
-            raise RewardError(f"unknown option {option!r}", where=spec, fix="known: timeout")
-    timeout = options.get("timeout", TIMEOUT)
-    if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not 0 < timeout < float("inf"):
-        raise RewardError(f"timeout is {timeout!r}", where=spec, fix="give the seconds of one call, above 0")
-    return from_file(spec, timeout=float(timeout))
-
-
-def _rule(name: str, options: dict[str, Any]) -> FunctionReward:
-    """A rule with a pattern gets a process: on some texts a pattern takes for ever, and nothing else can
-    stop it.
-    """
-    rule = parse_rule(name, options)
-    if isinstance(rule, regex) or (isinstance(rule, format) and rule.pattern):
-        target = json.dumps({name: options})
-        return FunctionReward(name, f"reward {name}", lambda: WorkerProcess(target, START_TIMEOUT), TIMEOUT)
-    return from_callable(rule_function(rule), name=name)
 
 
 def _weighted_sum(
@@ -143,7 +111,7 @@ def _weighted_sum(
 def _part(spec: Any, model_loader: ModelLoader | None, running: list[Normalised] | None) -> Part:
     if not isinstance(spec, dict) or "reward" not in spec:
         spec = {"reward": spec}
-    known = ("reward", "weight", "name", "normalise", "clip")
+    known = [field.name for field in fields(SOURCES[SUM].options)]
     for key in spec:
         if key not in known:
             raise RewardError(f"unknown key {key!r} in a weighted reward", fix=did_you_mean(str(key), known))

@@ -137,10 +137,13 @@ def serve(target: str, requests: int, replies: int) -> None:
 def load(target: str) -> Any:
     """The function named by ``file.py:name``, or the rule described by a JSON object."""
     if target.startswith("{"):
-        from klimb.rewards.rules import parse_rule, rule_function
+        from klimb.rewards.catalogue import parse_rule
+        from klimb.rewards.rules import rule_function
 
         [(name, options)] = json.loads(target).items()
-        return rule_function(parse_rule(name, options))
+        rule = parse_rule(name, options)
+        getattr(rule, "begin", lambda: None)()
+        return rule_function(rule)
     from klimb.plugin import load_attribute
 
     sys.path.insert(0, str(Path(target.rpartition(":")[0]).expanduser().resolve().parent))  # as for any script

@@ -29,6 +29,7 @@ WORLDS: Mapping[str, str] = {
     "clerk": "klimb.lab.clerk",
     "countdown": "klimb.lab.countdown",
     "digits": "klimb.lab.digits",
+    "gym": "klimb.lab.gym",
     "transcripts": "klimb.lab.transcripts",
 }
 _ROUNDS_APART = 10_000
