@@ -12,7 +12,7 @@ from klimb.metrics import results
 from klimb.objective import GRPO, KL, PPO, REINFORCE, RLOO, assign_credit, k1, k3
 from klimb.objective.advantage import discounted_return, gae, group_zscore, no_baseline
 from klimb.objective.algorithms import DRO
-from klimb.objective.sampling import dynamic, extremes, leave_out, length_penalty, power_weights, soft_overlong
+from klimb.objective.sampling import extremes, leave_out, length_penalty, power_weights, soft_overlong
 
 MASK = torch.tensor([[1, 1, 1], [1, 0, 0], [0, 0, 0], [1, 1, 0], [1, 1, 1]], dtype=torch.bool)
 GROUP = torch.tensor([0, 0, 0, 1, 1])
@@ -200,10 +200,3 @@ def test_a_price_on_length_and_none():
     with pytest.raises(ValueError, match="resolve"):
         length_penalty()(length)
     assert replace(GRPO, overlong=length_penalty()).resolve(max_length=9).overlong == length_penalty(0.1, 9)
-
-
-def test_dynamic_sampling_keeps_groups_that_differ():
-    assert dynamic([0.0, 1.0, 1.0])
-    assert not dynamic([1.0, 1.0])
-    assert not dynamic([0.1 + 0.2, 0.3])
-    assert not dynamic([1.0])

@@ -40,6 +40,8 @@ DEFAULTS = {
     "soft_overlong": (0.2, None),
     "length_penalty": (0.1, None),
     "power_weights": (2.0,),
+    "skip_solved": (1.0, 10),
+    "moving": (512, 0.6),
     "top_entropy": (0.2,),
     "clip_cov": (2e-4, 1.0, 5.0),
     "kl_cov": (2e-4, 1.0),
