@@ -127,9 +127,10 @@ def places(node: ast.AST, function: str = "", span: tuple[int, int] | None = Non
                 child, ast.AST
             ):
                 continue
-            counted = (
-                isinstance(node, ast.Attribute) and node.attr in ("sum", "any") and "mask" in ast.unparse(child)[-4:]
+            counts = (isinstance(node, ast.Attribute) and node.attr in ("sum", "any")) or (
+                isinstance(node, ast.Call) and ast.unparse(node.func) == "len"
             )
+            counted = counts and ast.unparse(child).endswith("mask")
             if isinstance(child, ast.expr) and not counted:  # a shift along the tokens leaves their count as it is
                 yield node, field, index, child, function, span
             yield from places(child, function, None if isinstance(child, ast.ClassDef) else span)
