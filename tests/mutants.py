@@ -52,6 +52,8 @@ SHED = ("detach", "clamp", "abs", "square", "sqrt", "exp", "log", "where", "clam
 """Methods that are dropped: x.detach() → x."""
 SHAPE = ("dim", "keepdim", "dtype", "strict")
 """Keywords whose other values do not run at all: nothing to be noticed by a formula's test."""
+LAYOUT = ("shape", "device", "dtype")
+"""Of a tensor, what its numbers do not change; nor do they where only the layout is taken, as in x.expand_as(y)."""
 
 
 def variants(node: ast.AST) -> Iterator[ast.AST]:
@@ -110,11 +112,14 @@ def places(node: ast.AST, function: str = "", span: tuple[int, int] | None = Non
         if isinstance(node, ast.FunctionDef) and span is None:
             first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
             span = (first, node.end_lineno or node.lineno)
-    if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("_like"):
-        return  # what matters of its argument is the shape
+    if isinstance(node, ast.Attribute) and node.attr in LAYOUT:
+        return
+    like = isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("_like", "_as"))
     for field, value in ast.iter_fields(node):
-        if field in ("annotation", "returns", "decorator_list") or (
-            isinstance(node, ast.keyword) and node.arg in SHAPE
+        if (
+            (like and field == "args")
+            or field in ("annotation", "returns", "decorator_list")
+            or (isinstance(node, ast.keyword) and node.arg in SHAPE)
         ):
             continue
         for index, child in enumerate(value) if isinstance(value, list) else [(None, value)]:
@@ -122,9 +127,10 @@ def places(node: ast.AST, function: str = "", span: tuple[int, int] | None = Non
                 child, ast.AST
             ):
                 continue
-            counted = (
-                isinstance(node, ast.Attribute) and node.attr in ("sum", "any") and "mask" in ast.unparse(child)[-4:]
+            counts = (isinstance(node, ast.Attribute) and node.attr in ("sum", "any")) or (
+                isinstance(node, ast.Call) and ast.unparse(node.func) == "len"
             )
+            counted = counts and ast.unparse(child).endswith("mask")
             if isinstance(child, ast.expr) and not counted:  # a shift along the tokens leaves their count as it is
                 yield node, field, index, child, function, span
             yield from places(child, function, None if isinstance(child, ast.ClassDef) else span)

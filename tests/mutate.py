@@ -3,6 +3,8 @@
     python tests/mutate.py                       all of src/klimb/objective (one process)
     python tests/mutate.py --count 200 --seed 1  a sample
     python tests/mutate.py surrogate.py kl.py    some files
+    python tests/mutate.py --keep noticed.jsonl  goes on where it was cut off: what was noticed is not tried again
+    python tests/mutate.py kl.py --tests tests/objective/test_kl.py   by some of the tests
 
 A mutant lives in the memory of a forked process and nowhere else. Of the tests it runs those that enter the function
 that was changed, quickest first, until one fails; what these let pass is tried again with all modules loaded anew,
@@ -39,6 +41,23 @@ CPU_SECONDS = 60
 """What a mutant may take (processor time: a machine that stops the process for a while decides nothing)."""
 
 
+class Noticed:
+    """The mutants that a test has noticed, kept in a file where one is given (to be deleted when the code changes)."""
+
+    def __init__(self, file: Path | None) -> None:
+        self.file = file
+        lines = file.read_text(encoding="utf-8").splitlines() if file and file.exists() else []
+        self.known = {tuple(json.loads(line)) for line in lines}
+
+    def __contains__(self, mutant: Mutant) -> bool:
+        return (*mutant.key, mutant.line) in self.known
+
+    def add(self, mutant: Mutant) -> None:
+        if self.file:
+            with self.file.open("a", encoding="utf-8") as kept:
+                kept.write(json.dumps((*mutant.key, mutant.line), ensure_ascii=False) + "\n")
+
+
 class Only:
     """Of what is collected the tests of one mutant, quickest first; the process ends with the first that fails."""
 
@@ -60,8 +79,8 @@ class Only:
 class Warm:
     """Collects the suite once, and then forks for each mutant of a function: in the fork it has the other code."""
 
-    def __init__(self, chosen: list[Mutant], told: Path) -> None:
-        self.chosen, self.told = chosen, told
+    def __init__(self, chosen: list[Mutant], told: Path, noticed: Noticed) -> None:
+        self.chosen, self.told, self.noticed = chosen, told, noticed
         self.entered: Entered = {}
         self.seconds: dict[str, float] = {}
         self.failed = False
@@ -80,6 +99,8 @@ class Warm:
             tests = [items[name] for name in tests_of(mutant, self.entered, self.seconds)]
             if mutant.span is None or not tests or forked(partial(self.changed, mutant, tests)) == 0:
                 left.append(number)
+            else:
+                self.noticed.add(mutant)
             if number % 100 == 99:
                 took = f"{time.monotonic() - start:.0f} s"
                 print(f"{number + 1} of {len(self.chosen)}, {len(left)} to be tried anew: {took}", flush=True)
@@ -187,11 +208,11 @@ def survives(mutant: Mutant, tests: list[str], scratch: Path) -> bool:
     return not tests or forked(work) == 0
 
 
-def survivors(chosen: list[Mutant]) -> int:
+def survivors(chosen: list[Mutant], tests: list[str], noticed: Noticed) -> int:
     """How many no test noticed; each is printed when it is found."""
     with tempfile.TemporaryDirectory() as folder:
         told, scratch, count = Path(folder) / "told.json", Path(folder) / "pytest", 0
-        if forked(lambda: run_pytest(Warm(chosen, told), [str(SUITE)], scratch), silent=False) != 0:
+        if forked(lambda: run_pytest(Warm(chosen, told, noticed), tests, scratch), silent=False) != 0:
             sys.exit(1)
         entered, seconds, left = json.loads(told.read_text())
         print(f"{len(seconds)} tests; {len(left)} mutants are tried on a heart that is loaded anew", flush=True)
@@ -200,6 +221,8 @@ def survivors(chosen: list[Mutant]) -> int:
                 count += 1
                 place = f"{mutant.file}:{mutant.line} {mutant.function}"
                 print(f"{place}\n  - {mutant.was}\n  + {mutant.becomes}", flush=True)
+            else:
+                noticed.add(mutant)
     return count
 
 
@@ -213,6 +236,10 @@ def main() -> None:
     parser.add_argument("files", nargs="*", help="names in src/klimb/objective (default: all)")
     parser.add_argument("--count", type=int, help="try a sample of this many")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--keep", type=Path, metavar="FILE", help="remembers what was noticed, and does not try it again"
+    )
+    parser.add_argument("--tests", nargs="+", default=[str(SUITE)], help="test files (default: tests/objective)")
     asked = parser.parse_args()
     os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
     sys.path.insert(0, str(HEART.parents[1]))
@@ -231,7 +258,8 @@ def main() -> None:
     print(f"{len(found)} mutants, {len(found) - len(chosen)} of them listed as equivalent", flush=True)
     if asked.count is not None:
         chosen = random.Random(asked.seed).sample(chosen, min(asked.count, len(chosen)))
-    left = survivors(chosen)
+    noticed = Noticed(asked.keep)
+    left = survivors([mutant for mutant in chosen if mutant not in noticed], asked.tests, noticed)
     share = 1 - left / max(len(chosen), 1)
     print(f"tried {len(chosen)}, noticed {len(chosen) - left} ({share:.1%}), {left} survive")
     sys.exit(int(share < WANTED))

@@ -112,7 +112,7 @@ def beta_dpo(world: World, gain: float) -> float:
 
 LOSSES: dict[str, Callable[[World], float]] = {
     "dpo": pairwise(lambda w, r: softplus(-0.1 * delta(w, r))),
-    "step_dpo": pairwise(lambda w, r: softplus(-0.1 * delta(w, r))),
+    "step_dpo": pairwise(lambda w, r: softplus(-0.5 * delta(w, r))),
     "cdpo": pairwise(lambda w, r: 0.9 * softplus(-0.1 * delta(w, r)) + 0.1 * softplus(0.1 * delta(w, r))),
     "robust": pairwise(lambda w, r: (0.9 * softplus(-0.1 * delta(w, r)) - 0.1 * softplus(0.1 * delta(w, r))) / 0.8),
     "ipo": pairwise(lambda w, r: (delta(w, r) - 5) ** 2),
@@ -151,7 +151,7 @@ LOSSES: dict[str, Callable[[World], float]] = {
     "orpo": pairwise(lambda w, r: -w.average + 0.1 * softplus(-(log_odds(w.average) - log_odds(r.average)))),
     "cpo": pairwise(lambda w, r: softplus(-0.1 * (w.total - r.total)) - w.average),
     "simpo": pairwise(lambda w, r: softplus(1.0 - 2 * (w.average - r.average))),
-    "alphapo": pairwise(lambda w, r: softplus(1.0 - 2.5 * (power(w.average, 0.25) - power(r.average, 0.25)))),
+    "alphapo": pairwise(lambda w, r: softplus(0.1 - 2.5 * (power(w.average, 0.25) - power(r.average, 0.25)))),
     "tpo": lambda world: sum(
         softplus(-0.01 * (w.total - r.total)) - g.average for w, r, g in zip(world.won, world.lost, world.gold)
     ) / len(world.won),

@@ -12,6 +12,7 @@ import torch
 from klimb.lab.bandit import TokenBandit, credit_of, expected_gradient
 from klimb.objective import KL, NO_KL, REINFORCE, Rewards, k1
 from klimb.objective.advantage import (
+    Draws,
     batch_mean,
     discounted_return,
     gae,
@@ -24,6 +25,7 @@ from klimb.objective.advantage import (
 from klimb.objective.group_advantage import (
     best_of_group,
     group_mean,
+    group_mean_batch_std,
     group_mean_scaled_up,
     group_zscore,
     leave_one_out,
@@ -141,7 +143,12 @@ def test_optimal_value_is_the_soft_maximum_of_its_draws():
         0.5 * math.log((2 * math.exp(2) + 2) / 4)
     )
     assert advantage.summary(torch.full((8,), 3.0)).item() == pytest.approx(3.0)
-    assert greedy_baseline().summary(torch.tensor([0.25])).item() == 0.25
+    assert greedy_baseline().summary(torch.tensor([0.25, 0.75])).item() == 0.5
+
+
+def test_which_further_samples_a_baseline_wants():
+    assert greedy_baseline().draws == Draws(1, greedy=True, of_reference=False)
+    assert optimal_value(samples=3).draws == Draws(3, greedy=False, of_reference=True)
 
 
 @pytest.mark.parametrize("returns", [[1.0, 5.0, 2.5, 4.0], [1.0, 5.0, 2.5]])
@@ -152,8 +159,57 @@ def test_leave_one_out_with_the_others_standard_deviation(returns):
         assert found[i].item() == pytest.approx((r - statistics.mean(rest)) / (statistics.stdev(rest) + 0.01))
     odd = outcomes([0.1, 0.1, 0.1, 7.0])  # where the others are all equal they have no scale
     assert leave_one_out_zscore()(odd)[3] == pytest.approx(6.9)
-    pair = outcomes([1.0, 3.0])
-    assert torch.equal(leave_one_out_zscore()(pair), leave_one_out(pair))
+    low = outcomes([7.0, 7.0, 7.0, 0.1])
+    assert leave_one_out_zscore()(low)[3] == pytest.approx(-6.9)
+    for scale in (1.0, 1e8):  # where rounding leaves them a spread, it is none
+        for values in ([1.0, 3.0], [0.1, 0.7], [0.3, 0.1]):
+            two = outcomes([scale * value for value in values])
+            assert torch.equal(leave_one_out_zscore()(two), leave_one_out(two))
+        rounded = outcomes([scale + 0.1, scale + 0.1, scale + 0.1, 0.0])
+        assert leave_one_out_zscore()(rounded)[3] == pytest.approx(-scale - 0.1)
+
+
+def test_numbers_of_groups_are_names():
+    """Any integers, in any order."""
+    returns, group = [1.0, 5.0, 2.0, 5.5, 6.0], [7, 3, 7, 3, 7]
+    assert best_of_group(scale=False)(outcomes(returns, group)).tolist() == [0.0, 0.0, 0.0, 0.5, 4.0]
+    sure = torch.zeros(5, 1, dtype=torch.float64)
+    rewards = replace(outcomes(returns, group), logps=sure - 0.1, collisions=sure + 0.9)
+    assert torch.allclose(optimal_token_baseline()(rewards)[:, 0], group_mean(rewards))
+
+
+def test_two_samples_are_enough_for_a_standard_deviation_of_the_update():
+    assert group_mean_batch_std(0.0)(outcomes([0.0, 2.0])).tolist() == pytest.approx([-(0.5**0.5), 0.5**0.5])
+    parts = torch.tensor([[0.0], [3.0]], dtype=torch.float64)
+    rewards = replace(outcomes([0.0, 0.0]), parts=parts, part_weights=torch.ones(1))
+    assert parts_zscore(0.0)(rewards).tolist() == pytest.approx([-(0.5**0.5), 0.5**0.5])
+
+
+def test_a_mean_of_zero_teaches_nothing_where_it_would_divide():
+    assert over_mean(outcomes([-1.0, 1.0])).tolist() == [0.0, 0.0]
+    assert over_mean(outcomes([0.0, 1.0])).tolist() == [-1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("advantage", "given", "missing"),
+    [
+        (parts_zscore(), {"parts": torch.ones(1, 1)}, "parts"),
+        (optimal_token_baseline(), {"logps": torch.zeros(1, 1)}, "collisions"),
+    ],
+)
+def test_half_of_what_is_needed_is_not_enough(advantage, given, missing):
+    with pytest.raises(ValueError, match=missing):
+        advantage(replace(outcomes([1.0]), **given))
+
+
+def test_the_optimal_token_baseline_of_nearly_and_of_wholly_certain_tokens():
+    """Weights of 1 − 2 · 0.9 + 0.82 = 0.02 are as good as large ones; where all are 0 there is no baseline."""
+    rewards = outcomes([1.0, 4.0])
+    column = torch.ones(2, 1, dtype=torch.float64)
+    nearly = replace(rewards, logps=math.log(0.9) * column, collisions=0.82 * column)
+    assert optimal_token_baseline()(nearly)[:, 0].tolist() == pytest.approx([-1.5, 1.5])
+    wholly = replace(rewards, logps=0 * column, collisions=column)
+    assert optimal_token_baseline()(wholly)[:, 0].tolist() == [1.0, 4.0]
 
 
 def test_groups_that_teach_nothing_leave_the_gradient_as_large():
@@ -173,9 +229,9 @@ def test_a_part_on_another_scale_keeps_its_say():
 
 def test_gae_with_a_lambda_by_length():
     rewards, values, mask = ragged()
-    found = gae(0.9, alpha=0.5)(Rewards(rewards, mask, torch.arange(3), values))
+    found = gae(0.9, alpha=0.4)(Rewards(rewards, mask, torch.arange(3), values))
     for row, length in enumerate([4, 2, 1]):
-        lam = max(0.0, 1 - 1 / (0.5 * length))  # ½, 0 and, below 0, 0
+        lam = max(0.0, 1 - 1 / (0.4 * length))  # 3/8 and, below 0, 0
         alone = Rewards(rewards[row : row + 1], mask[row : row + 1], torch.arange(1), values[row : row + 1])
         assert torch.allclose(found[row], gae(0.9, lam)(alone)[0])
 
@@ -320,3 +376,5 @@ def test_whitening_takes_its_statistics_over_tokens():
     assert found[mask].tolist() == pytest.approx([-1 / 3**0.5] * 3 + [3 / 3**0.5])
     assert (found[~mask] == 0).all()
     assert (whiten(torch.full((2, 3), 4.0, dtype=torch.float64), mask) == 0).all()
+    tiny = torch.tensor([[0.0, 2e-8]], dtype=torch.float64)  # a standard deviation of 1e-8: the rest is what is added
+    assert whiten(tiny, torch.ones(1, 2, dtype=torch.bool))[0].tolist() == pytest.approx([-0.5, 0.5])

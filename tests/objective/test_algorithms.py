@@ -20,6 +20,7 @@ from klimb.objective import (
     Algorithm,
     Critic,
     Needs,
+    algorithm_row,
     algorithm_table,
     describe,
     k1,
@@ -36,7 +37,7 @@ from klimb.objective.importance import sequence_drop, truncate
 from klimb.objective.kl import k3_plus
 from klimb.objective.reference import moving
 from klimb.objective.refusals import hints
-from klimb.objective.sampling import dynamic, extremes, leave_out, skip_solved, soft_overlong
+from klimb.objective.sampling import dynamic, extremes, leave_out, length_penalty, skip_solved, soft_overlong
 from klimb.objective.surrogate import clip, product_clip, sequence_clip
 from klimb.objective.tokens import top_entropy
 
@@ -69,6 +70,22 @@ def test_what_each_row_needs():
     assert replace(RLOO, importance=truncate(), entropy_bonus=0.1).needs == Needs(True, False, True, True)
 
 
+def test_which_rows_are_regressions():
+    """(β log π/π_ref − A)² of whole completions: each of its four parts is needed."""
+    dro = ALGORITHMS["dro"]
+    assert [name for name, row in ALGORITHMS.items() if row.regression] == ["a_star_po", "dro"]
+    for change in (
+        {"surrogate": clip()}, {"aggregate": token_mean}, {"kl": KL("loss", k2, 1.0)},
+        {"kl": KL("loss", k1, 1.0, level="sequence")}, {"kl": KL("reward", k2, 1.0)},
+    ):  # fmt: skip
+        assert not replace(dro, **change).regression
+
+
+@pytest.mark.parametrize("name", ["grpo", "rloo", "dapo"])
+def test_two_samples_can_be_compared(name):
+    assert problems(ALGORITHMS[name], samples_per_prompt=2, updates_per_step=1) == []
+
+
 def test_resolving_fills_the_constants_of_the_run_and_leaves_set_ones():
     assert DR_GRPO.resolve(max_length=64).aggregate == sequence_sum(64.0)
     assert REINFORCE.resolve(max_length=64) == REINFORCE
@@ -97,6 +114,8 @@ def test_resolving_fills_the_constants_of_the_run_and_leaves_set_ones():
         (replace(ALGORITHMS["gdpo"], overlong=soft_overlong()), 4, 1, "advantage", "overlong to none"),
         (replace(ALGORITHMS["dro"], kl=GRPO.kl), 4, 1, "advantage", "level: sequence"),
         (replace(DAPO, reference=moving()), 4, 1, "reference", "a kl"),
+        (replace(ALGORITHMS["dro"], critic=Critic(lam=1.0)), 4, 1, "critic.lam", "critic.lam to none"),
+        (replace(ALGORITHMS["gdpo"], overlong=length_penalty()), 4, 1, "advantage", "overlong to none"),
     ],
 )
 def test_nonsense_is_refused_with_a_way_out(algorithm, samples, updates, key, way_out):
@@ -117,6 +136,7 @@ def test_nonsense_is_refused_with_a_way_out(algorithm, samples, updates, key, wa
         ("dapo", 2, None),
         ("kl_cov", 2, None),
         ("grpo", 1, None),
+        ("gspo", 1, None),  # its bounds are of another ratio
     ],
 )
 def test_what_does_nothing_with_one_update_is_said(name, updates, key):
@@ -238,6 +258,13 @@ def test_a_row_and_an_axis_of_ones_own(tmp_path):
     assert parse_algorithm({"name": f"{file}:MY_GRPO", "surrogate": "reinforce"}).advantage is mine.advantage
     assert parse_algorithm({"name": "grpo", "advantage": f"{file}:centred"}).advantage is mine.advantage
     assert describe(mine).startswith("mine(advantage=centred, surrogate=clip(0.2, 0.2)")
+    file.write_text(
+        file.read_text()
+        + "class Shift:\n    def __init__(self, by=0.0):\n        self.by = by\n"
+        + "    def __call__(self, rewards):\n        return rewards.returns - self.by\n"
+    )
+    for arguments, expected in (({"by": "2.5"}, 2.5), (3, 3), ([4], 4), (None, 0.0)):  # a class that is no dataclass
+        assert parse_algorithm({"name": "grpo", "advantage": {f"{file}:Shift": arguments}}).advantage.by == expected
     with pytest.raises(ValueError, match="NUMBER is int, no Algorithm"):
         parse_algorithm(f"{file}:NUMBER")
     with pytest.raises(ValueError, match="did you mean 'MY_GRPO'"):
@@ -268,6 +295,9 @@ def test_a_row_and_an_axis_of_ones_own(tmp_path):
         (replace(RLOO, kl=KL("reward", k1, 0.05, target=6.0)), "rloo(target=6, gain=0.1)"),
         (DR_GRPO.resolve(max_length=64), "dr_grpo(aggregate=sequence_sum(64))"),
         (replace(REINFORCE, entropy_bonus=0.01), "reinforce(entropy_bonus=0.01)"),
+        (replace(GRPO, kl=replace(GRPO.kl, corrected=True)), "grpo(corrected=true)"),
+        (replace(GRPO, kl=replace(GRPO.kl, estimator=k3_plus)), "grpo(estimator=k3+)"),
+        (replace(RLOO, kl=replace(RLOO.kl, gain=0.3)), "rloo"),  # a gain without a target steers nothing
     ],
 )
 def test_a_run_is_described_by_what_it_changes(algorithm, text):
@@ -279,6 +309,11 @@ def test_the_printed_table_is_text_without_addresses():
     assert [row["name"] for row in rows] == NAMES
     assert rows[4]["kl"] == "loss k3, β=0.04"
     assert rows[5]["advantage"] == "group_mean"
+    assert {rows[NAMES.index(name)]["kl"] for name in ("dro", "a_star_po", "dapo")} == {
+        "loss k2, sequence, β=1", "loss k2, sequence, β=0.001", "none",
+    }  # fmt: skip
+    steered = replace(GRPO, kl=replace(GRPO.kl, corrected=True, target=6.0))
+    assert algorithm_row(steered)["kl"] == "loss k3, corrected, β=0.04, target 6"
     for row in rows:
         assert all(isinstance(text, str) and " at 0x" not in text for text in row.values())
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
+import statistics
 from dataclasses import replace
 
 import pytest
 import torch
 
 from klimb.metrics import results
-from klimb.objective import GRPO, KL, PPO, REINFORCE, RLOO, assign_credit, k1, k3
+from klimb.objective import GRPO, KL, NO_KL, PPO, REINFORCE, RLOO, assign_credit, k1, k3
 from klimb.objective.advantage import discounted_return, gae, group_zscore, no_baseline
 from klimb.objective.algorithms import DRO
-from klimb.objective.sampling import dynamic, extremes, leave_out, length_penalty, power_weights, soft_overlong
+from klimb.objective.sampling import extremes, leave_out, length_penalty, power_weights, soft_overlong
 
 MASK = torch.tensor([[1, 1, 1], [1, 0, 0], [0, 0, 0], [1, 1, 0], [1, 1, 1]], dtype=torch.bool)
 GROUP = torch.tensor([0, 0, 0, 1, 1])
@@ -76,6 +77,20 @@ def test_a_sample_without_policy_tokens_takes_part_in_nothing(algorithm):
 def test_an_update_without_any_policy_token():
     found = credit(GRPO, mask=torch.zeros_like(MASK))
     assert (found.advantages == 0).all()
+    assert (found.returns == 0).all()
+    assert credit(GRPO, mask=torch.zeros_like(MASK), values=None).returns is None
+
+
+def test_an_update_of_one_sample_that_has_tokens():
+    found = credit(replace(REINFORCE, advantage=no_baseline, kl=NO_KL), mask=MASK & (torch.arange(5) == 1)[:, None])
+    assert found.advantages.nonzero().tolist() == [[1, 0]]
+    assert found.advantages[1, 0] == -2.0
+
+
+def test_an_estimator_that_is_not_zero_at_zero_counts_where_there_are_tokens():
+    x = inputs()["logps"].double() - inputs()["ref_logps"].double()
+    found = credit(replace(RETURNS_TO_GO, kl=KL("reward", lambda x: x + 1, 0.5))).advantages
+    assert found[3, 0].item() == pytest.approx(3.0 - 0.5 * (x[3, :2].sum().item() + 2))
 
 
 def test_the_critics_targets_are_advantage_plus_value_before_whitening():
@@ -104,6 +119,8 @@ def test_the_value_of_a_prompt_learns_the_score_less_the_leash():
         value = inputs()["values"][row, 0].item()
         assert found.advantages[row, 0].item() == pytest.approx(SCORES[row].item() - value)
         assert found.returns[row, 0].item() == pytest.approx(SCORES[row].item() - 0.5 * x[row].item())
+    elsewhere = credit(replace(DRO, kl=KL("loss", k3, 0.5)))  # no regression, no leash in what V learns
+    assert elsewhere.returns[PRESENT, 0].tolist() == pytest.approx(SCORES[PRESENT].tolist())
 
 
 def test_weights_of_samples():
@@ -121,6 +138,20 @@ def test_interrupted_samples_need_no_score():
     assert results(found.metrics)["reward/mean"] == pytest.approx((-2 + 3 + 0.5) / 3)
     with pytest.raises(ValueError, match="gae"):
         credit(GRPO, scores=scores, interrupted=interrupted)
+    nobody = results(credit(PPO, scores=scores, interrupted=torch.ones(5, dtype=torch.bool)).metrics)
+    assert (nobody["reward/mean"], nobody["reward/std"]) == (0.0, 0.0)
+
+
+def test_an_interrupted_sample_has_nothing_for_its_score():
+    """Seen by an advantage that is the sum of the rewards; the others keep theirs."""
+
+    def outcome(rewards):
+        return rewards.returns
+
+    outcome.needs_values = True
+    interrupted = torch.tensor([True, False, False, False, False])
+    found = credit(replace(REINFORCE, advantage=outcome, kl=NO_KL), interrupted=interrupted).advantages
+    assert found[PRESENT, 0].tolist() == [0.0, -2.0, 3.0, 0.5]
 
 
 def test_what_is_reported():
@@ -130,6 +161,12 @@ def test_what_is_reported():
     found = results(credit(GRPO, scores=equal).metrics)
     assert found["reward/mean"] == pytest.approx((1 - 2 + 1.25 + 1.25) / 4)
     assert found["groups/no_variance"] == 0.5
+    r, a = [1.0, -2.0, 1.25, 1.25], credit(GRPO, scores=equal).advantages[MASK].tolist()
+    assert found["reward/std"] == pytest.approx(statistics.pstdev(r))
+    assert found["advantage/std"] == pytest.approx(statistics.pstdev(a))
+    flat = torch.tensor([1.0, 1.0, 0.0, 3.0, 0.5])
+    assert results(credit(GRPO, scores=flat, group=torch.tensor([0, 0, 0, 1, 2])).metrics)["groups/no_variance"] == 1.0
+    assert "groups/no_variance" not in results(credit(GRPO, group=torch.arange(5)).metrics)
     assert found["kl"] == pytest.approx(x.sum().item() / 4)
     assert found["kl_per_token"] == pytest.approx(x.sum().item() / 9)
     assert found["beta"] == 0.04
@@ -147,6 +184,10 @@ def test_state_is_returned_and_never_changed_in_place():
     observed = results(found.metrics)["kl"]
     expected = 0.5 * (1 + 0.1 * max(-0.2, min(0.2, observed - 1)))
     assert found.state["beta"].item() == pytest.approx(expected)
+    logps = torch.where(MASK, -1.0, 0.0).double()  # 0.1 nats of each of 9 tokens, of 4 samples
+    near = replace(REINFORCE, kl=KL("reward", k1, beta=0.5, target=0.2))
+    state = credit(near, logps=logps, ref_logps=logps - 0.1).state
+    assert state["beta"].item() == pytest.approx(0.5 * (1 + 0.1 * (0.225 / 0.2 - 1)))
     doubled = credit(replace(algorithm, advantage=discounted_return()), state={"beta": torch.tensor(1.0)})
     assert torch.allclose(doubled.advantages, credit(replace(RETURNS_TO_GO, kl=KL("reward", k1, 1.0))).advantages)
 
@@ -200,10 +241,3 @@ def test_a_price_on_length_and_none():
     with pytest.raises(ValueError, match="resolve"):
         length_penalty()(length)
     assert replace(GRPO, overlong=length_penalty()).resolve(max_length=9).overlong == length_penalty(0.1, 9)
-
-
-def test_dynamic_sampling_keeps_groups_that_differ():
-    assert dynamic([0.0, 1.0, 1.0])
-    assert not dynamic([1.0, 1.0])
-    assert not dynamic([0.1 + 0.2, 0.3])
-    assert not dynamic([1.0])

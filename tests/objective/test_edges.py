@@ -9,6 +9,7 @@ import torch
 
 from klimb.objective import PREFERENCE_LOSSES, forward_kl, parse_preference
 from klimb.objective.preference import needs_of
+from klimb.objective.spec import AXES
 from klimb.objective.surrogate import kl_mask, tv_mask
 
 
@@ -68,6 +69,24 @@ def test_a_token_that_both_rule_out_leaves_no_nan():
     assert loss.item() == pytest.approx(0.5 * math.log(2) + 0.5 * math.log(2 / 3))
     assert student.grad[0, 1:].tolist() == pytest.approx([-0.5, -0.5])
     assert student.grad.isfinite().all()
+
+
+ASKS = {
+    ("advantage", "gae"): {"needs_values"},
+    ("advantage", "prompt_value"): {"needs_values"},
+    ("advantage", "parts_zscore"): {"needs_parts"},
+    ("advantage", "optimal_token_baseline"): {"needs_collisions"},
+    ("importance", "off_policy_drop"): {"of_current"},
+    ("token_filter", "top_entropy"): {"needs_entropy"},
+    ("overlong", "leave_out"): {"leaves_out"},
+}
+FLAGS = ("needs_values", "needs_parts", "needs_collisions", "needs_entropy", "of_current", "leaves_out")
+
+
+@pytest.mark.parametrize(("axis", "name"), [(axis, name) for axis, known in AXES.items() for name in known])
+def test_what_a_value_of_an_axis_asks_for(axis, name):
+    """What is not listed asks for nothing besides."""
+    assert {flag for flag in FLAGS if getattr(AXES[axis][name], flag, False)} == ASKS.get((axis, name), set())
 
 
 FREE = {"orpo", "cpo", "simpo", "alphapo", "tpo", "tpo_l", "chosen_nll"}

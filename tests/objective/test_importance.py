@@ -104,6 +104,19 @@ def test_odd_inputs_stay_finite(name):
         assert scale or (weight == 1).all()
 
 
+def weights_of(importance, log_weight, advantage=-1.0):
+    log_weight = torch.tensor([log_weight], dtype=torch.float64)
+    advantages = torch.full_like(log_weight, advantage)
+    return importance(log_weight, torch.ones_like(log_weight, dtype=torch.bool), advantages)[0].tolist()
+
+
+def test_bounds_belong_to_what_they_bound():
+    assert weights_of(drop_outside(1.0, 1.0), [0.0, 0.1, -0.1]) == [1.0, 0.0, 0.0]
+    assert weights_of(off_policy_drop(0.5), [-0.5, -0.5]) == [1.0, 1.0]
+    assert weights_of(off_policy_drop(0.5), [-0.5, -0.6]) == [0.0, 0.0]
+    assert weights_of(off_policy_drop(0.5), [-0.5, -0.6], advantage=0.0) == [1.0, 1.0]
+
+
 def one(algorithm, new, old, sampled, advantage=1.0):
     """Loss and gradient of a single token whose probability is `new` now, `old` before the update, `sampled` where it
     was drawn."""

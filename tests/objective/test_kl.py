@@ -10,7 +10,7 @@ import torch
 from klimb.batch import BatchTotals
 from klimb.lab.bandit import TokenBandit
 from klimb.objective import KL, NO_KL, REINFORCE, k1, k2, k3, policy_loss
-from klimb.objective.kl import k1_plus, k3_plus
+from klimb.objective.kl import bounded_exp, k1_plus, k3_plus
 
 torch.manual_seed(0)
 LOGITS = torch.randn(3, dtype=torch.float64)
@@ -110,6 +110,7 @@ def test_the_penalty_of_a_sequence_is_spread_over_its_own_tokens():
 
 def test_huge_log_ratios_stay_finite():
     assert k3(torch.tensor([-1e4, 1e4], dtype=torch.float32)).isfinite().all()
+    assert bounded_exp(torch.tensor([-1e4, 1e4, 1.0])).log().tolist() == pytest.approx([-20.0, 20.0, 1.0])
 
 
 def test_the_steered_coefficient():
@@ -124,12 +125,21 @@ def test_the_steered_coefficient():
     state = step(state, 1.9)
     assert state["beta"].item() == pytest.approx(0.5 * 1.02 * 0.995)
     assert leash.coefficient(state) is state["beta"]
+    assert step({}, 0.0)["beta"].item() == pytest.approx(0.5 * 0.98)  # far below: clipped as well
     assert KL("reward", k1, beta=0.5).next_state({}, torch.tensor(4.0)) == {}
 
 
 def test_no_kl_is_inactive():
     assert not NO_KL.active
     assert not KL("loss", k3, beta=0.0).active
+
+
+@pytest.mark.parametrize("where", ["reward", "loss"])
+def test_the_leash_is_tied_in_one_place(where):
+    pulls, slack = KL(where, k1, beta=0.1), KL(where, k1, beta=0.0)
+    assert (pulls.in_reward, pulls.in_loss) == (where == "reward", where == "loss")
+    assert (slack.in_reward, slack.in_loss) == (False, False)
+    assert KL(where, k1, beta=0.1, target=0.5).target == 0.5
 
 
 @pytest.mark.parametrize(
@@ -141,6 +151,7 @@ def test_no_kl_is_inactive():
         (dict(where="reward", estimator=k1, beta=0.1, level="sequence"), "kl.level"),
         (dict(where="loss", estimator=k2, beta=0.1, level="word"), "kl.level"),
         (dict(where="loss", estimator=k2, beta=0.0, target=1.0), "kl.target"),
+        (dict(where="loss", estimator=k2, beta=0.1, target=0.0), "kl.target"),
         (dict(where="reward", estimator=k1, beta=0.1, corrected=True), "kl.corrected"),
         (dict(where="loss", estimator=k2, beta=0.1, level="sequence", corrected=True), "kl.corrected"),
     ],

@@ -54,6 +54,9 @@ def test_reward_loss_parts_add_up_and_a_tie_is_half_right():
     assert merged == pytest.approx(results(found))
     assert merged["accuracy"] == 0.5
     assert merged["margin"] == pytest.approx(-0.5 / 3)
+    assert merged["score/mean"] == pytest.approx(6.5 / 6)
+    expected = [math.log1p(math.exp(-gap)) for gap in (0.5, 0.0, -1.0)]  # without margin or centering
+    assert whole.item() == pytest.approx(sum(expected) / 3)
 
 
 @pytest.mark.parametrize(
@@ -63,12 +66,15 @@ def test_reward_loss_parts_add_up_and_a_tie_is_half_right():
         (1.5, 1.0, 3.0, 0.5 * 1.8**2),  # moved towards the target, more than 0.2: counts as 1.2
         (0.5, 1.0, 3.0, 0.5 * 2.5**2),  # moved away: the larger error is the unclipped one
         (3.5, 3.0, 3.0, 0.5 * 0.5**2),  # overshot from the target itself
+        (0.5, 1.0, -1.0, 0.5 * 1.8**2),  # moved down towards the target, more than 0.2: counts as 0.8
     ],
 )
 def test_value_loss_by_hand(value, old, target, expected):
     found = value_loss(tensor(value), tensor(target), tensor(old), 0.2)
     assert found.item() == pytest.approx(expected)
-    assert value_loss(tensor(value), tensor(target), None, None).item() == pytest.approx((value - target) ** 2 / 2)
+    for before, bound in ((None, None), (tensor(old), None), (None, 0.2)):
+        whole = value_loss(tensor(value), tensor(target), before, bound).item()
+        assert whole == pytest.approx((value - target) ** 2 / 2)
 
 
 def test_a_clipped_value_gets_no_gradient():

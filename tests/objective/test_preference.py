@@ -189,7 +189,8 @@ def test_the_loss_of_a_policy_that_is_its_reference(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "known"),
     [
-        ("orpo", 0.5 + 0.1 * LN2), ("cpo", LN2 + 0.5), ("simpo", math.log1p(math.e)), ("alphapo", math.log1p(math.e)),
+        ("orpo", 0.5 + 0.1 * LN2), ("cpo", LN2 + 0.5), ("simpo", math.log1p(math.e)),
+        ("alphapo", math.log1p(math.exp(0.1))),
         ("tpo", LN2 + 0.25), ("tpo_l", math.log1p(math.exp(0.5)) + 0.25),
     ],
 )  # fmt: skip

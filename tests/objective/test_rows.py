@@ -157,8 +157,10 @@ ADVANTAGES = {
     "top_entropy": of_group(zscore, overlong=dapo_price),
     "dr_grpo": of_group(centred),
     "dro_old": of_group(centred),
+    "dppo": of_group(centred),
+    "dppo_kl": of_group(centred),
     "remax": less(lambda i, given: given["baseline"][i].item(), beta=0.05),
-    "reinforce++_baseline": lambda given: whitened(of_group(centred, beta=0.01)(given)),
+    "reinforce++_baseline": lambda given: whitened(of_group(centred)(given)),
     "opo": of_group(weighted_by_length),
     "gpg": of_group(centred),  # all groups differ: α = 1
     "lite_ppo": lite,
@@ -288,11 +290,11 @@ def chosen(name, given, a):
 # The whole loss ------------------------------------------------------------------------------------------------------
 
 BY_TOKEN = (
-    *("reinforce++", "ppo", "dapo", "cispo", "reinforce++_baseline", "lite_ppo", "vapo", "vespo", "dppo", "dppo_kl"),
+    *("reinforce++", "ppo", "dapo", "cispo", "reinforce++_baseline", "lite_ppo", "vapo", "vespo"),
     *("clip_cov", "kl_cov", "m2po", "top_entropy", "pf_ppo"),
 )
 BY_ONE = ("reinforce", "rloo", "remax", "luspo", "a_star_po", "dro")
-BY_CONSTANT = ("dr_grpo", "opo", "passk_grpo", "maxrl", "otb", "dro_old")
+BY_CONSTANT = ("dr_grpo", "opo", "passk_grpo", "maxrl", "otb", "dro_old", "dppo", "dppo_kl")
 
 
 def weight_of(name, i):
@@ -320,6 +322,8 @@ def written_out(name, given, logps):
             if name in ("grpo", "gdpo", "intellect2"):
                 x = given["ref_logps"][i, t] - logps[i, t]
                 total = total + (0.001 if name == "intellect2" else 0.04) * (x.exp() - x - 1) / weight_of(name, i)
+            if name == "reinforce++_baseline":
+                total = total + 0.01 / 2 * (logps[i, t] - given["ref_logps"][i, t]) ** 2 / weight_of(name, i)
         if name in ("a_star_po", "dro"):  # β/2 (log π/π_ref)², of which the cross term is the loss above
             x = sum(logps[i, t] - given["ref_logps"][i, t] for t in span)
             total = total + (1e-3 if name == "a_star_po" else 1.0) / 2 * x**2 / len(PRESENT)

@@ -14,11 +14,14 @@ from klimb.objective.surrogate import (
     cispo,
     clip,
     dual_clip,
+    geometric_clip,
     kl_mask,
     product_clip,
     reinforce,
+    sapo,
     sequence_clip,
     tv_mask,
+    vespo,
 )
 
 MASK = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 0, 0]], dtype=torch.bool)
@@ -65,7 +68,10 @@ def test_at_ratio_one_the_gradient_is_reinforces(name):
         (0.79, -2.0, True),  # down, and already past the lower bound
         (0.81, -2.0, False),
         (1.31, -2.0, False),  # down, from above
+        (1.31, 0.5, True),  # however small A is
+        (0.79, 0.5, False),
         (1.31, 0.0, False),
+        (0.79, 0.0, False),
     ],
 )
 def test_the_clip_lets_go_on_the_outward_side_only(kind, ratio, advantage, killed):
@@ -80,6 +86,67 @@ def test_dual_clip_bounds_the_loss_of_a_bad_token_that_became_likely():
     assert one(dual_clip(0.2, 0.2, bound=3.0), 5.0, -1.5) == pytest.approx((4.5, 0.0, True))
     assert one(clip(0.2, 0.2), 5.0, -1.5) == pytest.approx((7.5, 7.5, False))
     assert one(dual_clip(0.2, 0.2, bound=3.0), 2.9, -1.5) == pytest.approx((4.35, 4.35, False))
+    assert one(dual_clip(0.2, 0.2, bound=1.0), 1.0, -1.5) == (1.5, 1.5, False)  # on the bound it still learns
+    assert one(dual_clip(0.2, 0.2, bound=3.0), 5.0, 0.5) == pytest.approx((-0.6, 0.0, True))  # a good one: as clip
+    assert one(dual_clip(0.2, 0.2, bound=3.0), 5.0, 0.0) == (0.0, 0.0, False)
+
+
+@pytest.mark.parametrize("advantage", [1.0, -1.0])
+def test_nothing_that_has_not_moved_is_clipped_however_tight_the_bounds(advantage):
+    assert one(clip(0.0, 0.0), 1.0, advantage)[2] is False
+
+
+def pair(surrogate, log_ratios, advantage):
+    """Loss of the first token, gradients with respect to both log π, and both flags, of a sample of two tokens."""
+    logps = torch.tensor([log_ratios], dtype=torch.float64, requires_grad=True)
+    loss, clipped = surrogate(
+        logps, torch.zeros(1, 2).double(), torch.full((1, 2), advantage).double(), torch.ones(1, 2).bool()
+    )
+    loss.sum().backward()
+    return loss[0, 0].item(), logps.grad[0].tolist(), clipped[0].tolist()
+
+
+def test_a_geometric_mean_holds_the_tokens_that_went_the_way_of_the_advantage():
+    """Log-ratios of ½ and −½, held by 0.3 above or 0.1 below: means of −0.1 and of 0.2; its two tokens share −A s."""
+    held = geometric_clip(low=0.1, high=0.3)
+    for advantage in (1.0, 0.5):
+        loss, gradient, clipped = pair(held, [0.5, -0.5], advantage)
+        assert loss == pytest.approx(-advantage * math.exp(-0.1))
+        assert gradient == pytest.approx([0.0, -advantage * math.exp(-0.1)])
+        assert clipped == [True, False]
+    loss, gradient, clipped = pair(held, [0.5, -0.5], -1.0)
+    assert loss == pytest.approx(math.exp(0.2))
+    assert gradient == pytest.approx([math.exp(0.2), 0.0])
+    assert clipped == [False, True]
+    assert pair(held, [0.5, -0.5], 0.0)[2] == [False, False]
+
+
+def test_a_soft_gate_counts_as_clipped_when_it_is_less_than_half_open():
+    """4 σ (1 − σ) = ½ at σ = (1 + √½)/2, that is at τ (r − 1) = ±1.763."""
+    assert [one(sapo(positive=1.0), ratio, 1.0)[2] for ratio in (2.75, 2.77)] == [False, True]
+    assert [one(sapo(positive=3.0), ratio, 1.0)[2] for ratio in (0.42, 0.40)] == [False, True]
+    assert [one(sapo(negative=2.0), ratio, -1.0)[2] for ratio in (1.88, 1.89)] == [False, True]
+    assert one(sapo(positive=1.0, negative=5.0), 2.0, 0.0)[2]  # τ for A > 0, and for all others
+
+
+def test_the_weight_of_a_sequence_is_bounded_before_it_is_shaped():
+    """w in [1e-8, e^20]; with k alone it is w^k."""
+    shape = vespo(0.1, 0.0, 0.1, 0.0)
+    for ratio, bounded in ((math.exp(-30), 1e-8), (math.exp(30), math.exp(20)), (2.0, 2.0)):
+        assert one(shape, ratio, 1.0)[1] == pytest.approx(-(bounded**0.1))
+    assert [one(vespo(1.0, 0.0), ratio, 1.0)[2] for ratio in (0.6, 0.5, 0.49)] == [False, False, True]
+    assert not one(vespo(k_negative=30.0), 0.8, 0.0)[2]  # A = 0 counts as good
+
+
+@pytest.mark.parametrize("surrogate", [sequence_clip(0.9, 9.0), geometric_clip(9.0, 9.0), product_clip(), vespo()])
+def test_a_ratio_of_a_sequence_is_made_of_its_own_tokens(surrogate):
+    """Whatever stands beyond them; and a sample without a token leaves no NaN."""
+    logps, old = moved(0.1)
+    mask = MASK & torch.tensor([[True], [True], [False]])
+    beyond = torch.where(mask, logps.detach(), 7.0)
+    clean, holed = (surrogate(x, old, ADVANTAGES, mask).loss for x in (logps, beyond))
+    assert torch.equal(clean[mask], holed[mask])
+    assert clean.isfinite().all()
 
 
 @pytest.mark.parametrize(("ratio", "weight"), [(9.0, 5.0), (4.9, 4.9), (0.01, 0.01), (1.0, 1.0)])
@@ -101,6 +168,12 @@ def test_cispo_bounds_the_weight_and_keeps_every_gradient(ratio, weight, advanta
         (tv_mask(low=0.2, high=0.3), 0.3, 0.15, -1.0, False),
         (tv_mask(low=0.2, high=0.3), 0.3, 0.05, 1.0, False),
         (tv_mask(), 1e-4, 1e-3, 1.0, False),  # ten times as likely, and next to nothing has moved
+        (tv_mask(low=0.2, high=0.25), 0.25, 0.5, 1.0, False),  # by the bound itself
+        (tv_mask(low=0.25, high=0.2), 0.5, 0.25, -1.0, False),
+        # A certain token counts as 1 − 1e-6: ½ log ½ + ½ (log ½ − log 1e-6) = 6.21 from ½, log 2 on the way back.
+        (kl_mask(low=6.0, high=6.0), 0.5, 1.0, 1.0, True),
+        (kl_mask(low=6.3, high=6.3), 0.5, 1.0, 1.0, False),
+        (kl_mask(), 1.0, 0.5, -1.0, True),
         # 0.3 log(0.3/π) + 0.7 log(0.7/(1 − π)): 0.253 at 0.65, 0.0057 at 0.35, 0.324 at 0.05.
         (kl_mask(low=0.3, high=0.2), 0.3, 0.65, 1.0, True),
         (kl_mask(low=0.3, high=0.3), 0.3, 0.65, 1.0, False),
@@ -121,7 +194,7 @@ def test_a_divergence_lets_go_on_the_outward_side_only(surrogate, old, new, adva
 
 
 def test_cispo_lower_bound():
-    assert one(cispo(0.2, 0.2), 0.5, 1.0)[1] == pytest.approx(-0.8)
+    assert one(cispo(0.2, 0.4), 0.5, 1.0)[1] == pytest.approx(-0.8)
 
 
 def test_reinforce_ignores_how_far_the_policy_has_moved():

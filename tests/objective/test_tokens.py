@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from dataclasses import replace
+from fractions import Fraction
 
 import pytest
 import torch
@@ -40,6 +42,52 @@ def test_the_least_sure_tokens(share):
     assert given.entropy[kept].min().item() >= ranked[-int(kept.sum())]
     assert int(kept.sum()) == max(1, round(share * 80 + 0.5 - 1e-9) if share < 1 else 80)
     assert not (kept & ~MASK).any()
+
+
+@pytest.mark.parametrize("share", ["1/10", "1/5", "3/10", "7/10"])
+def test_how_many_are_the_least_sure_is_a_matter_of_whole_numbers(share):
+    """All but ⌈(n − 1)(1 − share)⌉, as exact fractions have it: 0.9 · 70 is above 63 in floats."""
+    for n in range(1, 120):
+        mask = torch.ones(1, n, dtype=torch.bool)
+        given = tokens(mask=mask, entropy=torch.arange(n).double()[None])
+        expected = n - math.ceil((n - 1) * (1 - Fraction(share)))
+        assert int(top_entropy(float(Fraction(share)))(given).sum()) == expected
+
+
+def few(advantages, logps, **changes):
+    """One sample of these tokens, and room for one more."""
+    mask = torch.tensor([[True] * len(logps) + [False]])
+    columns = [torch.tensor([[*values, 0.0]], dtype=torch.float64) for values in (advantages, logps)]
+    return Tokens(
+        mask, columns[1], changes.pop("behavior_logps", columns[1]), columns[0], torch.ones(1),
+        changes.pop("clipped", torch.zeros_like(mask)), **changes,
+    )  # fmt: skip
+
+
+def test_the_range_of_clip_cov_is_open_and_clipped_tokens_are_not_in_it():
+    """Both tokens have (±1) · (±1) = 1."""
+    given = few([1.0, -1.0], [-1.0, -3.0])
+    every = {"share": 1.0}
+    assert clip_cov(**every, low=0.5, high=1.5)(given).tolist() == [[False, False, False]]
+    for low, high in ((1.0, 2.0), (0.0, 1.0)):
+        assert clip_cov(**every, low=low, high=high)(given).tolist() == [[True, True, False]]
+    half = few([1.0, -1.0], [-1.0, -3.0], clipped=torch.tensor([[True, False, False]]))
+    assert clip_cov(**every, low=0.5, high=1.5)(half).tolist() == [[True, False, False]]
+    assert int(clip_cov(share=1e-9, low=0.5, high=1.5)(given).sum()) == 1  # one at least
+
+
+def test_kl_cov_charges_a_token_even_where_all_covariances_are_negative():
+    assert int(kl_cov(share=0.5)(few([1.0, -1.0], [-3.0, -1.0])).sum()) == 1
+
+
+def test_a_mean_at_the_limit_is_not_below_it():
+    moved = few([0.0] * 3, [-1.0] * 3, behavior_logps=torch.tensor([[-1.5, -1.5, -1.5, 0.0]], dtype=torch.float64))
+    assert int(second_moment(0.25)(moved).sum()) == 1  # one at least
+    assert int(second_moment(0.26)(moved).sum()) == 3
+
+
+def test_a_single_correct_token_has_all_of_the_weight():
+    assert imitate_correct(0.1)(few([0.0], [-1.0])).tolist() == [[0.1, 0.0]]
 
 
 def test_clip_cov_draws_among_the_tokens_in_the_range_that_are_not_clipped_yet():

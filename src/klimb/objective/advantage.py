@@ -163,7 +163,7 @@ class gae:
             delta = torch.where(rewards.interrupted[:, None] & last_token(rewards.mask), 0.0, delta)
         if self.alpha is None:
             return discounted_sum(delta, self.gamma * self.lam)
-        lam = (1 - 1 / (self.alpha * rewards.mask.sum(dim=1).clamp(min=1).double())).clamp(min=0)
+        lam = (1 - 1 / (self.alpha * rewards.mask.sum(dim=1).double())).clamp(min=0)
         return discounted_sum(delta, self.gamma * lam)
 
 

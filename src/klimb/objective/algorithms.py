@@ -133,7 +133,8 @@ REINFORCE_PP_BASELINE = replace(
     REINFORCE_PP,
     name="reinforce++_baseline",
     advantage=group_mean,
-    source="arXiv 2501.03262, its part on REINFORCE++-baseline (β is that of reinforce++)",
+    kl=KL("loss", k2, beta=0.01),
+    source="arXiv 2501.03262, section 3.2, equations 6-8 (it names no β: that of reinforce++)",
 )
 OPO = replace(
     DR_GRPO,
@@ -180,7 +181,7 @@ VAPO = replace(
     surrogate=clip(0.2, 0.28),
     imitation=imitate_correct(0.1),
     kl=NO_KL,
-    source="arXiv 2504.05118, section 4",
+    source="arXiv 2504.05118, sections 4 and 5.1 (value clip and whitening are PPO's, it names none)",
 )
 
 # Other restraints -----------------------------------------------------------------------------------------------------
@@ -210,9 +211,12 @@ VESPO = replace(
     source="arXiv 2602.10693; denominator of TRL",
 )
 DPPO = replace(
-    GRPO, name="dppo", surrogate=tv_mask(), aggregate=token_mean, kl=NO_KL, source="arXiv 2602.04879, binary TV"
+    DR_GRPO,
+    name="dppo",
+    surrogate=tv_mask(),
+    source="arXiv 2602.04879, binary TV; advantage and denominator of its authors' example in verl",
 )
-DPPO_KL = replace(DPPO, name="dppo_kl", surrogate=kl_mask(), source="arXiv 2602.04879, binary KL")
+DPPO_KL = replace(DPPO, name="dppo_kl", surrogate=kl_mask(), source=DPPO.source.replace("TV", "KL"))
 CLIP_COV = replace(
     GRPO,
     name="clip_cov",
@@ -254,13 +258,13 @@ DRO = replace(
     advantage=prompt_value(),
     kl=KL("loss", k2, beta=1.0, level="sequence"),
     critic=Critic(value_clip=None),
-    source="arXiv 2405.19107: DRO-V",
+    source="arXiv 2405.19107: DRO-V (β is its τ, best at 1 of 0.1, 1 and 5)",
 )
 DRO_OLD = replace(
     DR_GRPO,
     name="dro_old",
     surrogate=quadratic(beta=0.1),
-    source="arXiv 2501.12599 and verl: pulled to π_old instead of π_ref (β has no published default)",
+    source="arXiv 2501.12599 and verl: pulled to π_old instead of π_ref (neither names a β: 0.1 is this table's)",
 )
 
 ALGORITHMS: Mapping[str, Algorithm] = {

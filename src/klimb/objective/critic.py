@@ -28,7 +28,7 @@ def reward_loss(
 ) -> tuple[Tensor, Metrics]:
     """Loss of the reward model over a part of an update of `pairs` pairs in all; a tie is half right."""
     per_pair = bradley_terry(chosen, rejected, margin, centering)
-    gap = (chosen - rejected).detach()
+    gap = chosen - rejected
     return pair_mean(per_pair, pairs), {
         "loss": metrics.mean(per_pair),
         "accuracy": metrics.mean((gap.sign() + 1) / 2),
@@ -71,10 +71,9 @@ def critic_loss(
     totals: BatchTotals,
 ) -> tuple[Tensor, Metrics]:
     """The critic's loss over a part of an update, mean over the update's tokens. All tensors [B, T]."""
-    returns = torch.where(mask, returns, 0.0).to(values.dtype)
-    values = torch.where(mask, values, 0.0)
-    old_values = None if old_values is None else torch.where(mask, old_values, 0.0).to(values.dtype)
-    per_token = value_loss(values, returns, old_values, critic.value_clip)
+    values = torch.where(mask, values, 0.0)  # what stands elsewhere in the others ends with the mean
+    old_values = None if old_values is None else old_values.to(values.dtype)
+    per_token = value_loss(values, returns.to(values.dtype), old_values, critic.value_clip)
     return token_mean(per_token, mask, totals), {"critic/loss": metrics.mean(per_token, mask)}
 
 

@@ -37,7 +37,7 @@ def leave_one_out(rewards: Rewards) -> Tensor:
     smaller: a mean of few others is a noisy baseline.
     """
     returns, group = rewards.returns, rewards.group
-    others = (group_sum(returns, group) - returns) / (group_size(group) - 1).clamp(min=1)
+    others = (group_sum(returns, group) - returns) / (group_size(group) - 1)
     return zero_without_variance(returns - others, rewards)
 
 
@@ -72,9 +72,9 @@ class leave_one_out_zscore:
         returns, group = rewards.returns, rewards.group
         size = group_size(group)
         centred = returns - group_sum(returns, group) / size
-        squares = group_sum(centred.square(), group) - centred.square() * size / (size - 1).clamp(min=1)
-        std = (squares.clamp(min=0) / (size - 2).clamp(min=1)).sqrt()
-        spread = (size > 2) & (std > VARIANCE_TOLERANCE * centred.abs())
+        squares = group_sum(centred.square(), group) - centred.square() * size / (size - 1)
+        std = (squares / (size - 2).clamp(min=1)).sqrt()
+        spread = std > VARIANCE_TOLERANCE * centred.abs()  # nor is the NaN of a group of one, or of rounding below 0
         return leave_one_out(rewards) / torch.where(spread, std + self.eps, 1.0)
 
 
@@ -137,8 +137,7 @@ class best_of_group:
         best = low.scatter_reduce(0, index, returns, "amax")[index]
         first = returns == best
         second = low.scatter_reduce(0, index, torch.where(first, -torch.inf, returns), "amax")[index]
-        alone = first & (group_sum(first.double(), group) == 1) & (group_size(group) > 1)
-        gap = torch.where(alone, best - torch.where(alone, second, 0.0), 0.0)
+        gap = torch.where(first & (group_sum(first.double(), group) == 1), best - second, 0.0)
         if self.scale:
             gap = gap / (_std(returns, group) + self.eps)
         return zero_without_variance(gap, rewards)
@@ -154,7 +153,7 @@ def over_mean(rewards: Rewards) -> Tensor:
     """
     returns, group = rewards.returns, rewards.group
     mean = group_sum(returns, group) / group_size(group)
-    return zero_without_variance(torch.where(mean > 0, (returns - mean) / mean.where(mean > 0, 1.0), 0.0), rewards)
+    return zero_without_variance(torch.where(mean > 0, (returns - mean) / mean, 0.0), rewards)
 
 
 @dataclass(frozen=True)
@@ -201,7 +200,7 @@ class optimal_token_baseline:
             )
         mask, to_go = rewards.mask, discounted_sum(rewards.per_token, 1.0)
         energy = 1 - 2 * rewards.logps.double().exp() + rewards.collisions.double()
-        weight = torch.where(mask, torch.where(mask, energy, 0.0).cumsum(dim=1), 0.0)
+        weight = torch.where(mask, energy.cumsum(dim=1), 0.0)
         index = group_index(rewards.group)
         sums = [torch.zeros_like(weight).index_add(0, index, part)[index] for part in (weight * to_go, weight)]
         baseline = sums[0] / sums[1].where(sums[1] > 0, 1.0)
@@ -217,12 +216,12 @@ COMPARING: tuple[Any, ...] = (
 
 
 def _std(values: Tensor, group: Tensor) -> Tensor:
-    """[B], [B] → [B]: the unbiased standard deviation of the sample's group; 0 of one alone."""
+    """[B], [B] → [B]: the unbiased standard deviation of the sample's group; NaN of one alone."""
     size = group_size(group)
     centred = values - group_sum(values, group) / size
-    return (group_sum(centred.square(), group) / (size - 1).clamp(min=1)).sqrt()
+    return (group_sum(centred.square(), group) / (size - 1)).sqrt()
 
 
 def _zscore(values: Tensor, group: Tensor, eps: float) -> Tensor:
-    centred, std = values - group_sum(values, group) / group_size(group), _std(values, group)
-    return centred / (std + eps).where(std > 0, 1.0)
+    """NaN where a group does not differ, at eps = 0 or of one alone: `has_variance` has the word there."""
+    return (values - group_sum(values, group) / group_size(group)) / (_std(values, group) + eps)

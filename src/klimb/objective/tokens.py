@@ -101,7 +101,7 @@ class second_moment:
     limit: float = 0.04
 
     def __call__(self, tokens: Tokens) -> Tensor:
-        moment = torch.where(tokens.mask, tokens.logps - tokens.behavior_logps, 0.0).double().square()
+        moment = (tokens.logps - tokens.behavior_logps).double().square()
         ranked, order = moment[tokens.mask].sort()
         means = ranked.cumsum(0) / torch.arange(1, len(ranked) + 1, device=ranked.device)
         count = max(int((means < self.limit).sum()), min(len(ranked), 1))  # means only grow
@@ -141,6 +141,6 @@ IMITATIONS: Mapping[str, type] = {"imitate_correct": imitate_correct}
 
 
 def _covariance(tokens: Tokens) -> Tensor:
-    """[B, T]: each token's part in the covariance of advantage and log-prob over the update."""
+    """[B, T]: each token's part in the covariance of advantage and log-prob over the update; anything where masked."""
     centred = (values - values[tokens.mask].mean() for values in (tokens.advantages, tokens.logps.double()))
-    return torch.where(tokens.mask, next(centred) * next(centred), 0.0)
+    return next(centred) * next(centred)
