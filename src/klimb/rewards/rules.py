@@ -32,6 +32,10 @@ completion.
 """
 
 
+JUDGES = ("exact", "numeric", "regex", "format")
+"""Rules whose scores are verdicts: 1 is ok, anything less wrong."""
+
+
 class Rule(Protocol):
     @property
     def columns(self) -> tuple[str, ...]: ...

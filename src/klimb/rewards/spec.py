@@ -6,6 +6,8 @@
     reward: exact                                        a rule of rules.py
     reward: {numeric: {column: solution}}                a rule with options
     reward: {my_reward.py:score: {timeout: 300}}         a function with more time than 60 s a call
+    reward: {my_reward.py:score: {independent: true}}    its score of a row depends on no other row: it is called with
+                                                         each finished group, while others are generated
     reward: {code: {tests: test, timeout: 5}}            hidden tests, in the sandbox (code.py)
     reward: runs/rm/model                                the directory of a trained reward model
     reward:                                              a weighted sum
@@ -13,6 +15,15 @@
       - {reward: length, weight: -0.01, name: brevity}
     reward: {reward: runs/rm/model, normalise: running, clip: 5}
                                                          less the mean and by the std of all scores so far, within ±5
+    reward: {http: {url: "http://scores:8000/score"}}    a server (remote.py)
+    reward: {product: [exact, {format: {tags: think}}]}
+    reward: {gate: {when: {format: {tags: think}}, then: exact, else: 0}}
+                                                         `then` where `when` is above 0 (or `above`); null: no score
+    reward: {route: {column: source, to: {math: numeric, code: {code: {tests: test}}}}}
+                                                         by a column of the data
+
+Parts of mixtures are rewards themselves, mixtures too (a list is a sum), or {reward: …, normalise: …, clip: …}; with a
+`name` where they have none from a route, and with a `weight` in sums and routes.
 
 Without `normalise` a reward model keeps the mean and std of its reference samples, and others the scale they have.
 """
@@ -27,16 +38,18 @@ from typing import Any
 
 from klimb.errors import RewardError, did_you_mean, nearest
 from klimb.rewards.code import parse_code
-from klimb.rewards.combine import Part, WeightedSum
+from klimb.rewards.combine import Gate, Part, Product, Route, WeightedSum
 from klimb.rewards.function import START_TIMEOUT, TIMEOUT, FunctionReward, from_callable, from_file
 from klimb.rewards.normalise import Normalised
 from klimb.rewards.process import WorkerProcess
 from klimb.rewards.protocol import Reward
-from klimb.rewards.rules import RULES, format, parse_rule, regex, rule_function
+from klimb.rewards.remote import parse_http
+from klimb.rewards.rules import JUDGES, RULES, format, parse_rule, regex, rule_function
 
 ModelLoader = Callable[[str], Reward]
-NAMES = (*RULES, "code")
-KNOWN = f"known: my_reward.py:NAME, {', '.join(NAMES)}, a reward model's directory, a weighted list of these"
+NAMES = (*RULES, "code", "http")
+MIXTURES = ("product", "gate", "route")
+KNOWN = f"known: my_reward.py:NAME, {', '.join((*NAMES, *MIXTURES))}, a reward model's directory, a list of these"
 
 
 def parse_reward(
@@ -61,6 +74,12 @@ def parse_reward(
                 fix="write {exact: {column: answer}}, or a list of {reward: …, weight: …} for a sum",
             )
         [(name, options)] = spec.items()
+        if name in MIXTURES:
+            return _mixture(str(name), options, model_loader, running)
+        if options is not None and not isinstance(options, dict):
+            close = nearest(str(name), MIXTURES)
+            fix = f"did you mean {close!r}?" if close else "write {exact: {column: answer}}"
+            raise RewardError(f"{name} with {options!r}, which are no options", fix=fix)
         return _named(str(name), dict(options or {}), model_loader)
     if isinstance(spec, str):
         return _named(spec, {}, model_loader)
@@ -74,7 +93,12 @@ def reward_files(spec: Any) -> list[Path]:
     if isinstance(spec, list | tuple):
         return [path for part in spec for path in reward_files(part)]
     if isinstance(spec, dict):
-        return reward_files(spec["reward"] if "reward" in spec else next(iter(spec), None))
+        if "gate" in spec or "route" in spec:
+            inner = next(iter(spec.values()))
+            parts = inner.get("to", inner) if isinstance(inner, dict) else None
+            named = parts.items() if isinstance(parts, dict) else ()
+            return reward_files([part for key, part in named if key not in ("else", "above")])
+        return reward_files(spec.get("reward") or spec.get("product") or next(iter(spec), None))
     if not isinstance(spec, str) or spec in NAMES:
         return []
     path = Path(spec.rpartition(":")[0] if _is_function(spec) else spec)
@@ -88,6 +112,8 @@ def _named(spec: str, options: dict[str, Any], model_loader: ModelLoader | None)
         return _rule(spec, options)
     if spec == "code":
         return parse_code(options)
+    if spec == "http":
+        return parse_http(options)
     if spec.endswith(".py"):
         raise RewardError("a file without the name of a function", where=spec, fix=f"write {spec}:NAME")
     if Path(spec).is_dir() or spec.count("/") == 1:
@@ -97,7 +123,7 @@ def _named(spec: str, options: dict[str, Any], model_loader: ModelLoader | None)
         if model_loader is None:
             raise RewardError("a reward model cannot be used here", where=spec, fix="use a function or a rule")
         return model_loader(spec)
-    close = nearest(spec, NAMES)
+    close = nearest(spec, (*NAMES, *MIXTURES))
     raise RewardError(f"unknown reward {spec!r}", fix=f"did you mean {close!r}? {KNOWN}" if close else KNOWN)
 
 
@@ -107,48 +133,100 @@ def _is_function(spec: str) -> bool:
 
 def _function(spec: str, options: dict[str, Any]) -> FunctionReward:
     for option in options:
-        if option != "timeout":
-            raise RewardError(f"unknown option {option!r}", where=spec, fix="known: timeout")
-    timeout = options.get("timeout", TIMEOUT)
-    if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not 0 < timeout < float("inf"):
+        if option not in ("timeout", "independent"):
+            raise RewardError(f"unknown option {option!r}", where=spec, fix="known: timeout, independent")
+    timeout, independent = options.get("timeout", TIMEOUT), options.get("independent", False)
+    if not (_is_number(timeout) and timeout > 0):
         raise RewardError(f"timeout is {timeout!r}", where=spec, fix="give the seconds of one call, above 0")
-    return from_file(spec, timeout=float(timeout))
+    if not isinstance(independent, bool):
+        raise RewardError(f"independent is {independent!r}", where=spec, fix="write true or false")
+    return from_file(spec, timeout=float(timeout), independent=independent)
 
 
 def _rule(name: str, options: dict[str, Any]) -> FunctionReward:
     """A rule with a pattern gets a process: on some texts a pattern takes for ever, and nothing else can
     stop it.
     """
-    rule = parse_rule(name, options)
+    rule, judges = parse_rule(name, options), name in JUDGES
     if isinstance(rule, regex) or (isinstance(rule, format) and rule.pattern):
         target = json.dumps({name: options})
-        return FunctionReward(name, f"reward {name}", lambda: WorkerProcess(target, START_TIMEOUT), TIMEOUT)
-    return from_callable(rule_function(rule), name=name)
+        return FunctionReward(
+            name, f"reward {name}", lambda: WorkerProcess(target, START_TIMEOUT), TIMEOUT,
+            judges=judges, independent=True,
+        )  # fmt: skip
+    return from_callable(rule_function(rule), name=name, judges=judges, independent=True)
 
 
-def _weighted_sum(
-    specs: Sequence[Any], model_loader: ModelLoader | None, running: list[Normalised] | None
-) -> WeightedSum:
+# Mixtures -------------------------------------------------------------------------------------------------------------
+
+
+def _weighted_sum(specs: Sequence[Any], model_loader: ModelLoader | None, running: list[Normalised] | None) -> Reward:
+    return _built(WeightedSum, "sum", specs, model_loader, running)
+
+
+def _mixture(name: str, options: Any, model_loader: ModelLoader | None, running: list[Normalised] | None) -> Reward:
+    where, specs = f"reward {name}", options
+    make: Callable[[list[Part]], Reward] = Product
+    if name == "product" and not isinstance(options, list | tuple):
+        raise RewardError(f"{options!r} is no list", where=where, fix="write {product: [exact, length]}")
+    if name == "gate":
+        _has_keys(options, where, needed=("when", "then", "else"), others=("above",))
+        otherwise, above = options["else"], options.get("above", 0.0)
+        if not (otherwise is None or _is_number(otherwise)) or not _is_number(above):
+            raise RewardError(f"else is {otherwise!r} and above is {above!r}", where=where,
+                              fix="give numbers; else: null leaves what does not pass without a score")  # fmt: skip
+        specs = [options["when"], options["then"]]
+        make = lambda parts: Gate(*parts, otherwise=otherwise, above=above)  # noqa: E731
+    if name == "route":
+        _has_keys(options, where, needed=("column", "to"))
+        column, to = options["column"], options["to"]
+        if not isinstance(column, str) or not isinstance(to, dict):
+            raise RewardError(f"column is {column!r} and to is {to!r}", where=where,
+                              fix="write {route: {column: source, to: {math: numeric, code: code}}}")  # fmt: skip
+        named = [part if isinstance(part, dict) and "reward" in part else {"reward": part} for part in to.values()]
+        for value, part in zip(to, named):
+            if "name" in part:
+                raise RewardError(f"{value} has the name {part['name']!r}, too", where=where, fix="leave `name` out")
+        specs = [{**part, "name": value} for value, part in zip(to, named)]
+        make = lambda parts: Route(column, parts)  # noqa: E731
+    return _built(make, name, specs, model_loader, running)
+
+
+def _has_keys(options: Any, where: str, *, needed: tuple[str, ...], others: tuple[str, ...] = ()) -> None:
+    given = options if isinstance(options, dict) else {}
+    for key in given:
+        if key not in (*needed, *others):
+            raise RewardError(f"unknown key {key!r}", where=where, fix=did_you_mean(str(key), (*needed, *others)))
+    for key in needed:
+        if key not in given:
+            raise RewardError(f"without {key!r}", where=where, fix=f"it needs {', '.join(needed)}")
+
+
+def _built(
+    make: Callable[[list[Part]], Reward], kind: str, specs: Sequence[Any], model_loader: ModelLoader | None,
+    running: list[Normalised] | None,
+) -> Reward:  # fmt: skip
     parts: list[Part] = []
     try:
         for spec in specs:
-            parts.append(_part(spec, model_loader, running))
-        return WeightedSum(parts)
+            parts.append(_part(spec, kind, model_loader, running))
+        return make(parts)
     except BaseException:
         for part in parts:
             part.reward.close()
         raise
 
 
-def _part(spec: Any, model_loader: ModelLoader | None, running: list[Normalised] | None) -> Part:
+def _part(spec: Any, kind: str, model_loader: ModelLoader | None, running: list[Normalised] | None) -> Part:
     if not isinstance(spec, dict) or "reward" not in spec:
         spec = {"reward": spec}
-    known = ("reward", "weight", "name", "normalise", "clip")
+    known = ("reward", "name", "normalise", "clip", *(("weight",) if kind in ("sum", "route") else ()))
     for key in spec:
         if key not in known:
-            raise RewardError(f"unknown key {key!r} in a weighted reward", fix=did_you_mean(str(key), known))
+            raise RewardError(f"unknown key {key!r} in a {_KINDS[kind]}", fix=did_you_mean(str(key), known))
     where = f"reward {spec['reward']}"
-    if isinstance(spec["reward"], list | tuple) or (isinstance(spec["reward"], dict) and "reward" in spec["reward"]):
+    within = isinstance(spec["reward"], dict) and "reward" in spec["reward"]
+    if within or (kind == "sum" and isinstance(spec["reward"], list | tuple)):
         raise RewardError("a sum within a sum", where="reward", fix="put all parts into one list")
     weight, clip = spec.get("weight", 1.0), spec.get("clip")
     if not _is_number(weight):
@@ -156,12 +234,15 @@ def _part(spec: Any, model_loader: ModelLoader | None, running: list[Normalised]
     if clip is not None and not (_is_number(clip) and clip > 0):
         raise RewardError(f"clip is {clip!r}", where=where, fix="give the largest score that counts, above 0")
     follows = _follows_training(spec.get("normalise"), where, running)
-    reward = parse_reward(spec["reward"], model_loader=model_loader)
+    reward = parse_reward(spec["reward"], model_loader=model_loader, running=running)
     if follows or clip is not None:
         reward = Normalised(reward, running=follows, clip=clip)
         if running is not None and follows:
             running.append(reward)
     return Part(str(spec.get("name", reward.name)), reward, float(weight))
+
+
+_KINDS = {"sum": "weighted reward", "product": "product", "gate": "gate", "route": "route"}
 
 
 def _follows_training(normalise: Any, where: str, running: list[Normalised] | None) -> bool:

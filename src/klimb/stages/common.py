@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -23,7 +23,7 @@ from klimb.data.mix import parts_of
 from klimb.data.render import Renderer
 from klimb.data.report import Loaded
 from klimb.data.store import Chosen, Item
-from klimb.errors import ConfigError, Interrupted
+from klimb.errors import ConfigError, Interrupted, RewardError
 from klimb.models.load import LoRA, resolve_device, resolve_dtype, without_bfloat16
 from klimb.models.packing import Budget
 from klimb.rollout.engine import Request
@@ -167,6 +167,24 @@ def target_of(config: RunConfig) -> Target:
     return Target(dtype, token_budget(config, device), available(device), str(device))
 
 
+@dataclass(frozen=True)
+class Moment:
+    """What a checkpoint of the end of a step would hold, beside the learners' weights."""
+
+    step: int
+    total: int
+    learnt: dict[str, int]
+    """Steps of each learner."""
+    state: dict[str, Any]
+    tensors: dict[str, Tensor]
+    reference: dict[str, Tensor]
+
+
+def _apart(state: Mapping[str, Any]) -> dict[str, Any]:
+    """`state` with copies of its mappings, which the next step changes."""
+    return {key: dict(value) if isinstance(value, Mapping) else value for key, value in state.items()}
+
+
 @dataclass
 class Session:
     """One run of one stage in this process: what it runs on, and the journal of its steps."""
@@ -185,6 +203,7 @@ class Session:
     timings: dict[str, float] = field(default_factory=dict)
     live: Live | None = None
     """Where progress is drawn, if it is: on a terminal, for who is told by `say_aside`."""
+    _unsaved: Moment | None = None
     _shown: float = 0.0
     _trained_on: np.ndarray | None = None
 
@@ -208,9 +227,11 @@ class Session:
         if live is not None:
             run.closing.callback(live.close)
         scoring = Budget(int(budget), say)
-        return Session(
+        session = Session(
             run, interrupt, device, getattr(torch, dtype), say, int(budget), checkpointing, scoring, live=live
         )
+        run.closing.push(session._ended)
+        return session
 
     def learner(
         self, name: str, stage: Stage, parameters: Mapping[str, torch.nn.Parameter], config: TrainConfig,
@@ -326,14 +347,37 @@ class Session:
         self.timings = {}
         due = bool(every) and (step % every == 0 or step == total)
         leaving = any(gather(self.interrupt.requested))  # a signal reaches one rank before another
-        if (due or leaving) and rank() == 0:
-            self.run.sync()
-            named: dict[str, Mapping[str, Tensor]] = {n: learner.tensors() for n, learner in self.learners.items()}
-            saved = {"learners": {n: learner.steps for n, learner in self.learners.items()}, "stage": state}
-            kept = {"reference": reference} if reference else {}
-            checkpoint.save(self.run.checkpoints, step, {**named, **kept, "state": tensors or {}}, saved)
+        now = Moment(step, total, self._learnt(), state, dict(tensors or {}), dict(reference or {}))
+        if due or leaving:
+            self._save(now)
         if leaving:
             raise Interrupted(f"saved after step {step} of {total} in {self.run.path}; the same command continues")
+        self._unsaved = None if due else replace(now, state=_apart(state))
+
+    def _learnt(self) -> dict[str, int]:
+        return {name: learner.steps for name, learner in self.learners.items()}
+
+    def _save(self, moment: Moment) -> None:
+        if rank() != 0:
+            return
+        self.run.sync()
+        named: dict[str, Mapping[str, Tensor]] = {n: learner.tensors() for n, learner in self.learners.items()}
+        kept = {"reference": moment.reference} if moment.reference else {}
+        saved = {"learners": moment.learnt, "stage": moment.state}
+        checkpoint.save(self.run.checkpoints, moment.step, {**named, **kept, "state": moment.tensors}, saved)
+
+    def _ended(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        """A reward that ends the run, by silence or by failing too often, costs no step that was done."""
+        moment = self._unsaved
+        if not isinstance(error, RewardError) or moment is None or self.interrupt.rehearsal is not None:
+            return
+        if moment.learnt != self._learnt():  # in the middle of a step: its weights are not those of the moment
+            return
+        self._save(moment)
+        text = f"saved after step {moment.step} of {moment.total} in {self.run.path}; the same command continues"
+        if self.interrupt.requested:
+            raise Interrupted(text) from error
+        raise RewardError(f"{error}; {text}") from error
 
     def _show(self, step: int, total: int, plain: Mapping[str, float]) -> None:
         """One line at most every two seconds (and for the last step): who waits wants to see it move.

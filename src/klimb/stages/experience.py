@@ -37,7 +37,8 @@ def rollout(actors: Actors, step: int) -> tuple[list[Group], list[Group], dict[s
         prompts = next_prompts(actors, config.prompts_per_step - len(kept), step)
         seed = stream_seed(config.seed, f"rollout {refill}", step)
         with session.timed("rollout"):
-            groups = generate(actors.engine, requests(prompts, config.samples_per_prompt, params, seed))
+            wanted_now = requests(prompts, config.samples_per_prompt, params, seed)
+            groups = generate(actors.engine, wanted_now, actors.scorer.begin)
         with session.timed("reward"):
             report = actors.scorer.score(groups)
             if actors.gold is not None:
