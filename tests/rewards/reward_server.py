@@ -24,6 +24,7 @@ class RewardServer:
         self.faults: Callable[[int, Any], Fault | None] = lambda number, asked: None
         self.asked: list[Any] = []
         self.headers: list[dict[str, str]] = []
+        self.paths: list[str] = []
         self.times: list[float] = []
         self.lock = threading.Lock()
         self.closing = threading.Event()
@@ -87,6 +88,7 @@ class Handler(BaseHTTPRequestHandler):
             number = len(server.asked)
             server.asked.append(asked)
             server.headers.append(dict(self.headers))
+            server.paths.append(self.path)
             server.times.append(time.monotonic())
         fault = server.faults(number, asked)
         if fault is not None:

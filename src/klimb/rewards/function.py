@@ -74,7 +74,7 @@ class FunctionReward:
         with self._lock:
             arguments = self._running().signature.pick(batch, self._where)
             scores = in_halves(partial(self._attempt, arguments), len(completions), self._timeout)
-        return replace(scores, counts=scores.endings(judged=self._judges))
+        return replace(scores, counts=scores.endings(judged=True)) if self._judges else scores
 
     def _running(self) -> Engine:
         if self._engine is None:

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -31,12 +31,13 @@ from klimb.runtime import checkpoint
 from klimb.runtime.learner import LEARNING_RATES, Learner, Optimizer, Stage
 from klimb.runtime.memory import available
 from klimb.runtime.plan import Work
-from klimb.runtime.ranks import gather, rank, share
+from klimb.runtime.ranks import gather, share
 from klimb.runtime.rehearsal import FEW
 from klimb.runtime.run import Run
 from klimb.runtime.signals import Interrupt
 from klimb.stages.given import Data
 from klimb.stages.memory import Target, admitted
+from klimb.stages.moment import Moment
 from klimb.stages.progress import Live, Preparing, live_line
 from klimb.stages.trust import problems, trust
 
@@ -165,24 +166,6 @@ def target_of(config: RunConfig) -> Target:
     device = device_of(config)
     dtype = resolve_dtype(config.dtype, device)
     return Target(dtype, token_budget(config, device), available(device), str(device))
-
-
-@dataclass(frozen=True)
-class Moment:
-    """What a checkpoint of the end of a step would hold, beside the learners' weights."""
-
-    step: int
-    total: int
-    learnt: dict[str, int]
-    """Steps of each learner."""
-    state: dict[str, Any]
-    tensors: dict[str, Tensor]
-    reference: dict[str, Tensor]
-
-
-def _apart(state: Mapping[str, Any]) -> dict[str, Any]:
-    """`state` with copies of its mappings, which the next step changes."""
-    return {key: dict(value) if isinstance(value, Mapping) else value for key, value in state.items()}
 
 
 @dataclass
@@ -347,37 +330,17 @@ class Session:
         self.timings = {}
         due = bool(every) and (step % every == 0 or step == total)
         leaving = any(gather(self.interrupt.requested))  # a signal reaches one rank before another
-        now = Moment(step, total, self._learnt(), state, dict(tensors or {}), dict(reference or {}))
+        now = Moment.of(step, total, self.learners, state, tensors or {}, reference or {})
         if due or leaving:
-            self._save(now)
+            now.save(self.run, self.learners)
         if leaving:
-            raise Interrupted(f"saved after step {step} of {total} in {self.run.path}; the same command continues")
-        self._unsaved = None if due else replace(now, state=_apart(state))
-
-    def _learnt(self) -> dict[str, int]:
-        return {name: learner.steps for name, learner in self.learners.items()}
-
-    def _save(self, moment: Moment) -> None:
-        if rank() != 0:
-            return
-        self.run.sync()
-        named: dict[str, Mapping[str, Tensor]] = {n: learner.tensors() for n, learner in self.learners.items()}
-        kept = {"reference": moment.reference} if moment.reference else {}
-        saved = {"learners": moment.learnt, "stage": moment.state}
-        checkpoint.save(self.run.checkpoints, moment.step, {**named, **kept, "state": moment.tensors}, saved)
+            raise Interrupted(now.told(self.run))
+        self._unsaved = None if due else now
 
     def _ended(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         """A reward that ends the run, by silence or by failing too often, costs no step that was done."""
-        moment = self._unsaved
-        if not isinstance(error, RewardError) or moment is None or self.interrupt.rehearsal is not None:
-            return
-        if moment.learnt != self._learnt():  # in the middle of a step: its weights are not those of the moment
-            return
-        self._save(moment)
-        text = f"saved after step {moment.step} of {moment.total} in {self.run.path}; the same command continues"
-        if self.interrupt.requested:
-            raise Interrupted(text) from error
-        raise RewardError(f"{error}; {text}") from error
+        if isinstance(error, RewardError) and self._unsaved is not None and self.interrupt.rehearsal is None:
+            self._unsaved.rescue(error, self.run, self.learners, leaving=self.interrupt.requested)
 
     def _show(self, step: int, total: int, plain: Mapping[str, float]) -> None:
         """One line at most every two seconds (and for the last step): who waits wants to see it move.
