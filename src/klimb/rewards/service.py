@@ -52,6 +52,7 @@ class Address(NamedTuple):
     secure: bool
     host: str
     port: int
+    netloc: str
     target: str
     """Path and query."""
     shown: str
@@ -114,7 +115,7 @@ class Service:
             return
         with self._lock:
             since, self._waiting_since, self._answered = self._waiting_since, None, True
-        if since is not None:
+        if since is not None and not self._closed.is_set():
             self.tell(f"{self.where}: it answers again, after {time.monotonic() - since:.0f} s")
 
     def persist(self, attempt: Callable[[bool], T]) -> T:
@@ -175,7 +176,7 @@ def post(
             raise CallFailed("timeout", f"no answer within {seconds:.3g} s")
         return rest
 
-    lines = [f"POST {address.target} HTTP/1.1", f"Host: {address.host}:{address.port}", "Connection: close",
+    lines = [f"POST {address.target} HTTP/1.1", f"Host: {address.netloc}", "Connection: close",
              f"Content-Length: {len(body)}", *(f"{name}: {value}" for name, value in headers.items())]  # fmt: skip
     request = "\r\n".join([*lines, "", ""]).encode("latin-1") + body
     received = bytearray()
@@ -267,7 +268,7 @@ def _address(url: Any, where: str) -> Address:
         parts = urlsplit(str(url))
         secure, host, port = parts.scheme == "https", parts.hostname, parts.port
         target = f"{parts.path or '/'}{f'?{parts.query}' if parts.query else ''}"
-        target.encode("ascii")
+        f"{parts.netloc}{target}".encode("ascii")
     except ValueError as error:
         raise RewardError(f"{url!r} is no url", where=where, why=error, fix=fix) from None
     if parts.username or parts.password:
@@ -276,7 +277,7 @@ def _address(url: Any, where: str) -> Address:
     if parts.scheme not in ("http", "https") or not host or any(c.isspace() for c in str(url)):
         raise RewardError(f"{url!r} is no url", where=where, fix=fix)
     shown = f"{parts.scheme}://{parts.netloc}{parts.path}"
-    return Address(secure, host, port or (443 if secure else 80), target, shown)
+    return Address(secure, host, port or (443 if secure else 80), parts.netloc, target, shown)
 
 
 def _key(name: str, where: str) -> str:

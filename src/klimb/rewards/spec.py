@@ -7,7 +7,7 @@
     reward: {numeric: {column: solution}}                a rule with options
     reward: {my_reward.py:score: {timeout: 300}}         a function with more time than 60 s a call
     reward: {my_reward.py:score: {independent: true}}    its score of a row depends on no other row: it is called with
-                                                         each finished group, while others are generated
+                                                         single groups in any order, while others are generated
     reward: {code: {tests: test, timeout: 5}}            hidden tests, in the sandbox (code.py)
     reward: runs/rm/model                                the directory of a trained reward model
     reward:                                              a weighted sum
