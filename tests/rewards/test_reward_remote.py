@@ -41,7 +41,7 @@ def server() -> Iterator[RewardServer]:
 
 
 def http(server: RewardServer, **options: Any) -> HttpReward:
-    reward = parse_reward({"http": {"url": server.url, "timeout": 0.6, "patience": 0.6, **options}})
+    reward = parse_reward({"http": {"url": server.url, "timeout": 20, "patience": 0.6, **options}})
     assert isinstance(reward, HttpReward)
     reward.service.tell = told.append
     told.clear()
@@ -65,6 +65,8 @@ def test_rows_come_back_in_their_order_whatever_the_portions(server: RewardServe
         scores = asked(http(server, batch=batch, concurrent=concurrent), texts, answer=[*range(23)])
         assert scores.values == [float(len(text)) for text in texts]
         assert scores.counts == {"scored": 23, "abstain": 0, "timeout": 0, "error": 0}
+    for each in server.asked:
+        assert each["completions"] == [texts[row] for row in each["columns"]["answer"]]
     assert server.asked[0] == {"prompts": ["p"] * 23, "completions": texts, "columns": {"answer": [*range(23)]}}
 
 
@@ -108,13 +110,13 @@ def test_who_answers_nonsense_is_asked_again_and_then_the_rows_fail(
     server: RewardServer, fault: Fault, reason: str
 ) -> None:
     server.always(fault)
-    scores = asked(http(server, timeout=20), ["a", "bb", "ccc", "dddd"])
+    scores = asked(http(server), ["a", "bb", "ccc", "dddd"])
     assert scores.values == [None] * 4
     assert all(reason in failure.reason for failure in scores.failures)
     assert scores.counts == {"scored": 0, "abstain": 0, "timeout": 0, "error": 4}
     assert len(server.asked) >= service.TRIES
     server.first(1, fault)  # once is forgiven
-    assert asked(http(server, timeout=20, batch=1), ["a"]).values == [1.0]
+    assert asked(http(server, batch=1), ["a"]).values == [1.0]
 
 
 @pytest.mark.parametrize("fault", [answers(500), answers(400)], ids=["500", "400"])
@@ -129,7 +131,7 @@ def test_the_row_that_breaks_the_server_is_found(server: RewardServer, fault: Fa
 def test_slow_and_dripping_answers_end_at_the_deadline(server: RewardServer, fault: Fault) -> None:
     server.on("bad", fault)
     began = time.monotonic()
-    scores = asked(http(server), ["a", "bad", "ccc"])
+    scores = asked(http(server, timeout=0.6), ["a", "bad", "ccc"])
     assert scores.values == [1.0, None, 3.0]
     assert scores.counts == {"scored": 2, "abstain": 0, "timeout": 1, "error": 0}
     assert time.monotonic() - began < 4 * 0.6 + 1.5  # four timeouts find the row; the rest is a busy machine

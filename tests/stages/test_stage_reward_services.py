@@ -73,6 +73,17 @@ def test_a_server_that_stays_away_ends_the_run_with_everything_saved(
     assert [file for file in differences(out, whole) if not file.startswith("checkpoints/step-000004")] == []
 
 
+def test_a_step_that_was_begun_is_not_saved(world: World, server: RewardServer, tmp_path: Path) -> None:
+    """SFT asks the server after its update, when the weights are those of a step that has not ended."""
+    reward = {"http": {"url": server.url, "patience": 0.5}}
+    until = {"data": world.prompts, "reward": reward, "at_least": 2.0, "every": 1, "max_tokens": 4}
+    server.faults = lambda number, asked: answers(404) if number >= 2 else None
+    with pytest.raises(RewardError, match=r"answered 404 Not Found; correct its url or key$"):
+        play("sft", tmp_path / "run", model=world.model, data=world.demonstrations, steps=5, batch_size=4, until=until,
+             checkpoint_every=0)  # fmt: skip
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
 def test_the_command_ends_with_one_line_and_a_code(world: World, server: RewardServer, here: Path) -> None:
     goes_away_at(server, 1 + 2 * 2)  # each of the two groups of a step is scored by itself, as soon as it is there
     said = klimb(

@@ -25,16 +25,21 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 from klimb.errors import RewardError, did_you_mean
 from klimb.rewards.combine import sources
 from klimb.rewards.protocol import Columns, Failure, Reward, Scores
 from klimb.rewards.rules import plain_text
 from klimb.rewards.sandbox import Kind, Sandbox, Verdict, open_sandbox
-from klimb.rewards.sandbox.fusion import AT_ONCE, FusionSandbox
-from klimb.rewards.service import Service
 from klimb.types import Text
+
+if TYPE_CHECKING:
+    from klimb.rewards.sandbox.fusion import FusionSandbox
+    from klimb.rewards.service import Service
+
+AT_ONCE = 16
+"""Programs that a service gets at the same time."""
 
 
 class Options(NamedTuple):
@@ -63,6 +68,8 @@ class CodeReward:
         self.service: Service | None = None
         self._sandbox: Sandbox | FusionSandbox
         if options.service is not None:
+            from klimb.rewards.sandbox.fusion import FusionSandbox
+
             self._sandbox = FusionSandbox(options.service, options.timeout, options.key)
             self.service = self._sandbox.service
         else:

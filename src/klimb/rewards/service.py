@@ -138,7 +138,7 @@ class Service:
                 f"no answer in {tries} tries", where=where, why=down, fix="is it running, is this its url?"
             )
         left = began + self._patience - time.monotonic()
-        if left <= 0:
+        if left <= 0 and tries >= TRIES:  # not after one try alone, should this process have slept
             raise RewardError(f"no answer for {self._patience:.3g} s", where=where, why=down, fix="start it again")
         if tries >= TRIES:
             with self._lock:

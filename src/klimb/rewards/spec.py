@@ -43,7 +43,6 @@ from klimb.rewards.function import START_TIMEOUT, TIMEOUT, FunctionReward, from_
 from klimb.rewards.normalise import Normalised
 from klimb.rewards.process import WorkerProcess
 from klimb.rewards.protocol import Reward
-from klimb.rewards.remote import parse_http
 from klimb.rewards.rules import JUDGES, RULES, format, parse_rule, regex, rule_function
 
 ModelLoader = Callable[[str], Reward]
@@ -113,6 +112,8 @@ def _named(spec: str, options: dict[str, Any], model_loader: ModelLoader | None)
     if spec == "code":
         return parse_code(options)
     if spec == "http":
+        from klimb.rewards.remote import parse_http  # sockets and TLS, which no other reward needs
+
         return parse_http(options)
     if spec.endswith(".py"):
         raise RewardError("a file without the name of a function", where=spec, fix=f"write {spec}:NAME")

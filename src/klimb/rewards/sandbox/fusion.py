@@ -19,8 +19,6 @@ from klimb.rewards.calling import CallFailed
 from klimb.rewards.sandbox.run import MAX_CODE, Verdict, lines_of
 from klimb.rewards.service import Down, Service
 
-AT_ONCE = 16
-"""Programs that are sent at the same time."""
 QUEUE = 20.0
 """Seconds that a program may wait before it runs."""
 
