@@ -53,8 +53,13 @@ def test_the_reward_on_right_wrong_and_empty_answers(world: World, here: Path) -
     rewards = json.loads(klimb("check", grpo(world, here), "--json").out)["rewards"]["reward"]
     assert len(rewards["rows"]) == 6
     assert rewards["reference answers"]["mean"] == 1.0
-    assert rewards["shuffled answers"] == {"rows": 6, "failed": 0, "abstained": 0, "mean": 0.0, "std": 0.0,
-                                           "least": 0.0, "half": 0.0, "most": 0.0}  # fmt: skip
+    assert rewards["shuffled answers"] == {
+        "rows": 6, "failed": 0, "abstained": 0, "verdicts": {"scored": 6},
+        "mean": 0.0, "std": 0.0, "least": 0.0, "half": 0.0, "most": 0.0,
+    }  # fmt: skip
+    said = klimb("check", "grpo.yaml", "reward=exact")
+    assert "reference answers (6): mean 1 std 0 least 1 half 1 most 1 · 6 ok" in said.out
+    assert "empty answers (6): mean 0 std 0 least 0 half 0 most 0 · 6 wrong" in said.out
     assert rewards["empty answers"]["mean"] == 0.0
     said = klimb("check", "grpo.yaml", f"reward={world.reward('count')}")  # counts "yes": no answer has one
     assert said.code == 0

@@ -84,3 +84,9 @@ def test_ticks_are_round_few_and_inside(low: float, high: float) -> None:
     assert 2 <= len(found) <= 7
     assert all(low - 1e-9 * (high - low) <= value <= high + 1e-9 * (high - low) for value in found)
     assert len({f"{b - a:.6g}" for a, b in pairwise(found)}) == 1
+
+
+def test_rows_without_a_score_get_a_panel_where_there_were_some() -> None:
+    counts = {"verdict/ok": 3.0, "verdict/error": 0.0, "verdict/timeout": 0.0, "verdict/gate/abstain": 0.0}
+    both = run([{"step": 1.0, **counts}, {"step": 2.0, **counts, "verdict/timeout": 2.0, "verdict/gate/abstain": 1.0}])
+    assert [p.title for p in panels_of("rl", [both])] == ["Unscored: gate/abstain", "Unscored: timeout"]

@@ -72,10 +72,12 @@ def test_one_bad_row_is_found_and_the_others_are_scored(name: str, reason: str, 
     assert [failure.row for failure in scores.failures] == [BAD]
     assert re.search(reason, scores.failures[0].reason)
     assert re.search(details, scores.failures[0].details)
+    late = name in ("sleeps", "stubborn")
+    assert scores.endings() == {"scored": 7, "abstain": 0, "timeout": int(late), "error": int(not late)}
     assert time.monotonic() - started < 10.0
 
 
-@pytest.mark.parametrize("name", ["nothing", "empty", "only_one", "one_short", "a_number", "a_string"])
+@pytest.mark.parametrize("name", ["nothing", "empty", "only_one", "one_short", "one_more", "a_number", "a_string"])
 def test_a_wrong_number_of_scores_fails_every_row_and_is_never_spread(name: str) -> None:
     scores = ask(name)
     assert scores.values == [None] * len(TEXTS)
@@ -118,6 +120,7 @@ def test_a_reward_that_always_hangs_is_given_up_after_four_timeouts() -> None:
     reward.close()
     assert scores.values == [None] * 32
     assert [failure.row for failure in scores.failures] == list(range(32))
+    assert scores.endings() == {"scored": 0, "abstain": 0, "timeout": 32, "error": 0}
     # Each try that times out is followed by the start of a new process, hence the room.
     assert time.monotonic() - started < 4 * 0.4 + 3.0
 

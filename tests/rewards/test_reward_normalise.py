@@ -62,7 +62,7 @@ def test_scores_are_centred_and_scaled_by_all_so_far_and_those_of_now() -> None:
         scores = reward([], [], {})
         mean, std = statistics.fmean(seen), statistics.stdev(seen)
         assert scores.values == pytest.approx([(value - mean) / std for value in calls[place]])
-        assert scores.parts == {"played": calls[place]}  # as they were given, to be logged
+        assert scores.raw == calls[place]  # as they were given, to be logged
 
 
 def test_clipping_bounds_what_is_trained_on_and_not_the_figures() -> None:

@@ -239,8 +239,10 @@ def test_values_from_python_are_known_by_what_they_are() -> None:
     assert described(replace(GRPO, kl=NO_KL)) != described(GRPO)
     assert described({"kl": {"beta": 0.1}}) == {"kl": {"beta": 0.1}}
     rows = [{"prompt": "a ?"}, {"prompt": "b ?"}]
-    assert described(rows) == described([*rows]) != described(rows[:1])
-    assert str(described(rows)).startswith("<2 rows, sha256 ")
+    assert described({"data": rows}) == described({"data": [*rows]}) != described({"data": rows[:1]})
+    assert described({"data": rows})["data"].startswith("<2 rows, sha256 ")
+    reward = [{"numeric": {"column": "x"}}, {"gate": {"when": "format", "then": [{"exact": None}], "else": 0}}]
+    assert described({"reward": reward}) == {"reward": reward}  # a recipe, not rows: a config file can hold it
 
 
 def pipeline(world: World, **stages: Any) -> dict[str, Any]:

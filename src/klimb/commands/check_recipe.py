@@ -277,6 +277,7 @@ def _spread(scores: Scores) -> dict[str, Any]:
     values = sorted(value for value in scores.values if value is not None)
     facts: dict[str, Any] = {"rows": len(scores.values), "failed": len(scores.failures)}
     facts["abstained"] = len(scores.values) - len(values) - facts["failed"]
+    facts["verdicts"] = {ending: n for ending, n in (scores.counts or scores.endings()).items() if n}
     if values:
         facts |= {"mean": statistics.fmean(values), "std": statistics.pstdev(values), "least": values[0],
                   "half": values[len(values) // 2], "most": values[-1]}  # fmt: skip
@@ -286,11 +287,11 @@ def _spread(scores: Scores) -> dict[str, Any]:
 def _compared_lines(found: Mapping[str, Any], compared: Mapping[str, Scores]) -> Iterator[str]:
     for kind, scores in compared.items():
         facts = found[kind]
-        unscored = "".join(f", {facts[name]} {name}" for name in ("failed", "abstained") if facts[name])
+        counted = ", ".join(f"{n} {ending}" for ending, n in facts["verdicts"].items())
         told = " ".join(f"{name} {facts[name]:.3g}" for name in ("mean", "std", "least", "half", "most")
                         if name in facts)  # fmt: skip
         why = f": {scores.failures[0].reason}" if scores.failures else ""
-        yield f"{kind} ({facts['rows']}): {told}{unscored}{why}"
+        yield f"{kind} ({facts['rows']}): {told}{' · ' if told else ''}{counted}{why}"
     means = {kind: found[kind].get("mean") for kind in compared}
     right = means.get("reference answers")
     for kind in ("shuffled answers", "empty answers"):

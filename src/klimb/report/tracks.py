@@ -104,6 +104,10 @@ def column(run: Run, key: str) -> Values:
     return [step.get(key) for step in run.metrics]
 
 
+_UNSCORED = ("/abstain", "/timeout", "/error")
+"""Ends of metrics that count rows; drawn where there was one."""
+
+
 def panels_of(stage: str, runs: Sequence[Run]) -> list[Panel]:
     """The panels with something to show, and one for every component of the reward."""
     names = sorted({name for run in runs for step in run.metrics for name in step})
@@ -115,6 +119,11 @@ def panels_of(stage: str, runs: Sequence[Run]) -> list[Panel]:
     components = [name for name in names if name.startswith("reward/") and name not in ("reward/mean", "reward/std")]
     if stage == "rl" and len(components) > 1:
         known += [Panel(f"Reward: {name.removeprefix('reward/')}", (name,), "one component") for name in components]
+    unscored = [name for name in names if name.startswith("verdict/") and name.endswith(_UNSCORED)]
+    known += [
+        Panel(f"Unscored: {name.removeprefix('verdict/')}", (name,), "rows of a step without a score")
+        for name in unscored if any(step.get(name) for run in runs for step in run.metrics)
+    ]  # fmt: skip
     return known
 
 

@@ -20,10 +20,12 @@ from klimb.rewards.code import parse_code
 from klimb.rewards.function import START_TIMEOUT, TIMEOUT, FunctionReward, from_callable, from_file
 from klimb.rewards.gym import gym
 from klimb.rewards.instructions import instructions
-from klimb.rewards.isolated import Isolated, Judged
+from klimb.rewards.isolated import Isolated
 from klimb.rewards.lengths import CosineReward, cosine, repetition
 from klimb.rewards.process import WorkerProcess
 from klimb.rewards.protocol import Reward
+from klimb.rewards.remote import Options as http
+from klimb.rewards.remote import parse_http
 from klimb.rewards.rules import Rule, exact, format, length, numeric, regex, rule_function
 from klimb.rewards.schema import json_schema
 from klimb.rewards.sql import sql
@@ -43,10 +45,13 @@ class Asked(NamedTuple):
 
 @dataclass(frozen=True)
 class Source:
-    """options: the class whose fields are the options. open: (options as written, Asked) → Reward."""
+    """options: the class whose fields are the options. open: (options as written, Asked) → Reward. within: the rewards
+    and files that options hold, whose content the scores depend on.
+    """
 
     options: type
     open: Callable[[dict[str, Any], Asked], Reward]
+    within: Callable[[Any], Sequence[Any]] = lambda options: ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +62,7 @@ class function:
     """
 
     timeout: Annotated[float, "seconds for one call, with all rows of a step"] = TIMEOUT
+    independent: Annotated[bool, "a row's score depends on no other row: groups are scored as they come"] = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,17 +87,53 @@ class part:
     clip: Annotated[float | None, "the largest score, of either sign, that counts"] = None
 
 
-def _rule(options: dict[str, Any], asked: Asked) -> Reward:
+@dataclass(frozen=True, slots=True)
+class product:
+    """Π of the parts, as ``{product: [exact, {format: {tags: think}}]}``; None where a part abstains.
+
+    A row of which two factors are negative fails: two faults would make a reward.
+    """
+
+
+@dataclass(frozen=True, slots=True)
+class gate:
+    """`then` where `when` lies above a bound, `else` where it does not: format before content.
+
+    Only the rows that pass are shown to `then`. As ``{gate: {when: {format: {tags: think}}, then: exact, else: 0}}``.
+    """
+
+    when: Annotated[Any, "the reward that opens"]
+    then: Annotated[Any, "the reward of what passes"]
+    otherwise: Annotated[float | None, "written `else`: the score of what does not pass; null leaves it without one"]
+    above: Annotated[float, "what the score of `when` has to exceed"] = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class route:
+    """The reward that a column of the data names for the row; a row of another name fails.
+
+    As ``{route: {column: source, to: {math: numeric, code: {code: {tests: test}}}}}``; parts may have a `weight`.
+    """
+
+    column: Annotated[str, "that says whose reward a row gets"]
+    to: Annotated[dict[str, Any], "a reward for each value of the column"]
+
+
+def _rule(options: dict[str, Any], asked: Asked, judges: bool = False) -> Reward:
     """A rule with a pattern gets a process: on some texts a pattern takes for ever, and nothing else can stop it."""
     rule = parse_rule(asked.name, options)
     if isinstance(rule, regex) or (isinstance(rule, format) and rule.pattern):
         target = json.dumps({asked.name: options})
-        return FunctionReward(asked.name, f"reward {asked.name}", lambda: WorkerProcess(target, START_TIMEOUT), TIMEOUT)
-    return from_callable(rule_function(rule), name=asked.name)
+        return FunctionReward(
+            asked.name, f"reward {asked.name}", lambda: WorkerProcess(target, START_TIMEOUT), TIMEOUT,
+            judges=judges, independent=True,
+        )  # fmt: skip
+    return from_callable(rule_function(rule), name=asked.name, judges=judges, independent=True)
 
 
 def _judged(options: dict[str, Any], asked: Asked) -> Reward:
-    return Judged(_rule(options, asked))
+    """Its scores are verdicts: 1 is ok, anything less wrong."""
+    return _rule(options, asked, judges=True)
 
 
 def _isolated(options: dict[str, Any], asked: Asked) -> Reward:
@@ -104,10 +146,11 @@ def _cosine(options: dict[str, Any], asked: Asked) -> Reward:
 
 
 def _function(options: dict[str, Any], asked: Asked) -> Reward:
-    timeout = built(function, asked.name, options).timeout
-    if not 0 < timeout < float("inf"):
-        raise RewardError(f"timeout is {timeout!r}", where=asked.name, fix="give the seconds of one call, above 0")
-    return from_file(asked.name, timeout=float(timeout))
+    wanted: function = built(function, asked.name, options)
+    if not 0 < wanted.timeout < float("inf"):
+        raise RewardError(f"timeout is {wanted.timeout!r}", where=asked.name,
+                          fix="give the seconds of one call, above 0")  # fmt: skip
+    return from_file(asked.name, timeout=float(wanted.timeout), independent=wanted.independent)
 
 
 def _model(options: dict[str, Any], asked: Asked) -> Reward:
@@ -137,6 +180,7 @@ SOURCES: dict[str, Source] = {
     "contains": Source(contains, _judged),
     "choice": Source(choice, _judged),
     "code": Source(code, lambda options, asked: parse_code(options)),
+    "http": Source(http, lambda options, asked: parse_http(options)),
     "regex": Source(regex, _judged),
     "format": Source(format, _judged),
     "json_schema": Source(json_schema, _judged),
@@ -145,10 +189,14 @@ SOURCES: dict[str, Source] = {
     "gym": Source(gym, _isolated),
     "length": Source(length, _rule),
     "repetition": Source(repetition, _rule),
-    "cosine": Source(cosine, _cosine),
+    "cosine": Source(cosine, _cosine, lambda options: [options.get("of")]),
+    "product": Source(product, _inner, lambda parts: parts),
+    "gate": Source(gate, _inner, lambda options: [options.get("when"), options.get("then")]),
+    "route": Source(route, _inner, lambda options: [*(options.get("to") or {}).values()]),
 }
+MIXTURES = ("product", "gate", "route")
 NAMES = tuple(name for name in SOURCES if name not in (FUNCTION, MODEL, SUM))
-KNOWN = f"known: my_reward.py:NAME, {', '.join(NAMES)}, a reward model's directory, a weighted list of these"
+KNOWN = f"known: my_reward.py:NAME, {', '.join(NAMES)}, a reward model's directory, a list of these"
 
 
 def parse_rule(name: str, options: dict[str, Any]) -> Rule:
@@ -231,6 +279,8 @@ def _type_name(hint: Any) -> str:
         return " | ".join(map(str, get_args(hint)))
     if get_origin(hint) in (Sequence, list):
         return f"list of {_type_name(get_args(hint)[0])}"
+    if get_origin(hint) is dict:
+        return "mapping"
     if inner := get_args(hint):
         return " | ".join(_type_name(each) for each in inner)
     names = {str: "text", int: "integer", float: "number", bool: "true | false", type(None): "none", dict: "mapping"}

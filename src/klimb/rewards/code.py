@@ -12,6 +12,9 @@ or has it in such a block, goes before it and before the test. A row's tests are
   not come back, a function as an argument makes the row unscored (abstain);
 - a list of {"input": …, "output": …}: the code as a program, once for each, by what it prints.
 
+With `service: http://HOST:PORT` the programs run there, on a server that speaks SandboxFusion's ``POST /run_code``
+(sandbox/fusion.py).
+
 None abstains. 1 where all tests pass, else 0, or their share with `partial`. A timeout counts as 0: it is the
 candidate's doing. A test that fails before it has asked the candidate for anything is a failure of the row (error).
 """
@@ -22,13 +25,21 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Annotated, Any, NamedTuple, get_args
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, get_args
 
 from klimb.errors import RewardError, did_you_mean
+from klimb.rewards.combine import sources
 from klimb.rewards.protocol import Columns, Failure, Reward, Scores
 from klimb.rewards.rules import plain_text
 from klimb.rewards.sandbox import Kind, Sandbox, Verdict, open_sandbox
 from klimb.types import Text
+
+if TYPE_CHECKING:
+    from klimb.rewards.sandbox.fusion import FusionSandbox
+    from klimb.rewards.service import Service
+
+AT_ONCE = 16
+"""Programs that a service gets at the same time."""
 
 
 class Options(NamedTuple):
@@ -43,17 +54,29 @@ class Options(NamedTuple):
     timeout: Annotated[float, "seconds for one completion with all its tests"] = 10.0
     partial: Annotated[bool, "the share of tests that pass counts"] = False
     unsafe_local: Annotated[bool, "run without a sandbox where this machine has none"] = False
+    service: Annotated[str | None, "url of a SandboxFusion-like server to run it on"] = None
+    key: Annotated[str | None, "environment variable with the server's API key"] = None
 
 
 class CodeReward:
     """A Reward. Opens a sandbox, and raises RewardError where there is none."""
 
     name = "code"
+    independent = waits = True
 
     def __init__(self, options: Options, sandbox: Sandbox | None = None) -> None:
         self._options = options
-        self._sandbox = sandbox or open_sandbox(options.timeout, unsafe_local=options.unsafe_local)
+        self.service: Service | None = None
+        self._sandbox: Sandbox | FusionSandbox
+        if options.service is not None:
+            from klimb.rewards.sandbox.fusion import FusionSandbox
+
+            self._sandbox = FusionSandbox(options.service, options.timeout, options.key)
+            self.service = self._sandbox.service
+        else:
+            self._sandbox = sandbox or open_sandbox(options.timeout, unsafe_local=options.unsafe_local)
         self.tier = self._sandbox.tier
+        self._threads = ThreadPoolExecutor(AT_ONCE if self.service else _cores(), thread_name_prefix="reward code")
 
     def __call__(self, prompts: Sequence[Text], completions: Sequence[Text], columns: Columns) -> Scores:
         tests, entry = self._options.tests, self._options.entry_point
@@ -63,8 +86,7 @@ class CodeReward:
                     f"the data has no column {name!r}", where="reward code", fix=did_you_mean(name, columns)
                 )
         entries = columns[entry] if entry else [None] * len(completions)
-        with ThreadPoolExecutor(_cores()) as threads:
-            verdicts = list(threads.map(self.verdict, prompts, completions, columns[tests], entries))
+        verdicts = list(self._threads.map(self.verdict, prompts, completions, columns[tests], entries))
         counts = Counter(dict.fromkeys(get_args(Kind), 0))
         counts.update(verdict.kind for verdict in verdicts)
         failures = [Failure(row, verdict.why) for row, verdict in enumerate(verdicts) if verdict.kind == "error"]
@@ -95,6 +117,7 @@ class CodeReward:
 
     def close(self) -> None:
         self._sandbox.close()
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
 
 def parse_code(options: dict[str, Any]) -> CodeReward:
@@ -105,6 +128,10 @@ def parse_code(options: dict[str, Any]) -> CodeReward:
             raise RewardError(f"unknown option {name!r}", where=where, fix=did_you_mean(name, Options._fields))
         if name in ("partial", "unsafe_local") and not isinstance(value, bool):
             raise RewardError(f"{name} is {value!r}", where=where, fix="write true or false")
+        if name == "key" and not (isinstance(value, str) and value.isidentifier() and value.isupper()):
+            raise RewardError(
+                "key is not the name of an environment variable", where=where, fix="write key: MY_API_KEY"
+            )
         if name in ("tests", "entry_point") and not (isinstance(value, str) and value):
             raise RewardError(f"{name} is {value!r}", where=where, fix="name a column of the data")
         number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -112,15 +139,16 @@ def parse_code(options: dict[str, Any]) -> CodeReward:
             raise RewardError(
                 f"timeout is {value!r}", where=where, fix="give the seconds of one completion, up to 3600"
             )
+    if "key" in options and "service" not in options:
+        raise RewardError("a key without a service", where=where, fix="leave key out")
+    if "service" in options and options.get("unsafe_local"):
+        raise RewardError("service and unsafe_local", where=where, why="the code runs elsewhere", fix="leave one out")
     return CodeReward(Options(**options))
 
 
 def sandbox_tier(reward: Reward) -> str | None:
     """The tier that `reward`, or any part of it, runs code in."""
-    if isinstance(reward, CodeReward):
-        return reward.tier
-    inner = [part.reward for part in getattr(reward, "parts", ())] or [getattr(reward, "reward", None)]
-    return next((tier for one in inner if one is not None and (tier := sandbox_tier(one))), None)
+    return next((source.tier for source in sources(reward) if isinstance(source, CodeReward)), None)
 
 
 def code_of(text: str) -> str:

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from klimb.errors import RewardError, one_line
 from klimb.plugin import source_hash
@@ -47,10 +47,19 @@ class Engine(Protocol):
 
 
 class FunctionReward:
-    """A Reward that asks a user's function; see `from_file` and `from_callable`."""
+    """A Reward that asks a user's function; see `from_file` and `from_callable`.
 
-    def __init__(self, name: str, where: str, start: Callable[[], Engine], timeout: float) -> None:
+    judges: its numbers are verdicts, 1 or less. independent, waits: see Reward.
+    """
+
+    def __init__(
+        self, name: str, where: str, start: Callable[[], Engine], timeout: float, *,
+        judges: bool = False, independent: bool = False, waits: bool = False,
+    ) -> None:  # fmt: skip
         self.name = name
+        self.independent = independent
+        self.waits = waits
+        self._judges = judges
         self._where = where
         self._start = start
         self._timeout = timeout
@@ -64,7 +73,8 @@ class FunctionReward:
         batch = {**columns, "prompts": list(prompts), "completions": list(completions)}
         with self._lock:
             arguments = self._running().signature.pick(batch, self._where)
-            return in_halves(partial(self._attempt, arguments), len(completions), self._timeout)
+            scores = in_halves(partial(self._attempt, arguments), len(completions), self._timeout)
+        return replace(scores, counts=scores.endings(judged=True)) if self._judges else scores
 
     def _running(self) -> Engine:
         if self._engine is None:
@@ -92,8 +102,11 @@ class FunctionReward:
             self._engine = None
 
 
-def from_file(target: str, *, name: str = "", timeout: float = TIMEOUT) -> FunctionReward:
-    """The function ``file.py:name`` in a process of its own. Raises RewardError where it cannot be loaded."""
+def from_file(target: str, *, name: str = "", timeout: float = TIMEOUT, independent: bool = False) -> FunctionReward:
+    """The function ``file.py:name`` in a process of its own. Raises RewardError where it cannot be loaded.
+
+    independent: its score of a row depends on no other row, and finished groups may be scored before the last one is.
+    """
     digest = _hash(target)
 
     def start() -> WorkerProcess:
@@ -104,14 +117,19 @@ def from_file(target: str, *, name: str = "", timeout: float = TIMEOUT) -> Funct
             )  # fmt: skip
         return WorkerProcess(target, START_TIMEOUT)
 
-    return FunctionReward(name or target.rpartition(":")[2], target, start, timeout)
+    name = name or target.rpartition(":")[2]
+    return FunctionReward(name, target, start, timeout, independent=independent, waits=independent)
 
 
-def from_callable(function: Callable[..., Any], *, name: str = "", timeout: float = TIMEOUT) -> FunctionReward:
+def from_callable(
+    function: Callable[..., Any], *, name: str = "", timeout: float = TIMEOUT, judges: bool = False,
+    independent: bool = False,
+) -> FunctionReward:  # fmt: skip
     """`function` in this process. Raises RewardError where it cannot be called by keyword."""
     name = name or getattr(function, "__name__", type(function).__name__)
     caller = Caller(function, name)
-    return FunctionReward(name, name, lambda: InProcess(caller, name), timeout)
+    start = lambda: InProcess(caller, name)  # noqa: E731
+    return FunctionReward(name, name, start, timeout, judges=judges, independent=independent)
 
 
 def _hash(target: str) -> str:
@@ -215,7 +233,8 @@ def in_halves(attempt: Callable[[list[int], float], Scores], rows: int, timeout:
                 notes.append(f"{failed.reason}; {len(some)} rows were scored again by a new one")
                 pending.append((some, seconds))
             elif failed.kind == "length" or len(some) == 1:
-                failures += [Failure(row, failed.reason, failed.details) for row in some]
+                ending: Literal["error", "timeout"] = "timeout" if failed.kind == "timeout" or left <= 0 else "error"
+                failures += [Failure(row, failed.reason, failed.details, ending) for row in some]
             else:
                 if failed.kind == "timeout":
                     seconds = max(seconds / 2, timeout / 8)

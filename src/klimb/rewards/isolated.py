@@ -14,14 +14,14 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import NamedTuple, Protocol, get_args
 
 from klimb.errors import RewardError, did_you_mean
 from klimb.rewards.calling import CallFailed
 from klimb.rewards.function import START_TIMEOUT
 from klimb.rewards.process import WorkerProcess
-from klimb.rewards.protocol import Columns, Failure, Reward, Scores
+from klimb.rewards.protocol import Columns, Failure, Scores
 from klimb.rewards.rules import Rule, plain_text
 from klimb.rewards.sandbox import Kind
 from klimb.rewards.sandbox.inside.confine import Confinement, Unconfined
@@ -57,6 +57,8 @@ class Ending(NamedTuple):
 
 class Isolated:
     """A rule as a Reward. Starts a worker at once, and raises RewardError where it does not start."""
+
+    independent = waits = True
 
     def __init__(self, name: str, rule: DeadlineRule) -> None:
         self.name = name
@@ -114,23 +116,6 @@ class Isolated:
     def close(self) -> None:
         while not self._idle.empty():
             self._idle.get_nowait().close()
-
-
-class Judged:
-    """A reward whose rows are counted by how they end. Full marks are ok."""
-
-    def __init__(self, reward: Reward) -> None:
-        self.name = reward.name
-        self.reward = reward
-
-    def __call__(self, prompts: Sequence[Text], completions: Sequence[Text], columns: Columns) -> Scores:
-        scores = self.reward(prompts, completions, columns)
-        failed = {failure.row for failure in scores.failures}
-        kinds = ("error" if row in failed else ending_of(value).kind for row, value in enumerate(scores.values))
-        return replace(scores, counts=counted(kinds))
-
-    def close(self) -> None:
-        self.reward.close()
 
 
 def ending_of(value: float | None) -> Ending:

@@ -82,13 +82,15 @@ class CosineReward:
     def __init__(self, options: cosine, reward: Reward) -> None:
         self._options = options
         self.reward = reward
+        self.independent = getattr(reward, "independent", False)
+        self.waits = getattr(reward, "waits", False)
 
     def __call__(self, prompts: Sequence[Text], completions: Sequence[Text], columns: Columns) -> Scores:
         scores = self.reward(prompts, completions, columns)
         lengths = columns["completion_tokens"]
         values = [self._options.scaled(score, tokens) for score, tokens in zip(scores.values, lengths, strict=True)]
         parts = scores.parts or {self.reward.name: scores.values}
-        return replace(scores, values=values, parts={self.name: values, **parts}, weights={})
+        return replace(scores, values=values, parts={self.name: values, **parts}, weights={}, raw=None)
 
     def close(self) -> None:
         self.reward.close()

@@ -41,7 +41,7 @@ class Normalised:
     """Scores less their running mean, by their running standard deviation; then clipped to [−clip, clip].
 
     The figures are those of every score so far, the present call's among them, and of unclipped ones. `moments` is
-    None where the scale stays that of the reward. What the reward itself gave is kept as the component of its name.
+    None where the scale stays that of the reward. What the reward itself gave is kept in `raw`.
     """
 
     def __init__(self, reward: Reward, *, running: bool, clip: float | None) -> None:
@@ -54,9 +54,7 @@ class Normalised:
         scores = self.reward(prompts, completions, columns)
         if self.moments is not None:
             self.moments = self.moments.including([value for value in scores.values if value is not None])
-        return replace(
-            scores, values=[self._bounded(value) for value in scores.values], parts={self.name: scores.values}
-        )
+        return replace(scores, values=[self._bounded(value) for value in scores.values], raw=scores.values)
 
     def _bounded(self, value: float | None) -> float | None:
         if value is None:
@@ -64,6 +62,14 @@ class Normalised:
         if self.moments is not None:
             value = (value - self.moments.mean) / self.moments.std
         return min(max(value, -self.clip), self.clip)
+
+    @property
+    def independent(self) -> bool:
+        return self.moments is None and getattr(self.reward, "independent", False)
+
+    @property
+    def waits(self) -> bool:
+        return getattr(self.reward, "waits", False)
 
     def close(self) -> None:
         self.reward.close()

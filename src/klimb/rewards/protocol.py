@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from klimb.types import Text
 
@@ -26,6 +26,7 @@ class Failure:
     row: int
     reason: str
     details: str = ""
+    kind: Literal["error", "timeout"] = "error"
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,18 +36,38 @@ class Scores:
     values: Values
     failures: list[Failure] = field(default_factory=list)
     parts: dict[str, Values] = field(default_factory=dict)
-    """The components of a weighted sum, unweighted; empty where there is only one."""
+    """The components of a mixture, unweighted; None where one was not asked. Empty where there is only one."""
     notes: list[str] = field(default_factory=list)
     """What went wrong without costing a score, such as a worker that was replaced."""
     weights: dict[str, float] = field(default_factory=dict)
     """What the components are multiplied with, by the same names."""
     counts: dict[str, int] = field(default_factory=dict)
-    """How many rows ended how (ok, wrong, abstain, timeout, error), where the source tells."""
+    """How many rows ended how, where the source tells; see `endings`. Of a component: under "its name/ending"."""
+    raw: Values | None = None
+    """What the source gave, where `values` were normalised or clipped since."""
+
+    def endings(self, *, judged: bool = False) -> dict[str, int]:
+        """How many rows ended how; they add up to the rows.
+
+        A number is a score, or a verdict where the source judges: 1 is ok, anything less wrong.
+        """
+        numbers = [value for value in self.values if value is not None]
+        late = sum(failure.kind == "timeout" for failure in self.failures)
+        given = {"ok": sum(n >= 1.0 for n in numbers), "wrong": sum(n < 1.0 for n in numbers)}
+        return (given if judged else {"scored": len(numbers)}) | {
+            "abstain": len(self.values) - len(numbers) - len(self.failures),
+            "timeout": late,
+            "error": len(self.failures) - late,
+        }
 
 
 class Reward(Protocol):
     """Scores completions. Raises RewardError only where no row can ever be scored (a missing file or
     column).
+
+    Two facts more, False where a source does not tell. `independent`: the score of a row depends on no other row,
+    so that rows may be scored in any portions. `waits`: it takes time and no work of this process, so that it pays
+    to begin with what is there.
     """
 
     @property

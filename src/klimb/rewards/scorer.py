@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
 from klimb.errors import RewardError
+from klimb.rewards.combine import joined
 from klimb.rewards.protocol import Columns, Reward, Scores, Values
 from klimb.rewards.rules import plain_text
 from klimb.types import Group, Prompt, Sample, Text
@@ -26,6 +28,8 @@ FIRST_ROWS = 100
 """The accepted share of failures is taken of at least so many rows, so that one early failure stops no run.
 """
 DRY_ROWS = 8
+EARLY = 16
+"""Groups whose scores are waited for at the same time, while others are generated."""
 COMPARED_ROWS = 64
 """Whose reference answers are held against those of others."""
 REFERENCES = ("answer", "solution", "reference", "completion", "label")
@@ -75,22 +79,49 @@ class Scorer:
         """Over the run; set it again on resume, so that the run stops where it would have stopped."""
         self.weights: dict[str, float] = {}
         """Of a sum's parts, once it has scored something."""
+        self._early = getattr(reward, "independent", False) and getattr(reward, "waits", False)
+        self._threads: ThreadPoolExecutor | None = None
+        self._begun: dict[int, tuple[Group, Future[Scores]]] = {}
+        """By the group's place in memory, where it stays as long as it is listed here."""
+
+    def begin(self, group: Group) -> None:
+        """Start to score a finished group while others are generated, where that gains time and changes no score.
+
+        `score` collects what was begun. Everything that adds up is added there, in the order of its groups.
+        """
+        if self._early and group.samples:
+            self._threads = self._threads or ThreadPoolExecutor(EARLY, thread_name_prefix="early scores")
+            self._begun[id(group)] = (group, self._threads.submit(self._asked, [group]))
 
     def score(self, groups: Sequence[Group]) -> ScoreReport:
         """Fill `score` and `rewards` of every sample. Raises RewardError when too many rows of the run have
         failed.
         """
-        pairs = [(group.prompt, sample) for group in groups for sample in group.samples]
-        prompts, samples = [prompt for prompt, _ in pairs], [sample for _, sample in pairs]
-        columns = columns_of(prompts, samples)
-        scores = audited(self.reward([p.text for p in prompts], [s.text for s in samples], columns), len(pairs))
-        parts = scores.parts or {self.reward.name: scores.values}
+        samples = [sample for group in groups for sample in group.samples]
+        scores = self._collected(groups)
+        parts = scores.parts or {self.reward.name: scores.values if scores.raw is None else scores.raw}
         self.weights = scores.weights
         for row, sample in enumerate(samples):
             sample.score = scores.values[row]
             sample.rewards = {name: values[row] for name, values in parts.items()}
         self._record(scores, samples)
         return self._report(groups, scores, parts)
+
+    def _collected(self, groups: Sequence[Group]) -> Scores:
+        begun, self._begun = self._begun, {}
+        if not groups or not all(id(group) in begun for group in groups):
+            return self._asked(groups)
+        try:
+            return joined([begun[id(group)][1].result() for group in groups])
+        finally:
+            for _, future in begun.values():
+                future.cancel()
+
+    def _asked(self, groups: Sequence[Group]) -> Scores:
+        pairs = [(group.prompt, sample) for group in groups for sample in group.samples]
+        prompts, samples = [prompt for prompt, _ in pairs], [sample for _, sample in pairs]
+        columns = columns_of(prompts, samples)
+        return audited(self.reward([p.text for p in prompts], [s.text for s in samples], columns), len(pairs))
 
     def _record(self, scores: Scores, samples: Sequence[Sample]) -> None:
         for note in scores.notes:
@@ -137,7 +168,8 @@ class Scorer:
             present = [value for value in values if value is not None]
             if present:
                 report.metrics[f"reward/{name}"] = math.fsum(present) / len(present)
-        report.metrics.update({f"verdict/{ending}": float(count) for ending, count in scores.counts.items()})
+        counts = scores.counts or scores.endings()
+        report.metrics.update({f"verdict/{ending}": float(count) for ending, count in sorted(counts.items())})
         return report
 
     def close(self) -> None:
@@ -170,7 +202,7 @@ def audited(scores: Scores, rows: int) -> Scores:
     Functions are checked where they are called; this holds for every Reward, also one that was written by
     hand.
     """
-    for name, values in {"scores": scores.values, **scores.parts}.items():
+    for name, values in {"scores": scores.values, "raw scores": scores.raw or scores.values, **scores.parts}.items():
         if len(values) != rows:
             raise RewardError(f"{len(values)} {name} for {rows} completions", where="reward", fix="return one per row")
         for row, value in enumerate(values):

@@ -6,6 +6,8 @@
     reward: exact                                        a rule of rules.py
     reward: {numeric: {column: solution}}                a rule with options
     reward: {my_reward.py:score: {timeout: 300}}         a function with more time than 60 s a call
+    reward: {my_reward.py:score: {independent: true}}    its score of a row depends on no other row: it is called with
+                                                         single groups in any order, while others are generated
     reward: {code: {tests: test, timeout: 5}}            hidden tests, in the sandbox (code.py)
     reward: runs/rm/model                                the directory of a trained reward model
     reward:                                              a weighted sum
@@ -13,6 +15,15 @@
       - {reward: length, weight: -0.01, name: brevity}
     reward: {reward: runs/rm/model, normalise: running, clip: 5}
                                                          less the mean and by the std of all scores so far, within ±5
+    reward: {http: {url: "http://scores:8000/score"}}    a server (remote.py)
+    reward: {product: [exact, {format: {tags: think}}]}
+    reward: {gate: {when: {format: {tags: think}}, then: exact, else: 0}}
+                                                         `then` where `when` is above 0 (or `above`); null: no score
+    reward: {route: {column: source, to: {math: numeric, code: {code: {tests: test}}}}}
+                                                         by a column of the data
+
+Parts of mixtures are rewards themselves, mixtures too (a list is a sum), or {reward: …, normalise: …, clip: …}; with a
+`name` where they have none from a route, and with a `weight` in sums and routes.
 
 Without `normalise` a reward model keeps the mean and std of its reference samples, and others the scale they have.
 """
@@ -20,15 +31,15 @@ Without `normalise` a reward model keeps the mean and std of its reference sampl
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import fields
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from klimb.errors import RewardError, did_you_mean, nearest
-from klimb.rewards.catalogue import FUNCTION, KNOWN, MODEL, NAMES, SOURCES, SUM, Asked, ModelLoader
-from klimb.rewards.combine import Part, WeightedSum
+from klimb.rewards.catalogue import FUNCTION, KNOWN, MIXTURES, MODEL, NAMES, SOURCES, SUM, Asked, ModelLoader
+from klimb.rewards.catalogue import options_of as _options_of
+from klimb.rewards.combine import Gate, Part, Product, Route, WeightedSum
 from klimb.rewards.function import from_callable
 from klimb.rewards.normalise import Normalised
 from klimb.rewards.protocol import Reward
@@ -56,6 +67,12 @@ def parse_reward(
                 fix="write {exact: {column: answer}}, or a list of {reward: …, weight: …} for a sum",
             )
         [(name, options)] = spec.items()
+        if name in MIXTURES:
+            return _mixture(str(name), options, model_loader, running)
+        if options is not None and not isinstance(options, dict):
+            close = nearest(str(name), MIXTURES)
+            fix = f"did you mean {close!r}?" if close else "write {exact: {column: answer}}"
+            raise RewardError(f"{name} with {options!r}, which are no options", fix=fix)
         return _named(str(name), dict(options or {}), model_loader)
     if isinstance(spec, str):
         return _named(spec, {}, model_loader)
@@ -68,10 +85,10 @@ def reward_files(spec: Any) -> list[Path]:
     """The files and directories that the scores depend on, for hashes. Starts nothing and reads nothing."""
     if isinstance(spec, list | tuple):
         return [path for part in spec for path in reward_files(part)]
+    if isinstance(spec, dict) and "reward" in spec:
+        return reward_files(spec["reward"])
     if isinstance(spec, dict):
-        name, options = next(iter(spec.items()), (None, None))
-        inner = options.get("of") if isinstance(options, dict) else None
-        return reward_files(spec.get("reward", name)) + reward_files(inner)
+        return [path for name, options in spec.items() for path in reward_files([name, *_within(name, options)])]
     if not isinstance(spec, str) or spec in NAMES:
         return []
     path = Path(spec.rpartition(":")[0] if _is_function(spec) else spec)
@@ -94,29 +111,83 @@ def _is_function(spec: str) -> bool:
     return ".py:" in spec
 
 
-def _weighted_sum(
-    specs: Sequence[Any], model_loader: ModelLoader | None, running: list[Normalised] | None
-) -> WeightedSum:
+def _within(name: Any, options: Any) -> Sequence[Any]:
+    """What the options of `name` hold of rewards and files."""
+    source = SOURCES.get(name) if isinstance(name, str) else None
+    return source.within(options) if source is not None and isinstance(options, dict | list | tuple) else ()
+
+
+# Mixtures -------------------------------------------------------------------------------------------------------------
+
+
+def _weighted_sum(specs: Sequence[Any], model_loader: ModelLoader | None, running: list[Normalised] | None) -> Reward:
+    return _built(WeightedSum, "sum", specs, model_loader, running)
+
+
+def _mixture(name: str, options: Any, model_loader: ModelLoader | None, running: list[Normalised] | None) -> Reward:
+    where, specs = f"reward {name}", options
+    make: Callable[[list[Part]], Reward] = Product
+    if name == "product" and not isinstance(options, list | tuple):
+        raise RewardError(f"{options!r} is no list", where=where, fix="write {product: [exact, length]}")
+    if name == "gate":
+        _has_keys(options, where, needed=("when", "then", "else"), others=("above",))
+        otherwise, above = options["else"], options.get("above", 0.0)
+        if not (otherwise is None or _is_number(otherwise)) or not _is_number(above):
+            raise RewardError(f"else is {otherwise!r} and above is {above!r}", where=where,
+                              fix="give numbers; else: null leaves what does not pass without a score")  # fmt: skip
+        specs = [options["when"], options["then"]]
+        make = lambda parts: Gate(*parts, otherwise=otherwise, above=above)  # noqa: E731
+    if name == "route":
+        _has_keys(options, where, needed=("column", "to"))
+        column, to = options["column"], options["to"]
+        if not isinstance(column, str) or not isinstance(to, dict):
+            raise RewardError(f"column is {column!r} and to is {to!r}", where=where,
+                              fix="write {route: {column: source, to: {math: numeric, code: code}}}")  # fmt: skip
+        named = [part if isinstance(part, dict) and "reward" in part else {"reward": part} for part in to.values()]
+        for value, part in zip(to, named):
+            if "name" in part:
+                raise RewardError(f"{value} has the name {part['name']!r}, too", where=where, fix="leave `name` out")
+        specs = [{**part, "name": value} for value, part in zip(to, named)]
+        make = lambda parts: Route(column, parts)  # noqa: E731
+    return _built(make, name, specs, model_loader, running)
+
+
+def _has_keys(options: Any, where: str, *, needed: tuple[str, ...], others: tuple[str, ...] = ()) -> None:
+    given = options if isinstance(options, dict) else {}
+    for key in given:
+        if key not in (*needed, *others):
+            raise RewardError(f"unknown key {key!r}", where=where, fix=did_you_mean(str(key), (*needed, *others)))
+    for key in needed:
+        if key not in given:
+            raise RewardError(f"without {key!r}", where=where, fix=f"it needs {', '.join(needed)}")
+
+
+def _built(
+    make: Callable[[list[Part]], Reward], kind: str, specs: Sequence[Any], model_loader: ModelLoader | None,
+    running: list[Normalised] | None,
+) -> Reward:  # fmt: skip
     parts: list[Part] = []
     try:
         for spec in specs:
-            parts.append(_part(spec, model_loader, running))
-        return WeightedSum(parts)
+            parts.append(_part(spec, kind, model_loader, running))
+        return make(parts)
     except BaseException:
         for part in parts:
             part.reward.close()
         raise
 
 
-def _part(spec: Any, model_loader: ModelLoader | None, running: list[Normalised] | None) -> Part:
+def _part(spec: Any, kind: str, model_loader: ModelLoader | None, running: list[Normalised] | None) -> Part:
     if not isinstance(spec, dict) or "reward" not in spec:
         spec = {"reward": spec}
-    known = [field.name for field in fields(SOURCES[SUM].options)]
+    options = [option.name for option in _options_of(SOURCES[SUM].options)]
+    known = [name for name in options if name != "weight" or kind in ("sum", "route")]
     for key in spec:
         if key not in known:
-            raise RewardError(f"unknown key {key!r} in a weighted reward", fix=did_you_mean(str(key), known))
+            raise RewardError(f"unknown key {key!r} in a {_KINDS[kind]}", fix=did_you_mean(str(key), known))
     where = f"reward {spec['reward']}"
-    if isinstance(spec["reward"], list | tuple) or (isinstance(spec["reward"], dict) and "reward" in spec["reward"]):
+    within = isinstance(spec["reward"], dict) and "reward" in spec["reward"]
+    if within or (kind == "sum" and isinstance(spec["reward"], list | tuple)):
         raise RewardError("a sum within a sum", where="reward", fix="put all parts into one list")
     weight, clip = spec.get("weight", 1.0), spec.get("clip")
     if not _is_number(weight):
@@ -124,12 +195,15 @@ def _part(spec: Any, model_loader: ModelLoader | None, running: list[Normalised]
     if clip is not None and not (_is_number(clip) and clip > 0):
         raise RewardError(f"clip is {clip!r}", where=where, fix="give the largest score that counts, above 0")
     follows = _follows_training(spec.get("normalise"), where, running)
-    reward = parse_reward(spec["reward"], model_loader=model_loader)
+    reward = parse_reward(spec["reward"], model_loader=model_loader, running=running)
     if follows or clip is not None:
         reward = Normalised(reward, running=follows, clip=clip)
         if running is not None and follows:
             running.append(reward)
     return Part(str(spec.get("name", reward.name)), reward, float(weight))
+
+
+_KINDS = {"sum": "weighted reward", "product": "product", "gate": "gate", "route": "route"}
 
 
 def _follows_training(normalise: Any, where: str, running: list[Normalised] | None) -> bool:

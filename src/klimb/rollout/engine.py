@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -53,14 +53,21 @@ def finished_groups(stream: Iterable[tuple[Request, Sample]]) -> Iterator[tuple[
             yield request, Group(request.prompt, sorted(samples, key=lambda s: s.index))
 
 
-def generate(engine: RolloutEngine, requests: Sequence[Request]) -> list[Group]:
+def generate(
+    engine: RolloutEngine, requests: Sequence[Request], on_group: Callable[[Group], None] = lambda group: None
+) -> list[Group]:
     """All groups of these requests, in their order whatever order they finished in.
 
-    Ranks share the work, request by request; each gets all groups.
+    Ranks share the work, request by request; each gets all groups. on_group: told of each group when it is complete,
+    where one rank has them all.
     """
     mine = requests[rank() :: world()]
     engine.submit(mine)
-    finished = {id(request): group for request, group in finished_groups(engine.stream())}
+    finished: dict[int, Group] = {}
+    for request, group in finished_groups(engine.stream()):
+        finished[id(request)] = group
+        if world() == 1:
+            on_group(group)
     if world() == 1:
         return [finished[id(request)] for request in mine]
     everyone = gather([[asdict(sample) for sample in finished[id(request)].samples] for request in mine])

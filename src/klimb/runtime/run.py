@@ -253,7 +253,10 @@ class Run:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        try:
+            self.closing.__exit__(kind, error, trace)  # what ends with the run hears why
+        finally:
+            self.close()
 
     def _continue(self, cut_off: str | None) -> None:
         """`cut_off` is the process that held the run and never let go of it, if so it was."""

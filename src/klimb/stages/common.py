@@ -23,7 +23,7 @@ from klimb.data.mix import parts_of
 from klimb.data.render import Renderer
 from klimb.data.report import Loaded
 from klimb.data.store import Chosen, Item
-from klimb.errors import ConfigError, Interrupted
+from klimb.errors import ConfigError, Interrupted, RewardError
 from klimb.models.load import LoRA, resolve_device, resolve_dtype, without_bfloat16
 from klimb.models.packing import Budget
 from klimb.rollout.engine import Request
@@ -31,12 +31,13 @@ from klimb.runtime import checkpoint
 from klimb.runtime.learner import LEARNING_RATES, Learner, Optimizer, Stage
 from klimb.runtime.memory import available
 from klimb.runtime.plan import Work
-from klimb.runtime.ranks import gather, rank, share
+from klimb.runtime.ranks import gather, share
 from klimb.runtime.rehearsal import FEW
 from klimb.runtime.run import Run
 from klimb.runtime.signals import Interrupt
 from klimb.stages.given import Data
 from klimb.stages.memory import Target, admitted
+from klimb.stages.moment import Moment
 from klimb.stages.progress import Live, Preparing, live_line
 from klimb.stages.trust import problems, trust
 
@@ -185,6 +186,7 @@ class Session:
     timings: dict[str, float] = field(default_factory=dict)
     live: Live | None = None
     """Where progress is drawn, if it is: on a terminal, for who is told by `say_aside`."""
+    _unsaved: Moment | None = None
     _shown: float = 0.0
     _trained_on: np.ndarray | None = None
 
@@ -208,9 +210,11 @@ class Session:
         if live is not None:
             run.closing.callback(live.close)
         scoring = Budget(int(budget), say)
-        return Session(
+        session = Session(
             run, interrupt, device, getattr(torch, dtype), say, int(budget), checkpointing, scoring, live=live
         )
+        run.closing.push(session._ended)
+        return session
 
     def learner(
         self, name: str, stage: Stage, parameters: Mapping[str, torch.nn.Parameter], config: TrainConfig,
@@ -326,14 +330,17 @@ class Session:
         self.timings = {}
         due = bool(every) and (step % every == 0 or step == total)
         leaving = any(gather(self.interrupt.requested))  # a signal reaches one rank before another
-        if (due or leaving) and rank() == 0:
-            self.run.sync()
-            named: dict[str, Mapping[str, Tensor]] = {n: learner.tensors() for n, learner in self.learners.items()}
-            saved = {"learners": {n: learner.steps for n, learner in self.learners.items()}, "stage": state}
-            kept = {"reference": reference} if reference else {}
-            checkpoint.save(self.run.checkpoints, step, {**named, **kept, "state": tensors or {}}, saved)
+        now = Moment.of(step, total, self.learners, state, tensors or {}, reference or {})
+        if due or leaving:
+            now.save(self.run, self.learners)
         if leaving:
-            raise Interrupted(f"saved after step {step} of {total} in {self.run.path}; the same command continues")
+            raise Interrupted(now.told(self.run))
+        self._unsaved = None if due else now
+
+    def _ended(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        """A reward that ends the run, by silence or by failing too often, costs no step that was done."""
+        if isinstance(error, RewardError) and self._unsaved is not None and self.interrupt.rehearsal is None:
+            self._unsaved.rescue(error, self.run, self.learners, leaving=self.interrupt.requested)
 
     def _show(self, step: int, total: int, plain: Mapping[str, float]) -> None:
         """One line at most every two seconds (and for the last step): who waits wants to see it move.

@@ -17,6 +17,7 @@ from klimb.models.faces import Policy, sequence_kl
 from klimb.models.packing import Budget
 from klimb.models.place import load_tokenizer
 from klimb.rewards.code import sandbox_tier
+from klimb.rewards.combine import sources
 from klimb.rewards.model import ModelReward
 from klimb.rewards.normalise import Normalised
 from klimb.rewards.protocol import Reward
@@ -182,6 +183,8 @@ def open_reward(spec: Any, session: Session, renderer: Renderer, running: list[N
 
     reward = parse_reward(spec, model_loader=load, running=running)
     session.run.closing.callback(reward.close)
+    for service in filter(None, (getattr(source, "service", None) for source in sources(reward))):
+        service.tell, service.leaving = session.run.report, lambda: session.interrupt.requested
     if (tier := sandbox_tier(reward)) and (begun := session.run.decide("sandbox", lambda: tier)) != tier:
         session.run.report(f"sandbox: begun in {begun}, it goes on in {tier}")
     return asked_once(reward)

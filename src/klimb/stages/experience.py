@@ -37,7 +37,8 @@ def rollout(actors: Actors, step: int) -> tuple[list[Group], list[Group], dict[s
         prompts = next_prompts(actors, config.prompts_per_step - len(kept), step)
         seed = stream_seed(config.seed, f"rollout {refill}", step)
         with session.timed("rollout"):
-            groups = generate(actors.engine, requests(prompts, config.samples_per_prompt, params, seed))
+            asked = requests(prompts, config.samples_per_prompt, params, seed)
+            groups = generate(actors.engine, asked, actors.scorer.begin)
         with session.timed("reward"):
             report = actors.scorer.score(groups)
             if actors.gold is not None:
@@ -168,7 +169,8 @@ def baselines(actors: Actors, groups: Sequence[Group], draws: Draws, step: int) 
     engine = actors.reference_engine if draws.of_reference else actors.engine
     assert engine is not None
     with session.timed("rollout"):
-        drawn = generate(engine, [Request(prompt, draws.samples, params, seed) for prompt in prompts])
+        wanted = [Request(prompt, draws.samples, params, seed) for prompt in prompts]
+        drawn = generate(engine, wanted, actors.scorer.begin)
     with session.timed("reward"):
         actors.scorer.score(drawn)
     actors.samples_drawn += sum(len(group.samples) for group in drawn)

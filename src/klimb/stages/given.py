@@ -12,15 +12,17 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, PlainSerializer
 
+_ROWS = ("data", "eval_data")
 
-def described(value: Any) -> Any:
+
+def described(value: Any, key: str = "") -> Any:
     """A value from Python as a config file can hold it, the same in every process: what it is, not where it lies."""
     if isinstance(value, Mapping):
-        return {str(key): described(inner) for key, inner in value.items()}
+        return {str(inner): described(each, str(inner)) for inner, each in value.items()}
     if isinstance(value, Iterable) and hasattr(value, "_fingerprint"):
         return f"<rows of datasets, fingerprint {value._fingerprint}>"
     if isinstance(value, list | tuple):
-        if value and isinstance(value[0], Mapping) and "reward" not in value[0]:
+        if key in _ROWS and value and isinstance(value[0], Mapping):
             return f"<{len(value)} rows, sha256 {_digest(json.dumps(value, default=str))}>"
         return [described(inner) for inner in value]
     if is_dataclass(value) and not isinstance(value, type):
@@ -48,8 +50,8 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-Given = Annotated[Any, PlainSerializer(described)]
-"""A path, a name or a spec in a recipe; from Python also rows, functions and values themselves."""
+Given = Annotated[Any, PlainSerializer(lambda value: described(value))]
+"""A path, a name or a spec in a recipe; from Python also functions and values themselves."""
 
 
 def known_rows(value: Any) -> Any:
@@ -60,10 +62,10 @@ def known_rows(value: Any) -> Any:
 
 def with_known_rows(values: Any, key: str = "") -> Any:
     """The same in a recipe, in all of its sections: a run goes through its rows more than once."""
-    if key in ("data", "eval_data"):
+    if key in _ROWS:
         return known_rows(values)
     return {k: with_known_rows(v, k) for k, v in values.items()} if isinstance(values, Mapping) else values
 
 
-Data = Annotated[Any, BeforeValidator(known_rows), PlainSerializer(described)]
+Data = Annotated[Any, BeforeValidator(known_rows), PlainSerializer(lambda value: described(value, "data"))]
 """A path, several (a list, or a mapping from each to its weight), a hub name; from Python any iterable of rows."""

@@ -144,7 +144,7 @@ class Sandbox:
                 return Verdict("error", why=f"the sandbox died: {error}")
             if state == "timeout":
                 return Verdict("timeout", why=f"no end within {self.timeout:g} s, at test {place}")
-            same = state == "ended" and _lines(said.decode("utf-8", "replace")) == _lines(expected)
+            same = state == "ended" and lines_of(said.decode("utf-8", "replace")) == lines_of(expected)
             passed, failed = passed + same, failed + (not same)
             if not same:
                 why = why or f"test {place}: {'another output' if state == 'ended' else 'it prints too much'}"
@@ -246,7 +246,7 @@ def _bytes(text: str) -> bytes:
     return text.encode("utf-8", "replace")
 
 
-def _lines(text: str) -> list[str]:
+def lines_of(text: str) -> list[str]:
     return [line.rstrip() for line in text.rstrip().splitlines()]
 
 
