@@ -139,8 +139,9 @@ def sample(arguments: Arguments = None, as_json: Json = False, dry_run: DryRun =
 
 @app.command()
 def evaluate(arguments: Arguments = None, as_json: Json = False, dry_run: DryRun = False, fresh: Fresh = False) -> None:
-    """Measure a model: proxy and gold with intervals, KL, best-of-n."""
-    _stage("evaluate", "evaluate", arguments or [], {}, as_json, dry_run, fresh)
+    """Measure a model: proxy and gold with intervals, KL, best-of-n. With reward=DIR and data=PAIRS: a reward."""
+    stage = "evaluate_reward" if any(text.startswith("reward=") for text in arguments or []) else "evaluate"
+    _stage(stage, stage, arguments or [], {}, as_json, dry_run, fresh)
 
 
 @app.command()

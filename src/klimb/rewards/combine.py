@@ -52,6 +52,8 @@ class WeightedSum:
         for part in self.parts:
             scores = part.reward(prompts, completions, columns)
             values_by_part[part.name] = scores.parts.get(part.reward.name, scores.values)
+            inner = {name: values for name, values in scores.parts.items() if name != part.reward.name}
+            values_by_part |= {f"{part.name}/{name}": values for name, values in inner.items()}
             terms_by_part[part.name] = scores.values
             counts |= {f"{part.name}/{ending}": count for ending, count in scores.counts.items()}
             notes += [f"{part.name}: {note}" for note in scores.notes]

@@ -55,7 +55,9 @@ class Normalised:
         if self.moments is not None:
             self.moments = self.moments.including([value for value in scores.values if value is not None])
         return replace(
-            scores, values=[self._bounded(value) for value in scores.values], parts={self.name: scores.values}
+            scores,
+            values=[self._bounded(value) for value in scores.values],
+            parts={**scores.parts, self.name: scores.values},
         )
 
     def _bounded(self, value: float | None) -> float | None:
