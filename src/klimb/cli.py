@@ -145,6 +145,12 @@ def evaluate(arguments: Arguments = None, as_json: Json = False, dry_run: DryRun
 
 
 @app.command()
+def average(arguments: Arguments = None, as_json: Json = False, dry_run: DryRun = False, fresh: Fresh = False) -> None:
+    """The mean of several models' weights: WARM of reward models, soups of policies."""
+    _stage("average", "average", arguments or [], {}, as_json, dry_run, fresh)
+
+
+@app.command()
 def report(directory: Annotated[Path, typer.Argument(help="run or pipeline directory")]) -> None:
     """Write report.html of a run, also of one that is still going."""
     from klimb.report.page import write_report

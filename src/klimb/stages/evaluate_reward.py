@@ -170,7 +170,7 @@ def unfit(reward: Reward, prompt: Text, text: Text) -> str | None:
     """Why a model of the reward cannot read a reply, if it cannot."""
     for model in models_of(reward):
         try:
-            tokens = model.renderer.completion(prompt, text)
+            tokens = model.tokens(prompt, text)
         except RenderError as error:
             return str(error)
         length, most = len(tokens.prompt) + len(tokens.completion), model.model.backbone.context
