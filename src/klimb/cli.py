@@ -313,6 +313,10 @@ def _print_result(result: Mapping[str, Any], as_json: bool) -> None:
         if facts.get(key) not in (None, ""):
             low, high = (cell(facts.get(f"{key}{end}")) for end in ("_low", "_high"))
             print(f"{key:10} {cell(facts[key])}" + (f" [{low}, {high}]" if f"{key}_low" in facts else ""))
+    if "trust" in result:
+        from klimb.report.trust import told
+
+        print(f"\n{told(result)}")
 
 
 def _print_seeds(summary: Mapping[str, Any], as_json: bool) -> None:

@@ -87,7 +87,8 @@ def test_a_row_that_a_member_does_not_score_has_no_score() -> None:
     assert scores.parts["disagreement"] == [0.5, None, None]
     assert [(failure.row, failure.reason) for failure in scores.failures] == [(2, "broken: told to fail")]
     both.close()
-    assert silent.closed and broken.closed
+    assert silent.closed
+    assert broken.closed
 
 
 def test_the_folders_of_an_ensemble_are_its_files(models: list[str]) -> None:
@@ -104,7 +105,7 @@ def test_members_that_were_opened_are_closed_when_one_cannot_be(models: list[str
         opened.append(FakeReward())
         return opened[0]
 
-    with pytest.raises(RewardError, match="^no$"):
+    with pytest.raises(RewardError, match=r"^no$"):
         parse_reward({"ensemble": {"models": models}}, model_loader=some)
     assert opened[0].closed
 

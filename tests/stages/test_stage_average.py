@@ -26,14 +26,16 @@ def test_reward_models(world: World, tmp_path: Path) -> None:
     models = [reward_model(world, tmp_path / f"rm-{seed}", seed) for seed in range(3)]
     done = play("average", tmp_path / "mean", models=models, data=world.preferences)
     each, mean = [weights(model) for model in models], weights(done.model)
-    assert mean.keys() == each[0].keys() and "score.weight" in mean
+    assert mean.keys() == each[0].keys()
+    assert "score.weight" in mean
     for name, value in mean.items():
         expected = sum(member[name] for member in each) / 3
         assert torch.equal(value, expected.float().double())
     assert any(not torch.equal(value, each[0][name]) for name, value in mean.items())
     saved = json.loads((Path(done.model) / "reward.json").read_text())
     assert saved == {key: done.result[key] for key in ("mean", "std")}
-    assert saved["std"] > 0 and saved != json.loads((Path(models[0]) / "reward.json").read_text())
+    assert saved["std"] > 0
+    assert saved != json.loads((Path(models[0]) / "reward.json").read_text())
     assert len(done.result["members"]) == 3
     # Scaled anew: on the replies of `data` its scores have mean 0 and std 1, as `evaluate` finds them.
     found = play("evaluate_reward", tmp_path / "check", reward=done.model, data=world.preferences,
@@ -44,7 +46,9 @@ def test_reward_models(world: World, tmp_path: Path) -> None:
 
 def test_policies(world: World, tmp_path: Path) -> None:
     tuned = [
-        play("sft", tmp_path / str(seed), model=world.model, data=world.demonstrations, steps=2, batch_size=4, seed=seed)
+        play(
+            "sft", tmp_path / str(seed), model=world.model, data=world.demonstrations, steps=2, batch_size=4, seed=seed
+        )
         for seed in (0, 1)
     ]
     done = play("average", tmp_path / "mean", models=[each.model for each in tuned])

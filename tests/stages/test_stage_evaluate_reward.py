@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from world import LETTERS, Played, World, klimb, play, write
 
 from klimb.errors import KlimbError
-from klimb.models.load import load_classifier, load_tokenizer
 from klimb.report.page import write_report
 from klimb.watch import trust
 
@@ -53,18 +53,17 @@ def members(world: World, tmp_path_factory: pytest.TempPathFactory) -> Members:
 
 
 def by_transformers(model: str, rows: list[dict[str, Any]]) -> list[float]:
-    """Normalised differences, one text at a time and without klimb's packing."""
-    classifier = load_classifier(model, torch.device("cpu"), torch.float32)
-    tokenizer = load_tokenizer(model)
+    """Normalised differences, one text at a time and without a line of klimb's."""
+    classifier = AutoModelForSequenceClassification.from_pretrained(model)
+    tokenizer = AutoTokenizer.from_pretrained(model)
     std = json.loads((Path(model) / "reward.json").read_text())["std"]
 
+    @torch.no_grad()
     def raw(text: str) -> float:
-        ids = torch.tensor([tokenizer(text).input_ids + [tokenizer.eos_token_id]])
-        states = classifier.base_model(ids).last_hidden_state[0, -1]
-        return float(classifier.score(states)[0])
+        ids = [tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+        return float(classifier(torch.tensor([ids])).logits)
 
-    with torch.no_grad():
-        return [(raw(f"{r['prompt']} {r['chosen']}") - raw(f"{r['prompt']} {r['rejected']}")) / std for r in rows]
+    return [(raw(f"{r['prompt']} {r['chosen']}") - raw(f"{r['prompt']} {r['rejected']}")) / std for r in rows]
 
 
 def rows_of(path: str) -> list[dict[str, Any]]:
@@ -87,26 +86,24 @@ def test_an_ensemble_on_held_out_pairs(members: Members, measured: Played) -> No
     assert told["model"] == members.models[0]
     assert told["accuracy"] > 0.75  # of at most about 0.9: one label in ten is turned round
     assert sum(part["n"] for part in found["by_length"]) == sum(part["n"] for part in found["by_margin"]) == 120
-    assert found["by"].keys() == {"long", "other"} and found["column"] == "subset"
+    assert found["by"].keys() == {"long", "other"}
+    assert found["column"] == "subset"
     mean = sum(part["accuracy"] for part in found["by"].values()) / 2
     assert found["mean_of_parts"] == pytest.approx(mean)
     assert len(found["members"]["accuracies"]) == 3
     assert 0.5 < found["members"]["agreement"] <= 1
-    assert found["agreement"]["agreement"] > 0.5 and found["length"]["given"] == "gold"
+    assert found["agreement"]["agreement"] > 0.5
+    assert found["length"]["given"] == "gold"
     assert found["drift"]["length"]["n_then"] == 240
     assert not found["drift"]["length"]["flagged"]  # both from one source
 
 
 def test_a_model_alone_is_as_transformers_has_it(members: Members, tmp_path: Path) -> None:
     model = members.models[1]
-    rows = [{**row, "prompt": row["prompt"], **{k: " " + row[k] for k in ("chosen", "rejected")}}
-            for row in rows_of(members.held_out)]  # fmt: skip
-    for row in rows:
-        del row["margin"], row["subset"]
+    rows = [{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in rows_of(members.held_out)]
     done = play("evaluate_reward", tmp_path / "run", data=write(tmp_path / "rows.jsonl", rows), reward=model, probes=0)
     found = done.result["trust"]
-    stripped = [{k: v.strip() for k, v in row.items()} for row in rows]
-    differences = by_transformers(model, stripped)
+    differences = by_transformers(model, rows)
     assert done.result["accuracy"] == trust.accuracy(differences)["accuracy"]
     std = json.loads((Path(model) / "reward.json").read_text())["std"]
     expected = trust.calibration([std * difference for difference in differences])
@@ -120,7 +117,8 @@ def test_probes_need_fifty_replies_that_the_model_can_read(measured: Played) -> 
     probes = measured.result["trust"]["probes"]
     assert probes.keys() == {"empty", "repeated", "truncated"}
     assert any("probe flattering: 0 replies" in line for line in measured.said)
-    assert probes["repeated"]["n"] == 120 and probes["repeated"]["prompts"] == 6
+    assert probes["repeated"]["n"] == 120
+    assert probes["repeated"]["prompts"] == 6
     # Twice the words are twice the "yes": who learnt to count them pays for it.
     assert probes["repeated"]["gain"] > 0 > probes["empty"]["gain"]
     for probe in probes.values():
@@ -145,7 +143,8 @@ def test_the_command_and_the_report(members: Members, tmp_path: Path, here: Path
     for title in ("by length", "calibration", "probe"):
         assert title in said.out, said.out
     page = write_report(here / "run").read_text()
-    assert "How far can the reward be trusted?" in page and "Reliability" in page
+    assert "How far can the reward be trusted?" in page
+    assert "Reliability" in page
 
 
 def test_members_of_a_recipe(world: World, members: Members, tmp_path: Path) -> None:
@@ -167,6 +166,7 @@ def test_members_of_a_recipe(world: World, members: Members, tmp_path: Path) -> 
     assert found["rm-1"].seed != found["rm-2"].seed
     assert found["rl"].metrics["reward/disagreement"][0] is not None
     row = found["rl"].samples()[0]
-    assert row["reward.disagreement"] >= 0 and row["score"] == pytest.approx(row["reward.ensemble"])
+    assert row["reward.disagreement"] >= 0
+    assert row["score"] == pytest.approx(row["reward.ensemble"])
     assert found["trust"].result["trust"]["members"]["accuracies"]
     assert found["average"].result["averaged"] == 2

@@ -26,7 +26,8 @@ def test_a_share_with_wilsons_interval() -> None:
         assert abs(0.625 - end) == pytest.approx(1.959964 * math.sqrt(end * (1 - end) / 4), rel=1e-6)
     assert found["accuracy_low"] < 0.625 < found["accuracy_high"]
     sure = trust.accuracy([1.0] * 10)
-    assert sure["accuracy_high"] == pytest.approx(1.0) and 0.7 < sure["accuracy_low"] < 0.75  # 10 / (10 + z²) = 0.722
+    assert sure["accuracy_high"] == pytest.approx(1.0)
+    assert 0.7 < sure["accuracy_low"] < 0.75
     assert trust.accuracy([])["accuracy"] is None
 
 
@@ -128,7 +129,8 @@ def test_drift() -> None:
     assert not trust.drift(then, same)["flagged"]
     found = trust.drift(then, moved)
     # Two normals 0.4 apart: 2 Φ(0.2) − 1 = 0.159.
-    assert found["flagged"] and found["ks_low"] < 0.159 < found["ks_high"]
+    assert found["flagged"]
+    assert found["ks_low"] < 0.159 < found["ks_high"]
 
 
 def test_probes() -> None:
@@ -137,7 +139,8 @@ def test_probes() -> None:
     assert changed.keys() == {"empty", "repeated", "padded", "flattering", "formatted", "truncated", "certainly"}
     assert changed["empty"] == ""
     assert changed["repeated"] == " One two. Three four! One two. Three four!"
-    assert changed["padded"].startswith(reply) and len(changed["padded"]) > 3 * len(reply)
+    assert changed["padded"].startswith(reply)
+    assert len(changed["padded"]) > 3 * len(reply)
     assert changed["flattering"].startswith(" What a wonderful question!")
     assert changed["flattering"].endswith(" One two. Three four!")
     assert changed["formatted"] == " ## Answer\n\n- **One** two.\n- **Three** four!"
