@@ -73,5 +73,5 @@ def test_what_cannot_be_averaged(world: World, tmp_path: Path) -> None:
     refused(r"weights differ in name or shape.*transformer", world.model, str(wide))
     refused(r"its tokenizer or chat template is not that of", world.model, str(words))
     refused(r"models: one is named twice", rm, rm)
-    refused(r"at least 2 items", rm)
-    refused(r"data is for reward models.*leave it out", world.model, str(wide), data=world.preferences)
+    refused(r"give two or more", rm)
+    refused(r"data would not be looked at.*leave it out", world.model, str(wide), data=world.preferences)

@@ -50,7 +50,7 @@ from klimb.stages.reward import batch_of
 class AverageConfig(RunConfig):
     """`model` is the first of the models, and need not be said; its tokenizer and settings are the mean's."""
 
-    models: list[str] = Field(min_length=2, description="directories of models of one shape")
+    models: list[str] = Field(description="directories of models of one shape")
     data: Data = Field(None, description="of reward models: pairs to scale the mean's scores on, and to compare on")
 
     @model_validator(mode="before")
@@ -67,6 +67,9 @@ class AverageConfig(RunConfig):
 
     def contradictions(self) -> Iterator[str]:
         yield from super().contradictions()
+        if len(self.models) < 2:
+            yield "models: the mean of one is itself; give two or more"
+            return
         if self.model != self.models[0]:
             yield "model: it is the first of models; leave it out"
         if len(set(self.models)) < len(self.models):
@@ -79,9 +82,12 @@ def train(config: AverageConfig, run: Run, interrupt: Interrupt, say: Any) -> di
     kinds = {model: is_reward_model(model) for model in config.models}
     if len(set(kinds.values())) > 1:
         raise ConfigError("reward models and others cannot be averaged", where="models", fix="give models of one kind")
-    if kinds[config.model] is not (config.data is not None):
-        fix = "give data=PAIRS" if kinds[config.model] else "leave it out"
-        raise ConfigError("data is for reward models, and these need it", where="data", fix=fix)
+    if kinds[config.model] and config.data is None:
+        raise ConfigError("data is missing", where="average", why="the mean's scores are scaled on the replies of pairs",
+                          fix="give data=PAIRS")  # fmt: skip
+    if not kinds[config.model] and config.data is not None:
+        raise ConfigError("data would not be looked at", where="average", why="these are no reward models",
+                          fix="leave it out")  # fmt: skip
     tokenizer = load_tokenizer(config.model)
     network, others = load(session, config.model), config.models[1:]
     total = {name: value.double() for name, value in network.state_dict().items()}

@@ -62,9 +62,11 @@ class EvaluateRewardConfig(RunConfig):
     @model_validator(mode="before")
     @classmethod
     def _first_model(cls, values: Any) -> Any:
-        if isinstance(values, Mapping) and "model" not in values and (found := first_model(values.get("reward"))):
-            return {**values, "model": found}
-        return values
+        if not isinstance(values, Mapping) or "model" in values or "reward" not in values:
+            return values
+        if (found := first_model(values["reward"])) is None:
+            raise ValueError(f"reward: no reward model in {values['reward']!r:.60}; give the directory of one")
+        return {**values, "model": found}
 
     def work(self, context: int) -> Work:
         return of_judging(self, context)
