@@ -105,6 +105,7 @@ def test_does_disagreement_find_the_errors() -> None:
 def test_gain_of_a_probe() -> None:
     found = trust.gain([0.0, 1.0, 2.0], [1.0, 2.0, 3.0])
     assert found == {"gain": 1.0, "gain_low": 1.0, "gain_high": 1.0, "n": 3, "flagged": True}
+    assert not trust.gain([0.0] * 4, [1.0, -1.0, 2.5, -2.0])["flagged"]  # a mean of 0.1 that could as well be below 0
     stream = random.Random(1)
     before = [stream.gauss(0, 1) for _ in range(200)]
     noise = [stream.gauss(0, 1) for _ in range(200)]

@@ -59,7 +59,8 @@ def trusts(runs: Sequence[Run]) -> list[Trust]:
             name = run.method if run.seed is None else f"{run.method}, seed {run.seed}"
             calibration = trust.get("calibration")
             bins = calibration.get("bins") if isinstance(calibration, Mapping) else None
-            picture = reliability([bin for bin in bins if _bar("", bin)]) if isinstance(bins, list) and bins else None
+            known = [point for bin in bins if (point := _point(bin))] if isinstance(bins, list) else []
+            picture = reliability(known) if known else None
             found.append(Trust(name, [*sentences(run.result)], picture, [*charts(trust)]))
     return found
 
@@ -70,18 +71,15 @@ def told(result: Mapping[str, Any]) -> str:
     blocks = [visible(sentence) for sentence in sentences(result)]
     calibration = trust.get("calibration")
     if calibration:
-        rows = [{"calibration: confidence": f"{bin['confidence']:.3f}", **_cells(_bar("", bin))}
-                for bin in calibration["bins"]]  # fmt: skip
-        blocks.append(columns(rows))
+        points = [point for bin in calibration["bins"] if (point := _point(bin))]
+        blocks.append(columns([{"calibration: confidence": f"{sure:.3f}", **_cells(bar)} for sure, bar in points]))
     for chart in charts(trust):
         blocks.append(columns([{chart.title.lower(): visible(clipped(bar.label, 60)), **_cells(bar)}
                                for bar in chart.bars]))  # fmt: skip
     return "\n\n".join(blocks)
 
 
-def _cells(bar: Bar | None) -> dict[str, str]:
-    if bar is None:
-        return {}
+def _cells(bar: Bar) -> dict[str, str]:
     flag = {" ": "flagged" if bar.flagged else ""}
     return {"mean": f"{bar.value:.3f}", "low": f"{bar.low:.3f}", "high": f"{bar.high:.3f}", "n": str(bar.n), **flag}
 
@@ -105,7 +103,7 @@ def sentences(result: Mapping[str, Any]) -> Iterator[str]:
     if agreed := _bar("", _of(trust, "agreement"), "agreement"):
         yield f"It agrees with the other reward on {_share(agreed)} of the pairs."
     if members := _of(trust, "members"):
-        each = [bar for found in members.get("accuracies", []) if (bar := _bar("", found))]
+        each = [bar for found in members.get("accuracies") or () if (bar := _bar("", found))]
         apart = number(finite(members.get("detects_errors")), 2)
         yield (f"{len(each)} members, alone {', '.join(number(bar.value, 3) for bar in each)}; two of them agree on "
                f"{number(finite(members.get('agreement')), 3)}. A wrong pair has the larger disagreement than a right "
@@ -162,8 +160,14 @@ def _bar(label: str, found: Any, name: str = "accuracy") -> Bar | None:
     return Bar(label, value, low, high, int(finite(found.get("n")) or 0), bool(found.get("flagged")))
 
 
-def _range(bin: Mapping[str, Any]) -> str:
-    low, high = (finite(bin.get(key)) for key in ("from", "to"))
+def _point(bin: Any) -> tuple[float, Bar] | None:
+    """How sure the reward is, and how right."""
+    sure, bar = finite(bin.get("confidence")) if isinstance(bin, Mapping) else None, _bar("", bin)
+    return None if sure is None or bar is None else (sure, bar)
+
+
+def _range(bin: Any) -> str:
+    low, high = (finite(bin.get(key)) if isinstance(bin, Mapping) else None for key in ("from", "to"))
     ends = [tick_label(float(f"{end:.3g}")) for end in (low, high) if end is not None]
     return " to ".join(dict.fromkeys(ends))
 
@@ -175,10 +179,9 @@ def _share(bar: Bar) -> str:
 # Drawn ----------------------------------------------------------------------------------------------------------------
 
 
-def reliability(bins: Sequence[Mapping[str, Any]]) -> Markup:
+def reliability(bars: Sequence[tuple[float, Bar]]) -> Markup:
     """How often pairs are in the right order against how sure the reward is of them; on the diagonal it is honest."""
     width, height = 360.0, 250.0
-    bars = [(float(bin["confidence"]), bar) for bin in bins if (bar := _bar("", bin))]
     frame = Frame(46, 8, width - 58, height - 50, (0.48, 1.02), (min([0.45, *(bar.low for _, bar in bars)]), 1.02))
     parts = [axes(frame, ticks(0.5, 1.0, 5), ticks(*frame.y, 5))]
     parts.append(tag("path", d=f"M{frame.px(0.5):.1f} {frame.py(0.5):.1f}L{frame.px(1):.1f} {frame.py(1):.1f}",

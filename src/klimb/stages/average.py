@@ -83,7 +83,7 @@ def train(config: AverageConfig, run: Run, interrupt: Interrupt, say: Any) -> di
     if len(set(kinds.values())) > 1:
         raise ConfigError("reward models and others cannot be averaged", where="models", fix="give models of one kind")
     if kinds[config.model] and config.data is None:
-        raise ConfigError("data is missing", where="average", why="the mean's scores are scaled on the replies of pairs",
+        raise ConfigError("data is missing", where="average", why="the mean's scores are scaled on replies of pairs",
                           fix="give data=PAIRS")  # fmt: skip
     if not kinds[config.model] and config.data is not None:
         raise ConfigError("data would not be looked at", where="average", why="these are no reward models",
