@@ -28,7 +28,9 @@ from klimb.errors import RewardError
 from klimb.rewards.combine import WeightedSum
 from klimb.rewards.ensemble import Ensemble, combined, spread
 from klimb.rewards.model import ModelReward
+from klimb.rewards.normalise import Normalised
 from klimb.rewards.protocol import Reward
+from klimb.rewards.ranks import OnRankZero
 from klimb.rewards.rules import plain_text
 from klimb.rewards.scorer import Scorer
 from klimb.rewards.spec import reward_files
@@ -125,7 +127,7 @@ def differences(scores: Sequence[float]) -> list[float]:
 def train(config: EvaluateRewardConfig, run: Run, interrupt: Interrupt, say: Any) -> dict[str, Any]:
     """Named as in the other stages: it is what the stage does. Nothing is trained."""
     session = Session.begin(config, run, interrupt, say)
-    reward = open_reward(config.reward, session)
+    reward = opened(config.reward, session)
     judged = judge(reward, read(config.data, reward, config, session), run)
     length = length_figures(judged, config, session)
     found: Figures = {
@@ -133,7 +135,7 @@ def train(config: EvaluateRewardConfig, run: Run, interrupt: Interrupt, say: Any
         "calibration": calibration(reward, judged), **by_columns(judged, config), **of_members(reward, judged),
     }  # fmt: skip
     if config.other is not None:
-        other = judge(open_reward(config.other, session), judged.pairs, run)
+        other = judge(opened(config.other, session), judged.pairs, run)
         same = {id(pair) for pair in other.pairs}
         mine = [d for pair, d in zip(judged.pairs, judged.differences, strict=True) if id(pair) in same]
         found["agreement"] = trust.agreement(mine, other.differences)
@@ -146,6 +148,12 @@ def train(config: EvaluateRewardConfig, run: Run, interrupt: Interrupt, say: Any
     say(f"{right['n']:,} pairs, in the right order: {right['accuracy']:.3f} "
         f"[{right['accuracy_low']:.3f}, {right['accuracy_high']:.3f}]")  # fmt: skip
     return {"model": config.model, "evaluation": None, "held_out_pairs": right.pop("n"), **right, "trust": found}
+
+
+def opened(spec: Any, session: Session) -> Reward:
+    """A reward with its members to be seen: every rank asks for itself, and finds the same."""
+    reward = open_reward(spec, session)
+    return reward.reward if isinstance(reward, OnRankZero) else reward
 
 
 def read(source: Any, reward: Reward, config: EvaluateRewardConfig, session: Session) -> list[Pair]:
@@ -185,8 +193,13 @@ def models_of(reward: Reward) -> list[ModelReward]:
     """The reward models that a reward is made of."""
     if isinstance(reward, ModelReward):
         return [reward]
-    inner = reward.members if isinstance(reward, Ensemble) else ()
-    inner = tuple(part.reward for part in reward.parts) if isinstance(reward, WeightedSum) else inner
+    inner: tuple[Reward, ...] = ()
+    if isinstance(reward, Ensemble):
+        inner = reward.members
+    elif isinstance(reward, WeightedSum):
+        inner = tuple(part.reward for part in reward.parts)
+    elif isinstance(reward, Normalised):
+        inner = (reward.reward,)
     return [model for each in inner for model in models_of(each)]
 
 
@@ -232,7 +245,7 @@ def length_figures(judged: Judged, config: EvaluateRewardConfig, session: Sessio
     labels, given = [1.0, 0.0] * len(judged.pairs), "label"
     kept = judged
     if config.gold is not None:
-        gold = judge(open_reward(config.gold, session), judged.pairs, session.run)
+        gold = judge(opened(config.gold, session), judged.pairs, session.run)
         same = {id(pair) for pair in gold.pairs}
         flat = [i for i, pair in enumerate(judged.pairs) if id(pair) in same]
         kept = Judged(gold.pairs, [judged.scores[2 * i + side] for i in flat for side in (0, 1)])
