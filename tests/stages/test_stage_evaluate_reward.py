@@ -130,6 +130,9 @@ def test_what_does_not_fit_is_left_out_or_refused(members: Members, tmp_path: Pa
     data = write(tmp_path / "long.jsonl", rows)
     with pytest.raises(KlimbError, match=r"1 of 61 rows cannot be used, the first: .*has 34 tokens, rm-0 takes 24"):
         play("evaluate_reward", tmp_path / "a", data=data, reward=members.models[0])
+    within = [{"reward": members.models[0], "weight": 2.0, "clip": 9.0}]
+    with pytest.raises(KlimbError, match=r"has 34 tokens, rm-0 takes 24"):
+        play("evaluate_reward", tmp_path / "sum", data=data, reward=within)
     done = play("evaluate_reward", tmp_path / "b", data=data, reward=members.models[0], on_bad="drop")
     assert done.result["held_out_pairs"] == 60
     assert any("1 rows left out" in line for line in done.said)
