@@ -20,7 +20,8 @@ from klimb.stages.results import Result
 
 RECIPES = {name: yaml.safe_load(path.read_text()) for name, path in shipped_recipes().items()}
 COUNTDOWN = {"countdown", "expert-iteration", "iterative-dpo", "r1", "r1-zero"}
-MADE_HERE = {"quickstart", "gsm8k-digits", "hh-reward", *COUNTDOWN}  # their model comes with their world
+CLERK = {"quickstart", "ensembles", "refresh"}
+MADE_HERE = {"gsm8k-digits", "hh-reward", "hh-ensemble", *CLERK, *COUNTDOWN}  # their model comes with their world
 CALCULATIONS = [(a, b) for a in range(1, 60) for b in range(2, 40)]
 
 
@@ -38,7 +39,7 @@ def test_a_recipe_is_read_and_says_what_it_takes(name: str) -> None:
 
 def data_for(name: str, folder: Path) -> str:
     """Rows with the columns of the data set that the recipe names."""
-    if name == "hh-reward":
+    if name in ("hh-reward", "hh-ensemble"):
         return write(folder / "data.jsonl", [
             {"chosen": f"\n\nHuman: is {n} odd?\n\nAssistant: {word} I think so", "rejected": f"\n\nHuman: is {n} odd?"
              f"\n\nAssistant: {word} go away"} for n in range(40) for word in ("well", "oh")
@@ -89,7 +90,7 @@ def tiny(name: str, folder: Path) -> dict[str, Any]:
             kept.pop("max_tokens", None)
         settings |= kept
         settings |= {"steps": 2} if settings["stage"] in ("sft", "reward", "preference", "rl") else {}
-        settings |= {"model": model} if "Qwen" in settings["model"] else {}
+        settings |= {"model": model} if "Qwen" in settings.get("model", "") else {}
         settings |= {"eval_data": data} if ":test" in settings.get("eval_data", "") else {}
         settings |= {"eval_fraction": 0.2} if "eval_fraction" in settings else {}
         for key in ("epochs", "until", "min_accuracy", "until_accuracy", "max_prompt_tokens"):
@@ -130,6 +131,15 @@ def expect(name: str, found: Result) -> None:
         assert found["reward_model"].result["baselines"].keys() == {"length", "bag_of_words"}
     if name == "hh-reward":  # all that differs is "I think so" and "go away": four letters more, and other words
         assert found["reward_model"].result["baselines"]["bag_of_words"]["accuracy"] == 1.0
+    if name in ("ensembles", "hh-ensemble"):
+        assert len(found["trust"].result["trust"]["members"]["accuracies"]) == 4
+    if name == "ensembles":
+        assert "reward/disagreement" in found["ppo_min"].metrics
+        assert "reward/disagreement" not in found["ppo_single"].metrics
+    if name == "refresh":
+        drift = found["drift-2"].result
+        assert drift["model"] == found["refresh-1"].model
+        assert drift["trust"]["drift"]["length"]["n_then"] == 2 * found["drift-1"].result["trust"]["pairs"]
     if name == "ppo-24gb":
         assert "critic/explained_variance" in found["ppo"].metrics
         assert found["ppo"].result["algorithm"].startswith("ppo(")

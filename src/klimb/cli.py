@@ -145,8 +145,15 @@ def sample(arguments: Arguments = None, as_json: Json = False, dry_run: DryRun =
 
 @app.command()
 def evaluate(arguments: Arguments = None, as_json: Json = False, dry_run: DryRun = False, fresh: Fresh = False) -> None:
-    """Measure a model: proxy and gold with intervals, KL, best-of-n."""
-    _stage("evaluate", "evaluate", arguments or [], {}, as_json, dry_run, fresh)
+    """Measure a model: proxy and gold with intervals, KL, best-of-n. With reward=DIR and data=PAIRS: a reward."""
+    stage = "evaluate_reward" if any(text.startswith("reward=") for text in arguments or []) else "evaluate"
+    _stage(stage, stage, arguments or [], {}, as_json, dry_run, fresh)
+
+
+@app.command()
+def average(arguments: Arguments = None, as_json: Json = False, dry_run: DryRun = False, fresh: Fresh = False) -> None:
+    """The mean of several models' weights: WARM of reward models, soups of policies."""
+    _stage("average", "average", arguments or [], {}, as_json, dry_run, fresh)
 
 
 @app.command()
@@ -322,6 +329,10 @@ def _print_result(result: Mapping[str, Any], as_json: bool) -> None:
         if facts.get(key) not in (None, ""):
             low, high = (cell(facts.get(f"{key}{end}")) for end in ("_low", "_high"))
             print(f"{key:10} {cell(facts[key])}" + (f" [{low}, {high}]" if f"{key}_low" in facts else ""))
+    if "trust" in result:
+        from klimb.report.trust import told
+
+        print(f"\n{told(result)}")
 
 
 def _print_seeds(summary: Mapping[str, Any], as_json: bool) -> None:

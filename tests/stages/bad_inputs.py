@@ -57,6 +57,8 @@ USUAL = {
     "GRPO": f"grpo {_RL}",
     "PPO": f"ppo {_RL}",
     "SAMPLE": "sample model=base data=prompts.jsonl max_tokens=4 threads=1 device=cpu",
+    "TRUST": "evaluate data=preferences.jsonl threads=1 device=cpu",
+    "AVERAGE": "average threads=1 device=cpu",
     "EVALUATE": "evaluate model=base measure.data=prompts.jsonl measure.max_tokens=4 threads=1 device=cpu",
 }
 
@@ -175,6 +177,11 @@ def reward_model() -> None:
     klimb(*USUAL["REWARD"].split(), "out=rm")
 
 
+def two_reward_models() -> None:
+    reward_model()
+    shutil.copytree("rm/model", "copy")
+
+
 def unfinished() -> None:
     other_run()
     Path("run/result.json").unlink()
@@ -285,6 +292,16 @@ CASES: dict[str, list[Bad]] = {
         Bad("columns of what is not read", "EVALUATE columns.prompt=question", ("columns", "measure.columns")),
         Bad("best-of-n without a proxy", "EVALUATE best_of=[1,2]", ("best_of", "measure.reward")),
         Bad("more of n than samples", "EVALUATE measure.reward=rewards.py:count best_of=[64]", ("best_of", "samples_per_prompt=16")),
+        Bad("too few replies to probe", "TRUST reward=rm/model probes=10", ("probes=10", "50"), reward_model),
+        Bad("nothing that is a reward model", "TRUST reward=length", ("reward", "no reward model")),
+        Bad("transcripts to measure a reward on", "TRUST reward=rm/model transcripts=chat", ("transcripts",), reward_model),
+        Bad("a column that no pair has", "TRUST reward=rm/model by=topic", ("by", "'topic'"), reward_model),
+        Bad("the average of one", "AVERAGE models=[base]", ("models", "two or more")),
+        Bad("the average of a model with itself", "AVERAGE models=[base,base]", ("models", "twice")),
+        Bad("the average of a reward model and another", "AVERAGE models=[rm/model,base]", ("models", "one kind"), reward_model),
+        Bad("reward models averaged without pairs", "AVERAGE models=[rm/model,copy]", ("data", "data=PAIRS"), two_reward_models),
+        Bad("policies averaged with pairs", "AVERAGE models=[base,tied] data=preferences.jsonl", ("data", "leave it out"), tied),
+        Bad("the average of two shapes", "AVERAGE models=[base,tied]", ("model=tied", "differ in name or shape"), tied),
         Bad("unknown loss", "preference model=base data=preferences.jsonl loss=dpoo", ("loss", "'dpo'")),
         Bad("a loss with a wrong argument", "DPO loss.betta=0.1", ("loss.dpo", "'beta'")),
         Bad("a reference of a loss that has none", "PREFERENCE loss=simpo reference=base", ("reference", "loss=simpo", "measure_drift=true")),
@@ -448,6 +465,12 @@ CASES: dict[str, list[Bad]] = {
         Bad("a page of no reward", "reward --list exakt", ("'exakt'", "'exact'")),
         Bad("an unknown key in a sum", "GRPO 'reward=[{reward: exact, wieght: 2}]'", ("'wieght'", "'weight'")),
         Bad("a reward model with options", "GRPO 'reward={base: {normalise: running}}'", ("base", "{reward: base, normalise: running")),
+        Bad("an ensemble of one", "GRPO 'reward={ensemble: {models: [base]}}'", ("ensemble", "two members")),
+        Bad("a member named twice", "GRPO 'reward={ensemble: {models: [base, base]}}'", ("ensemble", "twice")),
+        Bad("unknown way to combine", "GRPO 'reward={ensemble: {models: [base, rm], combine: max}}'", ("'max'", "uncertainty")),
+        Bad("a penalty that nothing looks at", "GRPO 'reward={ensemble: {models: [base, rm], combine: min, lambda: 0.5}}'", ("min with lambda 0.5",)),
+        Bad("no penalty on uncertainty", "GRPO 'reward={ensemble: {models: [base, rm], combine: uncertainty}}'", ("lambda None",)),
+        Bad("an unknown option of an ensemble", "GRPO 'reward={ensemble: {members: [base, rm]}}'", ("'members'",)),
         Bad("an unknown scale", "GRPO 'reward={reward: exact, normalise: batch}'", ("'batch'", "running")),
         Bad("no bound", "GRPO 'reward={reward: exact, clip: 0}'", ("clip is 0",)),
         Bad("a measure that moves", "EVALUATE 'measure.reward={reward: rewards.py:count, normalise: running}'", ("normalise: running", "leave normalise out")),

@@ -75,7 +75,11 @@ def trained_run(text: str) -> Trained:
                        "continues")  # fmt: skip
     if not run.model.is_dir():
         stage = run.result.get("stage", "its stage")
-        why = f"{stage} trains nothing" if stage in ("sample", "evaluate") else "its model folder is gone"
+        why = (
+            f"{stage} trains nothing"
+            if stage in ("sample", "evaluate", "evaluate_reward")
+            else "its model folder is gone"
+        )
         raise RunError("holds no model", where=run.path, why=why, fix="give a run that trains one")
     return run
 

@@ -33,6 +33,13 @@ ONLINE = {
     "groups without variance": "Share of prompts whose completions all score the same: advantages 0.",
 }
 
+TRUST = {
+    "expected calibration error": "Pairs in bins by σ(|difference|), how sure the reward is of its order; the mean "
+    "over pairs of how far a bin's share in the right order is from that. Of few pairs it comes out too high.",
+    "Kolmogorov–Smirnov distance": "The largest distance between two distribution functions: 0 for equal ones, 1 where "
+    "they do not overlap.",
+}
+
 
 def definitions(records: Records) -> dict[str, str]:
     """Term -> meaning, only terms that the page uses."""
@@ -44,6 +51,7 @@ def definitions(records: Records) -> dict[str, str]:
         | {"KL": f"{distance} {_estimator(records)}", "[low, high]": _interval(records)}
         | (SAMPLED if "sample" in stages else {})
         | (ONLINE if "rl" in stages else {})
+        | (TRUST if "evaluate_reward" in stages else {})
         | {str(term): plain(meaning) for term, meaning in (own.items() if isinstance(own, dict) else ())}
     )
 

@@ -12,7 +12,8 @@ import yaml
 
 from klimb.report.text import clipped, finite
 
-KINDS = ("sft", "reward", "sample", "rl", "preference", "online_preference", "distill", "evaluate")
+KINDS = ("sft", "reward", "sample", "rl", "preference", "online_preference", "distill", "average", "evaluate_reward",
+         "evaluate")  # fmt: skip
 RUN_FILES = ("metrics.jsonl", "result.json")
 
 

@@ -23,6 +23,7 @@ from klimb.report.picture import picture
 from klimb.report.replies import replies
 from klimb.report.text import clipped, duration, finite, number, visible, without_credentials
 from klimb.report.tracks import WINDOW, Panel, Track, embedded, panels_of, peaks, tracks_of
+from klimb.report.trust import trusts
 
 HERE = Path(__file__).parent
 COLOURS = 10
@@ -112,6 +113,7 @@ def render(records: Records) -> str:
         picture_wide=picture(records, colours, base),
         picture_narrow=picture(records, colours, base, narrow=True),
         picture_methods=_picture_methods(records, colours),
+        trusts=trusts(records.runs),
         sections=sections,
         series=data,
         asked=asked,

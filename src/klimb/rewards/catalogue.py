@@ -17,6 +17,7 @@ from klimb.errors import RewardError, did_you_mean, one_line
 from klimb.rewards.answers import choice, contains, f1
 from klimb.rewards.code import Options as code
 from klimb.rewards.code import parse_code
+from klimb.rewards.ensemble import Combine, parse_ensemble
 from klimb.rewards.function import START_TIMEOUT, TIMEOUT, FunctionReward, from_callable, from_file
 from klimb.rewards.gym import gym
 from klimb.rewards.instructions import instructions
@@ -71,6 +72,17 @@ class model:
 
     Its scale is mean 0 and standard deviation 1 on the reference samples of its training.
     """
+
+
+class ensemble(NamedTuple):
+    """Several reward models as one: their mean, the worst of them, or mean − λ · variance. Disagreement is logged.
+
+    Members differ by seed or by pretraining, each on the scale saved with it (Coste et al. 2023, arXiv 2310.02743).
+    """
+
+    models: Annotated[list[str], "directories of reward models, two or more"]
+    combine: Annotated[Combine, "of the members' scores"] = "mean"
+    penalty: Annotated[float | None, "written `lambda`: λ of combine: uncertainty"] = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +184,11 @@ FUNCTION, MODEL, SUM = "my_reward.py:NAME", "DIRECTORY", "[{reward: …}, …]"
 SOURCES: dict[str, Source] = {
     FUNCTION: Source(function, _function),
     MODEL: Source(model, _model),
+    "ensemble": Source(
+        ensemble,
+        lambda options, asked: parse_ensemble(options, asked.model_loader),
+        lambda options: options.get("models") or (),
+    ),
     SUM: Source(part, _inner),
     "exact": Source(exact, _judged),
     "numeric": Source(numeric, _judged),

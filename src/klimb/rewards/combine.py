@@ -179,7 +179,8 @@ class Answers:
             return [None] * len(self.rows)
         scores = part.reward(prompts, completions, columns)
         own = scores.values if scores.raw is None else scores.raw
-        for name, values in {part.name: own, **_prefixed(part.name, scores.parts)}.items():
+        inner = {name: values for name, values in scores.parts.items() if name != part.reward.name}
+        for name, values in {part.name: own, **_prefixed(part.name, inner)}.items():
             self._parts[name] = self._spread(values, rows)
         self._counts |= _prefixed(part.name, scores.counts or scores.endings())
         self._notes += [f"{part.name}: {note}" for note in scores.notes]

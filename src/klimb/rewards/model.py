@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from klimb.batch import Row, TokenBatch
-from klimb.data.render import Renderer
+from klimb.data.render import Renderer, Tokens
 from klimb.models.faces import RewardModel, reward_scores
 from klimb.models.packing import Budget
 from klimb.rewards.protocol import Columns, Scores
+from klimb.rewards.rules import plain_text
 from klimb.types import Text
 
 
@@ -43,11 +44,20 @@ class ModelReward:
             rendered = [self.renderer.prompt(prompt) for prompt in prompts]
             rows = [Row(p, ids, [False] * len(ids)) for p, ids in zip(rendered, columns["completion_ids"], strict=True)]
         else:
-            texts = [self.renderer.completion(p, c) for p, c in zip(prompts, completions, strict=True)]
+            texts = [self.tokens(p, c) for p, c in zip(prompts, completions, strict=True)]
             rows = [Row(t.prompt, t.completion, [False] * len(t.completion)) for t in texts]
         batch = TokenBatch.from_rows([[row] for row in rows], range(len(rows)), [str(i) for i in range(len(rows))])
         scores = reward_scores(self.model, batch, budget=self.budget).double()
         return Scores([float(value) for value in (scores - self.mean) / self.std])
+
+    def tokens(self, prompt: Text, completion: Text) -> Tokens:
+        """As the model reads a reply. One that says nothing is its end alone, and is worth something, too."""
+        ends = self.renderer.stop_tokens(False)
+        if isinstance(prompt, list):
+            ends = self.renderer.stop_tokens(True) - ends or ends
+        if plain_text(completion) or not ends:
+            return self.renderer.completion(prompt, completion)
+        return Tokens(self.renderer.prompt(prompt), [min(ends)], [False])
 
     def close(self) -> None:
         """Nothing to give back."""

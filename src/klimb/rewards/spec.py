@@ -10,6 +10,7 @@
                                                          single groups in any order, while others are generated
     reward: {code: {tests: test, timeout: 5}}            hidden tests, in the sandbox (code.py)
     reward: runs/rm/model                                the directory of a trained reward model
+    reward: {ensemble: {models: [runs/rm-1/model, runs/rm-2/model], combine: min}}     several of them (ensemble.py)
     reward:                                              a weighted sum
       - {reward: my_reward.py:score, weight: 1.0}
       - {reward: length, weight: -0.01, name: brevity}

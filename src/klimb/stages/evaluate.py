@@ -168,17 +168,19 @@ def add_gold(gold: Reward, groups: Sequence[Group], on_event: Any) -> None:
         sample.score = score
 
 
-def open_reward(spec: Any, session: Session, renderer: Renderer, running: list[Normalised] | None = None) -> Reward:
+def open_reward(
+    spec: Any, session: Session, renderer: Renderer | None = None, running: list[Normalised] | None = None
+) -> Reward:
     """Whatever a recipe says after `reward:`; a directory is a trained reward model. It is closed with the run.
 
-    running: takes the parts that follow the training; None where the scores are not trained on.
+    renderer: of the policy whose samples are scored; None where texts are. running: takes the parts that follow the
+    training; None where the scores are not trained on.
     """
 
     def load(directory: str) -> Reward:
         tokenizer = load_tokenizer(directory)
         model = load_reward_model(session, directory)
-        mine = renderer.tokenizer
-        same = tokenizer.get_vocab() == mine.get_vocab() or mine.get_vocab().items() <= tokenizer.get_vocab().items()
+        same = renderer is not None and renderer.tokenizer.get_vocab().items() <= tokenizer.get_vocab().items()
         return ModelReward(model, Renderer(tokenizer), directory, same_tokenizer=same, budget=Budget(8192, session.say))
 
     reward = parse_reward(spec, model_loader=load, running=running)

@@ -96,6 +96,13 @@ def of_measuring(config: Any, context: int) -> Work:
     return Work(Learning(config.model), shape, trains=False, frozen=frozen, sampled=sampled)
 
 
+def of_judging(config: Any, context: int) -> Work:
+    """`model` is one of the rewards that are held."""
+    row = min(context, TYPICAL)
+    shape = Shape(max(row // 2, 1), max(row - row // 2, 1))
+    return Work(Learning(config.model, classifier=True), shape, trains=False, frozen=_judges(config)[1:])
+
+
 def _learning(config: Any, classifier: bool = False) -> Learning:
     return Learning(config.model, config.lora, classifier, config.optimizer.state)
 
@@ -109,7 +116,7 @@ def _reference(config: Any, wanted: bool) -> tuple[tuple[str, Learning], ...]:
 
 def _judges(config: Any) -> tuple[tuple[str, Learning], ...]:
     specs = [getattr(holder, key, None) for holder in (config, getattr(config, "measure", None))
-             for key in ("reward", "gold")]  # fmt: skip
+             for key in ("reward", "gold", "other")]  # fmt: skip
     return tuple(
         ("reward model", Learning(str(path), classifier=True))
         for spec in specs for path in reward_files(spec) if path.is_dir()

@@ -27,6 +27,8 @@ STAGES: Mapping[str, tuple[str, str]] = {
     "distill": ("klimb.stages.distill", "DistillConfig"),
     "sample": ("klimb.stages.sample", "SampleConfig"),
     "evaluate": ("klimb.stages.evaluate", "EvaluateConfig"),
+    "average": ("klimb.stages.average", "AverageConfig"),
+    "evaluate_reward": ("klimb.stages.evaluate_reward", "EvaluateRewardConfig"),
 }
 
 
@@ -81,9 +83,9 @@ def open_run(out: str | Path | None, config: Any, name: str, fresh: Fresh, say: 
 
 
 def code_files(config: Any) -> list[Path]:
-    """Files of the user's that decide the result: reward functions, own algorithms and losses."""
-    files: list[Path] = []
-    for key in ("reward", "gold"):
+    """Files of the user's that decide the result: reward functions and models, own algorithms and losses."""
+    files = [Path(model) for model in getattr(config, "models", []) if Path(model).exists()]
+    for key in ("reward", "gold", "other"):
         for holder in (config, getattr(config, "measure", None), getattr(config, "until", None)):
             files += reward_files(getattr(holder, key, None))
     for key in ("algorithm", "loss"):

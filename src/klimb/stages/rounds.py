@@ -14,6 +14,9 @@
 
 are the stages sft, draw-1, learn-1, draw-2, … `${rounds.model}` is `first` in the first round, `then` of the round
 before in the others, and after the block what the last round made.
+
+Without `first` and `then` the rounds are independent, and differ by their random numbers alone: the members of an
+ensemble. ``members: {repeat: 4, stages: {rm: {stage: reward, …}}}`` is the stages rm-1, …, rm-4.
 """
 
 from __future__ import annotations

@@ -92,7 +92,7 @@ def _pins(config: Any) -> dict[str, code.Pin]:
     further = [getattr(config, "reference", None), getattr(config, "teacher", None)]
     further += [getattr(getattr(config, "critic", None), "model", None)]
     specs = [getattr(holder, key, None) for holder in (config, getattr(config, "measure", None))
-             for key in ("reward", "gold")]  # fmt: skip
+             for key in ("reward", "gold", "other")]  # fmt: skip
     further += [str(path) for spec in specs for path in reward_files(spec) if path.is_dir()]
     folders = [model for model in further if model and Path(model).exists()]
     return dict.fromkeys(folders, code.Pin(trusts)) | {config.model: code.Pin(trusts, revision)}
