@@ -7,6 +7,7 @@
     reward: {numeric: {column: solution}}                a rule with options
     reward: {my_reward.py:score: {timeout: 300}}         a function with more time than 60 s a call
     reward: {code: {tests: test, timeout: 5}}            hidden tests, in the sandbox (code.py)
+    reward: {judge: {url: "https://host/v1", model: NAME, rubric: "Is it kind?"}}  a model that judges (judge/)
     reward: runs/rm/model                                the directory of a trained reward model
     reward:                                              a weighted sum
       - {reward: my_reward.py:score, weight: 1.0}
@@ -29,13 +30,14 @@ from klimb.errors import RewardError, did_you_mean, nearest
 from klimb.rewards.code import parse_code
 from klimb.rewards.combine import Part, WeightedSum
 from klimb.rewards.function import START_TIMEOUT, TIMEOUT, FunctionReward, from_callable, from_file
+from klimb.rewards.judge.reward import judge_files, make_judge
 from klimb.rewards.normalise import Normalised
 from klimb.rewards.process import WorkerProcess
 from klimb.rewards.protocol import Reward
 from klimb.rewards.rules import RULES, format, parse_rule, regex, rule_function
 
 ModelLoader = Callable[[str], Reward]
-NAMES = (*RULES, "code")
+NAMES = (*RULES, "code", "judge")
 KNOWN = f"known: my_reward.py:NAME, {', '.join(NAMES)}, a reward model's directory, a weighted list of these"
 
 
@@ -73,6 +75,8 @@ def reward_files(spec: Any) -> list[Path]:
     """The files and directories that the scores depend on, for hashes. Starts nothing and reads nothing."""
     if isinstance(spec, list | tuple):
         return [path for part in spec for path in reward_files(part)]
+    if isinstance(spec, dict) and "judge" in spec:
+        return judge_files(spec["judge"])
     if isinstance(spec, dict):
         return reward_files(spec["reward"] if "reward" in spec else next(iter(spec), None))
     if not isinstance(spec, str) or spec in NAMES:
@@ -88,6 +92,8 @@ def _named(spec: str, options: dict[str, Any], model_loader: ModelLoader | None)
         return _rule(spec, options)
     if spec == "code":
         return parse_code(options)
+    if spec == "judge":
+        return make_judge(options)
     if spec.endswith(".py"):
         raise RewardError("a file without the name of a function", where=spec, fix=f"write {spec}:NAME")
     if Path(spec).is_dir() or spec.count("/") == 1:

@@ -17,6 +17,7 @@ from klimb.models.faces import Policy, sequence_kl
 from klimb.models.load import load_tokenizer
 from klimb.models.packing import Budget
 from klimb.rewards.code import sandbox_tier
+from klimb.rewards.judge.reward import keep_beside
 from klimb.rewards.model import ModelReward
 from klimb.rewards.normalise import Normalised
 from klimb.rewards.protocol import Reward
@@ -182,6 +183,7 @@ def open_reward(spec: Any, session: Session, renderer: Renderer, running: list[N
 
     reward = parse_reward(spec, model_loader=load, running=running)
     session.run.closing.callback(reward.close)
+    keep_beside(reward, session.run.path)
     if (tier := sandbox_tier(reward)) and (begun := session.run.decide("sandbox", lambda: tier)) != tier:
         session.run.report(f"sandbox: begun in {begun}, it goes on in {tier}")
     return asked_once(reward)

@@ -27,6 +27,8 @@ STAGES: Mapping[str, tuple[str, str]] = {
     "distill": ("klimb.stages.distill", "DistillConfig"),
     "sample": ("klimb.stages.sample", "SampleConfig"),
     "evaluate": ("klimb.stages.evaluate", "EvaluateConfig"),
+    "label": ("klimb.stages.label", "LabelConfig"),
+    "revise": ("klimb.stages.revise", "ReviseConfig"),
 }
 
 
