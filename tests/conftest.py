@@ -10,7 +10,7 @@ import pytest
 
 from klimb import native
 
-for folder in ("data", "models", "objective", "parity", "report", "stages"):
+for folder in ("data", "models", "objective", "parity", "report", "rewards", "stages"):
     sys.path.insert(0, str(Path(__file__).parent / folder))
 
 
