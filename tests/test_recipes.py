@@ -49,6 +49,8 @@ def data_for(name: str, folder: Path) -> str:
              "rejected": [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": "no"}]}
             for n in range(150)
         ])  # fmt: skip
+    if name == "constitutional-ai":
+        return write(folder / "data.jsonl", [{"prompt": [{"role": "user", "content": f"{n}?"}]} for n in range(40)])
     if name == "gsm8k-digits":
         return write(folder / "data.jsonl", [
             {"question": "?", "answer": f"<<{a}+{b}={a + b}>><<{a}*{b}={a * b}>><<{a * b}/{b}={a}>><<{a + b}-{b}={a}>>"}
@@ -82,7 +84,7 @@ def tiny(name: str, folder: Path) -> dict[str, Any]:
     data = data_for(name, folder)
     recipe |= {"out": str(folder / "out"), "threads": 1, "device": "cpu", "token_budget": 1024}
     recipe |= {"data": data} if "data" in recipe else {}
-    model = chat_model(folder / "model")
+    model = chat_model(folder / "model", context=4096 if name == "constitutional-ai" else 1024)
     for stage, settings in stages_of(recipe["stages"]):
         kept = {key: min(value, settings[key]) for key, value in SMALL.items() if key in settings}
         if stage in WHOLE_REPLIES or settings["stage"] in ("sft", "reward", "preference"):
@@ -100,6 +102,12 @@ def tiny(name: str, folder: Path) -> dict[str, Any]:
             settings["critic"].pop("warmup_steps", None)
         if settings["stage"] == "sample":  # enough that some replies are better than others
             settings["samples_per_prompt"] = 1 if name in COUNTDOWN else 40
+        if (
+            name == "constitutional-ai"
+        ):  # transcripts in the data of the hub; a model of random numbers ends when it may
+            settings.pop("transcripts", None)
+            settings |= {"max_tokens": 192} if settings["stage"] == "revise" else {}
+            settings |= {"judge": {"canary_limit": 1}} if settings["stage"] == "label" else {}
         if "keep" in settings:
             settings["keep"] = {"best": 1}
         if "best_of" in settings:
@@ -126,6 +134,9 @@ def test_two_steps_of_every_stage(name: str, tmp_path: Path) -> None:
 
 def expect(name: str, found: Result) -> None:
     """What a recipe is about has happened."""
+    if name == "constitutional-ai":
+        assert found["revise"].result["kept"] > 0
+        assert found["compare"].result["pairs"] > 0
     if name in ("hh-reward", "ppo-24gb"):
         assert found["reward_model"].result["baselines"].keys() == {"length", "bag_of_words"}
     if name == "hh-reward":  # all that differs is "I think so" and "go away": four letters more, and other words

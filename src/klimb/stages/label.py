@@ -218,13 +218,13 @@ def _pairs_of(row: Row, by_prompt: dict[str, tuple[Text, list[Text]]]) -> list[P
         return []
     if not isinstance(values["completions"], list | tuple) or len(values["completions"]) < 2:
         raise BadRow("completions is no list of two or more")
-    [prompt] = _checked(values, "prompt")
-    texts = [CHECKS["completion"](text, f"completions[{place}]") for place, text in enumerate(values["completions"])]
+    numbered = {f"completions[{place}]": text for place, text in enumerate(values["completions"])}
+    prompt, *texts = _checked({"prompt": values["prompt"], **numbered}, "prompt", *numbered)
     return _two_by_two(prompt, texts)
 
 
 def _checked(values: Mapping[str, Any], *names: str) -> list[Text]:
-    texts = [CHECKS[name](values[name], name) for name in names]
+    texts: list[Text] = [CHECKS[name.partition("s[")[0]](values[name], name) for name in names]
     if len({isinstance(text, str) for text in texts}) > 1:
         raise BadRow(f"mixes strings and messages in {', '.join(names)}")
     return texts
