@@ -77,7 +77,7 @@ def serving(behave: Behave, *behaviours: Behave) -> Iterator[Served]:
         thread.join()
 
 
-# What a request asks ---------------------------------------------------------------------------------------------------
+# What a request asks ------------------------------------------------------------------------------------------------
 
 
 def asked(body: dict[str, Any]) -> str:
@@ -99,7 +99,7 @@ def block(body: dict[str, Any], name: str) -> str:
     return found[1]
 
 
-# Judges ----------------------------------------------------------------------------------------------------------------
+# Judges ------------------------------------------------------------------------------------------------
 
 
 def honest(handler: Handler, body: dict[str, Any]) -> None:

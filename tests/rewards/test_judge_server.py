@@ -1,4 +1,4 @@
-"""A judge behind HTTP: faults one after another, each with the right verdict in a bounded time, and what is paid for."""
+"""A judge behind HTTP: faults one after another, each with the right verdict in a bounded time; what is paid for."""
 
 from __future__ import annotations
 
@@ -191,7 +191,7 @@ def test_the_request_has_the_schema_and_what_is_added() -> None:
     assert (body["seed"], body["temperature"], "max_tokens" in body) == (1, 0, False)
 
 
-# What is paid for -------------------------------------------------------------------------------------------------------
+# What is paid for ------------------------------------------------------------------------------------------------
 
 
 def test_nothing_is_asked_twice(tmp_path: Path) -> None:
@@ -293,7 +293,7 @@ def test_post_says_what_was_wrong() -> None:
         post("http://127.0.0.1:9/", {}, None, time.monotonic() - 1)
 
 
-# As a reward ------------------------------------------------------------------------------------------------------------
+# As a reward ------------------------------------------------------------------------------------------------
 
 
 def groups(*texts: str, **columns: Any) -> list[Group]:

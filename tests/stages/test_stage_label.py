@@ -170,7 +170,7 @@ def test_rows_without_two_completions(tmp_path: Path, rows: list[dict[str, Any]]
     assert served.requests == 0
 
 
-# Constitutional AI -----------------------------------------------------------------------------------------------------
+# Constitutional AI ------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -214,11 +214,11 @@ def test_prompts_in_plain_text_are_revised_in_plain_text(model: str, tmp_path: P
 
 def test_nothing_that_was_finished_is_an_error(model: str, tmp_path: Path) -> None:
     prompts = write(tmp_path / "prompts.jsonl", [{"prompt": f"{n}?"} for n in range(4)])
-    with pytest.raises(DataError, match="no revision was finished.*cut off"):
+    with pytest.raises(DataError, match=r"no revision was finished.*cut off"):
         play("revise", tmp_path / "run", model=model, data=prompts, max_tokens=1, seed=3)
 
 
-# From the command line -------------------------------------------------------------------------------------------------
+# From the command line ------------------------------------------------------------------------------------------------
 
 
 def test_from_the_command_line(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
