@@ -50,7 +50,7 @@ def data_for(name: str, folder: Path) -> str:
             for n in range(150)
         ])  # fmt: skip
     if name == "constitutional-ai":
-        return write(folder / "data.jsonl", [{"prompt": [{"role": "user", "content": f"{n}?"}]} for n in range(40)])
+        return write(folder / "data.jsonl", [{"prompt": [{"role": "user", "content": f"{n}?"}]} for n in range(24)])
     if name == "gsm8k-digits":
         return write(folder / "data.jsonl", [
             {"question": "?", "answer": f"<<{a}+{b}={a + b}>><<{a}*{b}={a * b}>><<{a * b}/{b}={a}>><<{a + b}-{b}={a}>>"}
@@ -65,6 +65,11 @@ SMALL: dict[str, Any] = {
     "eval_every": 1,
 }  # fmt: skip
 """In place of what a stage says, where it says anything."""
+OF_THE_CONSTITUTION: dict[str, dict[str, Any]] = {
+    "revise": {"max_tokens": 192}, "sample": {"samples_per_prompt": 8, "max_tokens": 24},
+    "label": {"judge": {"canary_limit": 1}},
+}  # fmt: skip
+"""A model of random numbers ends when it happens to, and prefers what stands first: of 96 pairs a few are decided."""
 WHOLE_REPLIES = {"language", "reward_model", "dpo"}
 """Their `max_tokens` bounds rows that are written already."""
 
@@ -102,12 +107,10 @@ def tiny(name: str, folder: Path) -> dict[str, Any]:
             settings["critic"].pop("warmup_steps", None)
         if settings["stage"] == "sample":  # enough that some replies are better than others
             settings["samples_per_prompt"] = 1 if name in COUNTDOWN else 40
-        if (
-            name == "constitutional-ai"
-        ):  # transcripts in the data of the hub; a model of random numbers ends when it may
-            settings.pop("transcripts", None)
-            settings |= {"max_tokens": 192} if settings["stage"] == "revise" else {}
-            settings |= {"judge": {"canary_limit": 1}} if settings["stage"] == "label" else {}
+        if name == "constitutional-ai":
+            settings |= OF_THE_CONSTITUTION.get(settings["stage"], {})
+            for key in ("transcripts", "eval_fraction", "baselines"):
+                settings.pop(key, None)
         if "keep" in settings:
             settings["keep"] = {"best": 1}
         if "best_of" in settings:

@@ -192,11 +192,13 @@ def test_from_prompts_to_demonstrations_and_preferences_that_train(model: str, t
     again = play("revise", tmp_path / "again", model=model, data=prompts, rounds=2, max_tokens=192)
     assert Path(again.result["demonstrations"]).read_bytes() == Path(made.result["demonstrations"]).read_bytes()
 
-    drawn = play("sample", tmp_path / "draw", model=model, data=prompts, samples_per_prompt=2, max_tokens=24)
+    drawn = play("sample", tmp_path / "draw", model=model, data=prompts, samples_per_prompt=8, max_tokens=24)
     chosen = play("label", tmp_path / "label", model=model, data=drawn.result["samples"], principles="default",
                   judge={"canary_limit": 1}, on_bad="drop")  # fmt: skip
     assert chosen.result["pairs"] + sum(chosen.result["endings"].values()) == chosen.result["compared"]
-    assert chosen.result["pairs"] > 0
+    # It prefers what stands first in nearly all of them, whatever it is: of 96 pairs a few are left.
+    assert 0 < chosen.result["pairs"] < 48
+    assert chosen.result["first_slot"] > 0.8
     for stage, data in (("sft", made.result["demonstrations"]), ("preference", chosen.result["preferences"]),
                         ("reward", chosen.result["preferences"])):  # fmt: skip
         done = play(stage, tmp_path / stage, model=model, data=data, steps=1, batch_size=2)
