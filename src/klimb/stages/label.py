@@ -118,7 +118,7 @@ def _asked(
             session.run.event("judge", note)
         session.run.log(session.run.step, {f"verdict/{ending}": count for ending, count in judge.counts.items()})
         failed = [outcome for outcome in outcomes if outcome.kind in ("timeout", "error")]
-        if len(failed) > config.failure_limit * max(len(outcomes), BATCH):
+        if len(failed) > config.failure_limit * max(len(outcomes), BATCH) or len(failed) == len(pairs):
             raise RewardError(
                 f"{len(failed)} of {len(outcomes)} pairs failed, where failure_limit={config.failure_limit:g}",
                 where=f"judge {config.model}", why=f"the last one: {failed[-1].why}",

@@ -59,7 +59,7 @@ class Writer:
 
     def __init__(self, config: ReviseConfig, session: Session, loaded: Loaded, prompts: Sequence[Prompt]) -> None:
         self._config, self._loaded = config, loaded
-        self._params = SamplingParams(config.max_tokens, loaded.stop_tokens(prompts), config.temperature)
+        self.params = SamplingParams(config.max_tokens, loaded.stop_tokens(prompts), config.temperature)
         say, on_tokens = session.say, session.on_tokens
         self._engine = local_engine(loaded.policy, loaded, prompts, on_tokens=on_tokens, say=say)
         self._room = prompt_room(loaded.backbone.context, config.max_tokens)
@@ -77,7 +77,7 @@ class Writer:
             if len(tokens) > self._room:
                 self.lost["too long"] += 1
                 continue
-            requests.append(Request(Prompt(draft.prompt.id, tokens, text), 1, self._params, seed))
+            requests.append(Request(Prompt(draft.prompt.id, tokens, text), 1, self.params, seed))
             waiting.append(draft)
         written = []
         for draft, group in zip(waiting, generate(self._engine, requests) if requests else [], strict=True):
@@ -87,6 +87,9 @@ class Writer:
             else:
                 written.append((draft, sample.text))
         return written
+
+    def told(self) -> str:
+        return ", ".join(f"{count} {why}" for why, count in self.lost.items())
 
 
 def train(config: ReviseConfig, run: Run, interrupt: Interrupt, say: Any) -> dict[str, Any]:
@@ -98,8 +101,8 @@ def train(config: ReviseConfig, run: Run, interrupt: Interrupt, say: Any) -> dic
         load_prompts, config.data, config, loaded.renderer, prompt_room(loaded.backbone.context, config.max_tokens)
     )
     writer = Writer(config, session, loaded, data.items)
-    params = SamplingParams(config.max_tokens, frozenset())
-    with session.sampling("revise", [Request(prompt, 1, params, config.seed) for prompt in data.items]) as wanted:
+    every = [Request(prompt, 1, writer.params, config.seed) for prompt in data.items]
+    with session.sampling("revise", every) as wanted:
         drafts = [Draft(request.prompt, "") for request in wanted]
         for draft, text in (found := writer.write(drafts, [draft.prompt.text for draft in drafts], "answer")):
             draft.text = text
@@ -109,9 +112,9 @@ def train(config: ReviseConfig, run: Run, interrupt: Interrupt, say: Any) -> dic
             drafts = revised(writer, drafts, principles, config.seed, number)
     rows = list(demonstrations(drafts, first))
     if not rows:
-        raise DataError("no revision was finished", where=f"model={config.model}", why=str(writer.lost),
+        raise DataError("no revision was finished", where=f"model={config.model}", why=writer.told(),
                         fix="raise max_tokens, or use a model that follows instructions")  # fmt: skip
-    say(f"{len(rows):,} demonstrations out of {len(wanted):,} prompts; left out: {writer.lost}")
+    say(f"{len(rows):,} demonstrations out of {len(wanted):,} prompts; left out: {writer.told()}")
     return {"demonstrations": write_rows(run.path / "demonstrations.jsonl", rows), "kept": len(rows),
             "left_out": writer.lost, "model": config.model, "evaluation": None}  # fmt: skip
 

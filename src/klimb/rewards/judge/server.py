@@ -171,7 +171,7 @@ class Server:
             if limit is not None and used >= limit:
                 raise RewardError(
                     f"the judge's budget is spent: {used:g} of {limit:g} {name}", where=f"judge {self.config.model}",
-                    fix=f"raise budget.{name}; verdicts so far are kept and cost nothing again",
+                    fix=f"raise budget.{name} and start with --fresh in the same out: what was paid for is kept there",
                 )  # fmt: skip
 
     def _count(self, messages: list[Message], reply: Reply) -> None:

@@ -139,7 +139,7 @@ def parse_judge(options: Mapping[str, Any]) -> JudgeConfig:
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False)[0]
         place = ".".join(map(str, first["loc"]))
-        what = first["msg"].removeprefix("Value error, ")
+        what = "is missing" if first["type"] == "missing" else first["msg"].removeprefix("Value error, ")
         raise RewardError(f"{place}: {what}" if place else what, where="reward judge") from None
 
 
