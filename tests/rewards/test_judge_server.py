@@ -264,7 +264,13 @@ def test_the_key_goes_out_and_nowhere_else(tmp_path: Path, monkeypatch: pytest.M
 
 @pytest.mark.parametrize(
     "options",
-    [{"api_key": KEY}, {"key_env": KEY}, {"url": f"https://u:{KEY}@host/v1"}, {"url": f"https://host/v1?key={KEY}"}],
+    [
+        {"api_key": KEY},
+        {"key_env": KEY},
+        {"url": f"https://host:{KEY}/v1"},
+        {"url": f"https://u:{KEY}@host/v1"},
+        {"url": f"https://host/v1?key={KEY}"},
+    ],
     ids=lambda options: next(iter(options)),
 )
 def test_a_key_in_the_config_is_refused_and_not_repeated(options: dict[str, Any]) -> None:

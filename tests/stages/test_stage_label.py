@@ -10,7 +10,7 @@ import pytest
 from judge_server import Handler, Served, always, asked, block, honest, serving, status
 from kills import KILLED, at_call, fork
 from tiny import chat_model
-from world import Played, klimb, lines, play, write
+from world import SMALL_RL, Played, World, klimb, lines, play, write
 
 from klimb.errors import ConfigError, DataError, RewardError
 from klimb.rewards.judge.principles import SHIPPED, load_principles, principle_for
@@ -265,3 +265,49 @@ def test_a_key_is_written_nowhere(here: Path, stage: str) -> None:
     assert said.code == 1
     assert key not in said.err + said.out
     assert not any(key.encode() in file.read_bytes() for file in here.rglob("*") if file.is_file())
+
+
+# In training and measuring --------------------------------------------------------------------------------------------
+
+
+def yes(handler: Handler, body: dict[str, Any]) -> None:
+    """Counts "yes" in the answer, as the rewards of the small world do."""
+    score = 1 + min(block(body, "ANSWER").split().count("yes"), 4)
+    always(score=score)(handler, body)
+
+
+def test_a_policy_climbs_a_judge_and_a_kill_changes_nothing(world: World, tmp_path: Path) -> None:
+    """No completion is judged twice, whatever it is sampled for; a run that was cut off goes on to the same bits."""
+    judge = {"model": "m", "scale": [1, 5], "rubric": "count"}
+    settings: dict[str, Any] = {**SMALL_RL, "model": world.model, "data": world.prompts, "steps": 12,
+                                "algorithm": "rloo", "checkpoint_every": 4}  # fmt: skip
+    with serving(yes) as served:
+        settings["reward"] = {"judge": {**judge, "url": served.url}}
+        whole = play("rl", tmp_path / "whole", **settings)
+        paid = served.requests
+        assert paid < 12 * 48 / 2  # replies of four words repeat themselves
+
+        def job() -> None:
+            with at_call("klimb.rewards.judge.judge.Judge.answered", 7):
+                play("rl", tmp_path / "cut", **settings)
+
+        assert fork(job) == KILLED
+        cut = play("rl", tmp_path / "cut", **settings)
+        assert served.requests - paid <= paid + 1
+    assert whole.rows[-1]["reward/mean"] > whole.rows[0]["reward/mean"]
+    assert (Path(cut.model) / "model.safetensors").read_bytes() == (
+        Path(whole.model) / "model.safetensors"
+    ).read_bytes()
+    assert [row["reward/mean"] for row in cut.rows] == [row["reward/mean"] for row in whole.rows]
+    row = whole.rows[0]
+    assert (row["verdict/ok"], row["verdict/canaries"], row["verdict/canaries_scored"]) == (48, 4, 0)
+
+
+def test_a_judge_measures_beside_the_reward(world: World, tmp_path: Path) -> None:
+    with serving(yes) as served:
+        gold = {"judge": {"url": served.url, "model": "m", "scale": [1, 5]}}
+        measure = {"data": world.prompts, "reward": world.reward("count"), "gold": gold, "samples_per_prompt": 4,
+                   "max_tokens": 4}  # fmt: skip
+        done = play("evaluate", tmp_path / "run", model=world.model, measure=measure)
+    assert 1.0 <= done.result["evaluation"]["gold"] <= 5.0
+    assert (tmp_path / "run" / "judge.sqlite").exists()

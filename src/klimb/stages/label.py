@@ -97,8 +97,13 @@ def train(config: LabelConfig, run: Run, interrupt: Interrupt, say: Any) -> dict
     if config.principles is not None:
         named = [_drawn(principles, config.seed, pair) for pair in pairs]
     outcomes = [Verdict(*each) for each in share(_asked(config, session, judge, pairs, named) if rank() == 0 else None)]
-    return {**_written(config, run, pairs, named, outcomes), **share(judge.facts() if rank() == 0 else None),
-            "agreement": _agreement(pairs, outcomes), "judge": config.model, "evaluation": None}  # fmt: skip
+    agreed = _agreement(pairs, outcomes)
+    if agreed is not None:
+        say("agreement with people: " + ", ".join(f"{name} {value:.3g}" for name, value in agreed.items()))
+    written = _written(config, run, pairs, named, outcomes)
+    say(f"{written['pairs']:,} preferences of {len(pairs):,} pairs: {written['preferences']}")
+    return {**written, **share(judge.facts() if rank() == 0 else None), "agreement": agreed, "judge": config.model,
+            "evaluation": None}  # fmt: skip
 
 
 def _asked(

@@ -55,9 +55,9 @@ def post(url: str, body: dict[str, Any], key: str | None, deadline: float) -> Re
     if deadline <= time.monotonic():
         raise NoReply("timeout", "no time left to ask")
     expired = threading.Event()
-    timer = None
-    connection = http.client.HTTPConnection(parts.hostname or "", parts.port)
+    timer = connection = None
     try:
+        connection = http.client.HTTPConnection(parts.hostname or "", parts.port)
         connection.sock = _connect(parts.scheme, parts.hostname or "", parts.port, deadline)
         timer = _cut_at(deadline, connection.sock, expired)
         if isinstance(connection.sock, ssl.SSLSocket):
@@ -78,7 +78,8 @@ def post(url: str, body: dict[str, Any], key: str | None, deadline: float) -> Re
     finally:
         if timer is not None:
             timer.cancel()
-        connection.close()
+        if connection is not None:
+            connection.close()
 
 
 def _connect(scheme: str, host: str, port: int | None, deadline: float) -> socket.socket:

@@ -130,6 +130,7 @@ class Server:
             raise RewardError("the server refuses", where=f"judge {self._url}", why=self._without_key(why),
                               fix="correct url, model or the key in key_env")  # fmt: skip
         if reply.status != 200 and reply.status not in PASSING:
+            self._silent = 0  # it answers; this one it does not want
             raise NoReply("error", why)
         if reply.retry_after is not None:
             with self._lock:

@@ -87,7 +87,7 @@ class JudgeSettings(StageConfig):
         if not low < high <= low + 100:
             return f"scale={list(self.scale)}: give the lowest and a higher score, at most 100 above it"
         if self.url is not None:
-            if urlsplit(self.url).scheme not in ("http", "https") or not urlsplit(self.url).hostname:
+            if not _is_http(self.url):
                 return "url: give one that begins with http:// or https:// and names a host"
             if "@" in urlsplit(self.url).netloc or urlsplit(self.url).query:
                 return "url: no name, password or query in it: a key is read from the variable that key_env names"
@@ -120,6 +120,14 @@ class JudgeSettings(StageConfig):
             what = "is not set" if not value else "holds characters that no key has"
             raise RewardError(f"the variable {self.key_env} {what}", where="judge", fix=f"export {self.key_env}=…")
         return value
+
+
+def _is_http(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # of a port that is none, or half a bracket
+        return False
 
 
 class JudgeConfig(JudgeSettings):
