@@ -44,10 +44,13 @@ def _no_long_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 KEY = "sk-secret-0123456789"
 TIMEOUT = 0.8
+"""Seconds, where nothing usable comes; elsewhere there is time enough for a loaded machine."""
+SPARE = 3.0
+"""Seconds that such a machine may take on top."""
 
 
 def judge(url: str, folder: Path | None = None, **options: Any) -> Judge:
-    given = {"url": url, "model": "m", "timeout": TIMEOUT, "canary_limit": 1, **options}
+    given = {"url": url, "model": "m", "timeout": 30, "canary_limit": 1, **options}
     return Judge(parse_judge(given), folder)
 
 
@@ -109,8 +112,8 @@ def test_a_fault_is_no_score(name: str) -> None:
     behave, ending = FAULTS[name]
     with serving(behave) as served:
         began = time.monotonic()
-        [verdict] = judge(served.url).scores([question()])
-        assert time.monotonic() - began < TIMEOUT + 1.0  # and what a loaded machine takes
+        [verdict] = judge(served.url, timeout=30 if ending == "abstain" else TIMEOUT).scores([question()])
+        assert time.monotonic() - began < TIMEOUT + SPARE
     assert (verdict.kind, verdict.value) == (ending, None)
     assert verdict.why
     if ending == "abstain":
@@ -123,7 +126,7 @@ def test_verdicts_amid_faults_add_up() -> None:
     passing = [status(500), status(429, Retry_After="0.05"), raw(b"{"), hang_up, always(score=99), honest]
     passing += [honest, quoting]  # of the second question, and of the third
     with serving(honest, *passing) as served:
-        asking = judge(served.url, timeout=20.0, concurrency=1)
+        asking = judge(served.url, concurrency=1)
         found = asking.answered([question("good " * n) for n in range(8)])
     assert [verdict.value for verdict in found] == [float(n + 1) for n in range(8)]
     assert asking.counts == {"ok": 8, "abstain": 0, "timeout": 0, "error": 0, "cached": 0}
@@ -142,8 +145,8 @@ def test_a_server_that_is_down_ends_soon() -> None:
     with serving(honest) as served:
         url = served.url
     began = time.monotonic()
-    found = judge(url, concurrency=4).scores([question(f"good {n}") for n in range(400)])
-    assert time.monotonic() - began < TIMEOUT + 2.0
+    found = judge(url, concurrency=4, timeout=TIMEOUT).scores([question(f"good {n}") for n in range(400)])
+    assert time.monotonic() - began < TIMEOUT + SPARE
     assert {verdict.kind for verdict in found} == {"error"}
     assert "not asked" in found[-1].why
 
@@ -151,9 +154,9 @@ def test_a_server_that_is_down_ends_soon() -> None:
 def test_a_server_in_trouble_is_left_alone_as_long_as_it_asks() -> None:
     with serving(honest, status(429, Retry_After="0.4")) as served:
         began = time.monotonic()
-        [verdict] = judge(served.url, timeout=5.0, concurrency=1).scores([question()])
+        [verdict] = judge(served.url, concurrency=1).scores([question()])
     assert verdict.value == 2.0
-    assert 0.4 <= time.monotonic() - began < 2.0
+    assert 0.4 <= time.monotonic() - began < 0.4 + SPARE
 
 
 @pytest.mark.parametrize("code", [401, 403, 404])
@@ -238,8 +241,8 @@ def test_a_budget_stops_and_what_it_bought_is_kept(tmp_path: Path, budget: dict[
 def test_the_pace_is_kept() -> None:
     with serving(honest) as served:
         began = time.monotonic()
-        judge(served.url, requests_per_minute=600, timeout=5.0).scores([question("good " * n) for n in range(6)])
-        assert 0.5 <= time.monotonic() - began < 2.0
+        judge(served.url, requests_per_minute=600).scores([question("good " * n) for n in range(6)])
+        assert 0.5 <= time.monotonic() - began < 0.5 + SPARE
 
 
 def test_requests_overlap() -> None:

@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 from typing import Any, Literal, NamedTuple
 
-from klimb.errors import one_line
 from klimb.types import Message, Text
 
 VERSION = 1
@@ -33,7 +32,8 @@ SYSTEM = (
 
 
 class Unusable(Exception):
-    """A reply without exactly one verdict; the text says so to the judge, too."""
+    """A reply without exactly one verdict; the text says so to the judge, too, and repeats nothing of the reply: what
+    stands in it may be an answer's."""
 
 
 @dataclass(frozen=True)
@@ -134,15 +134,15 @@ def read(text: str, question: Question, tag: str, reason: bool = False) -> float
         raise Unusable(f"it holds {number} with the tag of this request")
     key = "better" if question.compares else "score"
     if found[0].keys() != {"tag", key} | ({"reason"} if reason else set()):
-        raise Unusable(f"the object has the keys {_short(sorted(found[0]))}")
+        raise Unusable(f"the object has other keys than tag, {'reason, ' if reason else ''}{key}")
     value = found[0][key]
     if question.compares:
         if not isinstance(value, str) or value not in FIRST_WINS:
-            raise Unusable(f"{key} is {_short(value)}, not A, B or tie")
+            raise Unusable(f"{key} is not A, B or tie")
         return FIRST_WINS[value]
     low, high = question.scale
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise Unusable(f"{key} is {_short(value)}, not a whole number from {low} to {high}")
+        raise Unusable(f"{key} is not a whole number from {low} to {high}")
     return float(value)
 
 
@@ -166,10 +166,6 @@ def _once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     if len({key for key, _ in pairs}) < len(pairs):
         raise Unusable("a key stands in it twice")
     return dict(pairs)
-
-
-def _short(value: Any) -> str:
-    return one_line(json.dumps(value))[:60]
 
 
 def repair(question: Question, why: str, tag: str, reason: bool) -> str:

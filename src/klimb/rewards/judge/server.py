@@ -88,6 +88,7 @@ class Server:
                     self.repaired += attempt
                     return Verdict("ok", value)
                 except Unusable as error:
+                    self._silent = 0
                     why = self._without_key(str(error))
                 said = {"role": "assistant", "content": text[:QUOTED]}
                 messages = [*messages, said, {"role": "user", "content": repair(question, why, tag, reason)}]
