@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -62,11 +63,17 @@ class Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def serving(behave: Behave, *behaviours: Behave) -> Iterator[Served]:
+def serving(behave: Behave, *behaviours: Behave, certificate: tuple[str, str] | None = None) -> Iterator[Served]:
+    """certificate: files of it and of its key, for https."""
     served = Served("", behave, [*behaviours])
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Own", (Handler,), {"served": served}))
     server.daemon_threads = True
     served.url = f"http://127.0.0.1:{server.server_address[1]}/v1"
+    if certificate is not None:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(*certificate)
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+        served.url = f"https://localhost:{server.server_address[1]}/v1"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()
     try:
