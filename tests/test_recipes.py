@@ -50,6 +50,8 @@ def data_for(name: str, folder: Path) -> str:
              "rejected": [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": "no"}]}
             for n in range(150)
         ])  # fmt: skip
+    if name == "constitutional-ai":
+        return write(folder / "data.jsonl", [{"prompt": [{"role": "user", "content": f"{n}?"}]} for n in range(24)])
     if name == "gsm8k-digits":
         return write(folder / "data.jsonl", [
             {"question": "?", "answer": f"<<{a}+{b}={a + b}>><<{a}*{b}={a * b}>><<{a * b}/{b}={a}>><<{a + b}-{b}={a}>>"}
@@ -64,6 +66,11 @@ SMALL: dict[str, Any] = {
     "eval_every": 1,
 }  # fmt: skip
 """In place of what a stage says, where it says anything."""
+OF_THE_CONSTITUTION: dict[str, dict[str, Any]] = {
+    "revise": {"max_tokens": 192}, "sample": {"samples_per_prompt": 8, "max_tokens": 24},
+    "label": {"judge": {"canary_limit": 1}},
+}  # fmt: skip
+"""A model of random numbers ends when it happens to, and prefers what stands first: of 96 pairs a few are decided."""
 WHOLE_REPLIES = {"language", "reward_model", "dpo"}
 """Their `max_tokens` bounds rows that are written already."""
 
@@ -83,7 +90,7 @@ def tiny(name: str, folder: Path) -> dict[str, Any]:
     data = data_for(name, folder)
     recipe |= {"out": str(folder / "out"), "threads": 1, "device": "cpu", "token_budget": 1024}
     recipe |= {"data": data} if "data" in recipe else {}
-    model = chat_model(folder / "model")
+    model = chat_model(folder / "model", context=4096 if name == "constitutional-ai" else 1024)
     for stage, settings in stages_of(recipe["stages"]):
         kept = {key: min(value, settings[key]) for key, value in SMALL.items() if key in settings}
         if stage in WHOLE_REPLIES or settings["stage"] in ("sft", "reward", "preference"):
@@ -101,6 +108,10 @@ def tiny(name: str, folder: Path) -> dict[str, Any]:
             settings["critic"].pop("warmup_steps", None)
         if settings["stage"] == "sample":  # enough that some replies are better than others
             settings["samples_per_prompt"] = 1 if name in COUNTDOWN else 40
+        if name == "constitutional-ai":
+            settings |= OF_THE_CONSTITUTION.get(settings["stage"], {})
+            for key in ("transcripts", "eval_fraction", "baselines"):
+                settings.pop(key, None)
         if "keep" in settings:
             settings["keep"] = {"best": 1}
         if "best_of" in settings:
@@ -127,6 +138,9 @@ def test_two_steps_of_every_stage(name: str, tmp_path: Path) -> None:
 
 def expect(name: str, found: Result) -> None:
     """What a recipe is about has happened."""
+    if name == "constitutional-ai":
+        assert found["revise"].result["kept"] > 0
+        assert found["compare"].result["pairs"] > 0
     if name in ("hh-reward", "ppo-24gb"):
         assert found["reward_model"].result["baselines"].keys() == {"length", "bag_of_words"}
     if name == "hh-reward":  # all that differs is "I think so" and "go away": four letters more, and other words

@@ -157,6 +157,18 @@ def average(arguments: Arguments = None, as_json: Json = False, dry_run: DryRun 
 
 
 @app.command()
+def label(arguments: Arguments = None, as_json: Json = False, dry_run: DryRun = False, fresh: Fresh = False) -> None:
+    """A judge compares completions: preferences marked as its own, and its agreement with people."""
+    _stage("label", "label", arguments or [], {}, as_json, dry_run, fresh)
+
+
+@app.command()
+def revise(arguments: Arguments = None, as_json: Json = False, dry_run: DryRun = False, fresh: Fresh = False) -> None:
+    """Constitutional AI: a model answers, criticises its answer by a principle, and revises it, to demonstrations."""
+    _stage("revise", "revise", arguments or [], {}, as_json, dry_run, fresh)
+
+
+@app.command()
 def report(directory: Annotated[Path, typer.Argument(help="run or pipeline directory")]) -> None:
     """Write report.html of a run, also of one that is still going."""
     from klimb.report.page import write_report

@@ -59,6 +59,7 @@ USUAL = {
     "SAMPLE": "sample model=base data=prompts.jsonl max_tokens=4 threads=1 device=cpu",
     "TRUST": "evaluate data=preferences.jsonl threads=1 device=cpu",
     "AVERAGE": "average threads=1 device=cpu",
+    "LABEL": "label model=base data=bad.jsonl threads=1 device=cpu",
     "EVALUATE": "evaluate model=base measure.data=prompts.jsonl measure.max_tokens=4 threads=1 device=cpu",
 }
 
@@ -93,6 +94,8 @@ def reward(body: str, name: str = "score") -> Prepare:
 def empty() -> None:
     Path("empty").mkdir()
 
+
+ANSWERS = rows({"prompt": "a ?", "completions": ["b", "c"]})
 
 GOOD_STAGE = "  sft: {stage: sft, model: base, data: demonstrations.jsonl, steps: 1, batch_size: 4}\n"
 
@@ -485,6 +488,26 @@ CASES: dict[str, list[Bad]] = {
         Bad("a key itself instead of its name", "GRPO 'reward={http: {url: \"http://host/\", key: sk-1}}'", ("key", "environment variable")),
         Bad("code for a service without a url", "GRPO 'reward={code: {service: sandbox}}'", ("reward code", "no url")),
         Bad("no group to learn from", "dapo model=base data=prompts.jsonl reward=bad.py:score max_tokens=4 prompts_per_step=2 max_refills=1", ("step 1",), reward("return [1.0] * len(completions)")),
+    ],
+    "Judges": [
+        Bad("unknown option of a judge", "GRPO 'reward={judge: {modle: m}}'", ("reward judge", "'modle'", "'model'")),
+        Bad("a judge without a model", "GRPO 'reward={judge: {url: \"https://host/v1\"}}'", ("reward judge", "model")),
+        Bad("a server that is none", "GRPO 'reward={judge: {model: m, url: host/v1}}'", ("reward judge", "url", "https://")),
+        Bad("a key where its variable belongs", "GRPO 'reward={judge: {model: m, url: \"https://host/v1\", key_env: sk-123}}'", ("key_env", "OPENAI_API_KEY")),
+        Bad("a key in a url", "GRPO 'reward={judge: {model: m, url: \"https://me:secret@host/v1\"}}'", ("url", "key_env")),
+        Bad("a variable that is not set", "LABEL judge.url=https://host/v1 judge.key_env=NO_SUCH_KEY", ("NO_SUCH_KEY", "export"), ANSWERS),
+        Bad("a scale the wrong way round", "GRPO 'reward={judge: {model: base, scale: [10, 1]}}'", ("scale=[10, 1]",)),
+        Bad("a judge that compares and checks", "GRPO 'reward={judge: {model: base, reference: answer, against: answer}}'", ("against", "reference")),
+        Bad("money without prices", "GRPO 'reward={judge: {model: m, url: \"https://host/v1\", budget: {money: 3}}}'", ("budget.money", "prices")),
+        Bad("a budget for a model on this machine", "GRPO 'reward={judge: {model: base, budget: {requests: 3}}}'", ("budget", "url")),
+        Bad("a column for a judge that is not there", "GRPO 'reward={judge: {model: base, reference: anwser, canary_limit: 1}}'", ("'anwser'", "'answer'")),
+        Bad("nobody at home", "LABEL judge.url=http://127.0.0.1:9/v1 judge.timeout=1 judge.canary_limit=1", ("1 of 1 pairs failed", "refused"), ANSWERS),
+        Bad("nothing to compare", "LABEL data=bad.jsonl judge.url=http://127.0.0.1:9/v1", ("bad.jsonl", "two different"), rows({"prompt": "a ?", "completion": "b"})),
+        Bad("rows without completions", "LABEL data=prompts.jsonl judge.url=http://127.0.0.1:9/v1", ("prompts.jsonl", "completion")),
+        Bad("two ideas of what is better", "LABEL judge.rubric=kind principles=default", ("principles", "judge.rubric")),
+        Bad("no such principles", "LABEL principles=missing.yaml", ("missing.yaml",), ANSWERS),
+        Bad("a principle that lacks a part", "revise model=base data=prompts.jsonl principles=bad.yaml", ("bad.yaml", "principle 1", "'compare'"), file("bad.yaml", "- {name: a, criticise: b, revise: c}\n")),
+        Bad("a model that finishes nothing", "revise model=base data=prompts.jsonl max_tokens=1 threads=1 device=cpu", ("model=base", "no revision")),
     ],
 }  # fmt: skip
 """By chapter of docs/ERRORS.md."""

@@ -144,7 +144,8 @@ SMALL_RL: dict[str, Any] = {"prompts_per_step": 6, "samples_per_prompt": 8, "max
 def play(stage: str, out: Path, **values: Any) -> Played:
     """Run one stage in this process."""
     said: list[str] = []
-    own = {} if stage in ("sample", "evaluate", "evaluate_reward", "average") else {"optimizer": FAST}
+    untrained = ("sample", "evaluate", "evaluate_reward", "average", "label", "revise")
+    own = {} if stage in untrained else {"optimizer": FAST}
     config = stage_config(stage, {**own, "device": "cpu", "threads": 1, **values})
     result = run_stage(stage, config, name=stage, out=out, say=said.append)
     return Played(result, out, lines(out / "metrics.jsonl"), said)

@@ -184,6 +184,8 @@ class Source(NamedTuple):
 
 def sources_of(stage: str, config: Any) -> Iterator[Source]:
     """All that a stage will read, with the limits under which it does. Raises KlimbError where no prompt would fit."""
+    if stage == "label":
+        return  # its rows are looked at when it is tried, and its model may be on a server
     renderer, context = load_texts(config.model)
     typed = {key: getattr(config, key) for key in ("columns", "on_bad", "transcripts")} | {"renderer": renderer}
     if stage in ("sft", "reward", "preference"):
@@ -196,7 +198,7 @@ def sources_of(stage: str, config: Any) -> Iterator[Source]:
                 yield Source(key, load, getattr(config, key), {**typed, "max_length": limit})
         if stage == "reward" and config.reference is not None:
             yield Source("reference", load_examples, config.reference, {**typed, "max_length": limit})
-    elif stage in ("rl", "sample", "distill", "online_preference"):
+    elif stage in ("rl", "sample", "distill", "online_preference", "revise"):
         room = prompt_room(context, config.max_tokens)
         limit = min(getattr(config, "max_prompt_tokens", None) or room, room)
         yield Source("data", load_prompts, config.data, {**typed, "max_length": limit})

@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
+from pydantic import BaseModel
+
 from klimb.errors import RewardError, did_you_mean, one_line
 from klimb.rewards.answers import choice, contains, f1
 from klimb.rewards.code import Options as code
@@ -22,6 +24,8 @@ from klimb.rewards.function import START_TIMEOUT, TIMEOUT, FunctionReward, from_
 from klimb.rewards.gym import gym
 from klimb.rewards.instructions import instructions
 from klimb.rewards.isolated import Isolated
+from klimb.rewards.judge.reward import judge_files, make_judge
+from klimb.rewards.judge.settings import JudgeConfig
 from klimb.rewards.lengths import CosineReward, cosine, repetition
 from klimb.rewards.process import WorkerProcess
 from klimb.rewards.protocol import Reward
@@ -189,6 +193,7 @@ SOURCES: dict[str, Source] = {
         lambda options, asked: parse_ensemble(options, asked.model_loader),
         lambda options: options.get("models") or (),
     ),
+    "judge": Source(JudgeConfig, lambda options, asked: make_judge(options), judge_files),
     SUM: Source(part, _inner),
     "exact": Source(exact, _judged),
     "numeric": Source(numeric, _judged),
@@ -278,6 +283,12 @@ def _page(name: str, kind: type) -> Page:
 
 
 def options_of(kind: type) -> list[Option]:
+    if issubclass(kind, BaseModel):
+        return [
+            Option(name, _type_name(field.annotation), None if field.is_required() else _yaml(field.get_default()),
+                   field.description or name.replace("_", " "))
+            for name, field in kind.model_fields.items()
+        ]  # fmt: skip
     hints, plain = get_type_hints(kind, include_extras=True), get_type_hints(kind)
     defaults = {
         name: parameter.default
@@ -309,4 +320,6 @@ def _yaml(value: Any) -> str:
         return f"[{', '.join(map(_yaml, value))}]"
     if value is None:
         return "none"
+    if isinstance(value, BaseModel):
+        return "{}"
     return {True: "true", False: "false"}[value] if isinstance(value, bool) else (str(value) or '""')

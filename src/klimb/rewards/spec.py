@@ -9,6 +9,7 @@
     reward: {my_reward.py:score: {independent: true}}    its score of a row depends on no other row: it is called with
                                                          single groups in any order, while others are generated
     reward: {code: {tests: test, timeout: 5}}            hidden tests, in the sandbox (code.py)
+    reward: {judge: {url: "https://host/v1", model: NAME, rubric: "Is it kind?"}}  a model that judges (judge/)
     reward: runs/rm/model                                the directory of a trained reward model
     reward: {ensemble: {models: [runs/rm-1/model, runs/rm-2/model], combine: min}}     several of them (ensemble.py)
     reward:                                              a weighted sum

@@ -27,14 +27,8 @@ from klimb.data.render import Renderer
 from klimb.errors import ConfigError, KlimbError
 from klimb.models.backbone import Backbone
 from klimb.models.faces import RewardModel, reward_scores
-from klimb.models.load import (
-    context_length,
-    load_causal,
-    load_classifier,
-    load_tokenizer,
-    save_causal,
-    save_classifier,
-)
+from klimb.models.load import load_causal, load_classifier, save_causal, save_classifier
+from klimb.models.place import context_length, load_tokenizer
 from klimb.runtime.plan import Learning, Work
 from klimb.runtime.ranks import rank
 from klimb.runtime.run import Run

@@ -18,6 +18,7 @@ from klimb.models.packing import Budget
 from klimb.models.place import load_tokenizer
 from klimb.rewards.code import sandbox_tier
 from klimb.rewards.combine import sources
+from klimb.rewards.judge.reward import keep_beside
 from klimb.rewards.model import ModelReward
 from klimb.rewards.normalise import Normalised
 from klimb.rewards.protocol import Reward
@@ -187,6 +188,7 @@ def open_reward(
     session.run.closing.callback(reward.close)
     for service in filter(None, (getattr(source, "service", None) for source in sources(reward))):
         service.tell, service.leaving = session.run.report, lambda: session.interrupt.requested
+    keep_beside(reward, session.run.path)
     if (tier := sandbox_tier(reward)) and (begun := session.run.decide("sandbox", lambda: tier)) != tier:
         session.run.report(f"sandbox: begun in {begun}, it goes on in {tier}")
     return asked_once(reward)

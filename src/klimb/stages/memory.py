@@ -176,6 +176,8 @@ def _fit(config: Any, target: Target) -> Fit:
 def admitted(config: Any, target: Target, say: Callable[[str], None]) -> Fit | None:
     """The plan, said in a line; None where none can be made. Raises KlimbError, with what would fit, where not even
     what the stage holds between its micro-batches does."""
+    if getattr(getattr(config, "judge", None), "url", None) is not None:
+        return None  # the model is on a server
     try:
         found = fit(config, target)
     except Exception as error:  # a run that could be must not end because its plan cannot be

@@ -20,7 +20,7 @@ from klimb.runtime.run import Fresh, OtherRun
 from klimb.stages.common import say_aside
 from klimb.stages.given import described, with_known_rows
 from klimb.stages.progress import notebook
-from klimb.stages.registry import run_stage, stage_config
+from klimb.stages.registry import code_files, run_stage, stage_config
 from klimb.stages.results import Result, result_of
 from klimb.stages.rounds import unroll
 from klimb.stages.seeds import accuracies_of, keep_config, open_root, over_seeds, rows_of
@@ -123,7 +123,9 @@ def check_recipe(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
         if not isinstance(settings, Mapping) or "stage" not in settings:
             raise ConfigError("which kind of stage is it?", where=f"{name}: stages.{stage}",
                               fix="add stage: sft, reward, rl, preference, sample or evaluate")  # fmt: skip
-        _stage_config(name, stage, settings, values, seed=0)
+        code_files(
+            _stage_config(name, stage, settings, values, seed=0)
+        )  # refuses a key in a judge before it is written
         _check_references(f"{name}: stages.{stage}", settings, [*stages][: [*stages].index(stage)], "world" in values)
     return {**values, "stages": stages}
 

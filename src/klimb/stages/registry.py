@@ -29,6 +29,8 @@ STAGES: Mapping[str, tuple[str, str]] = {
     "evaluate": ("klimb.stages.evaluate", "EvaluateConfig"),
     "average": ("klimb.stages.average", "AverageConfig"),
     "evaluate_reward": ("klimb.stages.evaluate_reward", "EvaluateRewardConfig"),
+    "label": ("klimb.stages.label", "LabelConfig"),
+    "revise": ("klimb.stages.revise", "ReviseConfig"),
 }
 
 

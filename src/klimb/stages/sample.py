@@ -79,13 +79,13 @@ def train(config: SampleConfig, run: Run, interrupt: Interrupt, say: Any) -> dic
         if config.reward is not None:
             reward = open_reward(config.reward, session, loaded.renderer)
             Scorer(reward, min_scored=1, on_event=lambda event: run.event(**event)).score(groups)
-    result: dict[str, Any] = {"samples": _write(run.path / "samples.jsonl", _rows(groups))}
+    result: dict[str, Any] = {"samples": write_rows(run.path / "samples.jsonl", _rows(groups))}
     if config.pairs:
         pairs = list(comparisons(groups, config.label_noise, random.Random(stream_seed(config.seed, "labels"))))
         compared = sum(len(g.samples) // 2 for g in groups)
         say(f"{len(pairs):,} of {compared:,} pairs have a better one")
         result |= {
-            "preferences": _write(run.path / "preferences.jsonl", pairs),
+            "preferences": write_rows(run.path / "preferences.jsonl", pairs),
             "pairs": len(pairs),
             "left_out": compared - len(pairs),
         }
@@ -99,7 +99,7 @@ def train(config: SampleConfig, run: Run, interrupt: Interrupt, say: Any) -> dic
                 fix="draw more samples_per_prompt, lower keep.at_least, or start from a better model",
             )  # fmt: skip
         say(f"{len(kept):,} demonstrations kept, out of {sum(len(g.samples) for g in groups):,} completions")
-        result |= {"demonstrations": _write(run.path / "demonstrations.jsonl", kept), "kept": len(kept)}
+        result |= {"demonstrations": write_rows(run.path / "demonstrations.jsonl", kept), "kept": len(kept)}
     return {**result, "model": config.model, "evaluation": None}
 
 
@@ -136,7 +136,8 @@ def _rows(groups: Sequence[Group]) -> Iterator[dict[str, Any]]:
             yield row if sample.score is None else {**row, "score": sample.score}
 
 
-def _write(path: Path, rows: Any) -> str:
+def write_rows(path: Path, rows: Any) -> str:
+    """A line of JSON for each; rank 0 writes them."""
     if rank() == 0:
         replace_file(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
     return str(path)
