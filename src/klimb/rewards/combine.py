@@ -49,8 +49,11 @@ class WeightedSum:
         terms_by_part: dict[str, Values] = {}
         notes: list[str] = []
         counts: dict[str, int] = {}
+        steps: list[list[tuple[int, float]]] = [[] for _ in completions]
         for part in self.parts:
             scores = part.reward(prompts, completions, columns)
+            for row, own in enumerate(scores.steps or []):
+                steps[row] += [(place, part.weight * value) for place, value in own]
             values_by_part[part.name] = scores.parts.get(part.reward.name, scores.values)
             terms_by_part[part.name] = scores.values
             counts |= {f"{part.name}/{ending}": count for ending, count in scores.counts.items()}
@@ -66,7 +69,9 @@ class WeightedSum:
                 total = None
             totals.append(total)
         weights = {part.name: part.weight for part in self.parts}
-        return Scores(totals, [failures[row] for row in sorted(failures)], values_by_part, notes, weights, counts)
+        return Scores(
+            totals, [failures[row] for row in sorted(failures)], values_by_part, notes, weights, steps, counts
+        )
 
     def _total(self, row: int, terms_by_part: dict[str, Values]) -> float | None:
         terms = [part.weight * value for part in self.parts if (value := terms_by_part[part.name][row]) is not None]

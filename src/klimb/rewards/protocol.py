@@ -42,6 +42,8 @@ class Scores:
     """What the components are multiplied with, by the same names."""
     counts: dict[str, int] = field(default_factory=dict)
     """How many rows ended how (ok, wrong, abstain, timeout, error), where the source tells."""
+    steps: list[list[tuple[int, float]]] | None = None
+    """What of each row's value belongs to tokens before its last: their places in `completion_ids`, and how much."""
 
 
 class Reward(Protocol):

@@ -8,6 +8,7 @@
     reward: {my_reward.py:score: {timeout: 300}}         a function with more time than 60 s a call
     reward: {code: {tests: test, timeout: 5}}            hidden tests, in the sandbox (code.py)
     reward: runs/rm/model                                the directory of a trained reward model
+    reward: {runs/prm/model: {dense: true}}              one of steps, each of which is paid where it ends
     reward:                                              a weighted sum
       - {reward: my_reward.py:score, weight: 1.0}
       - {reward: length, weight: -0.01, name: brevity}
@@ -34,7 +35,7 @@ from klimb.rewards.process import WorkerProcess
 from klimb.rewards.protocol import Reward
 from klimb.rewards.rules import RULES, format, parse_rule, regex, rule_function
 
-ModelLoader = Callable[[str], Reward]
+ModelLoader = Callable[..., Reward]
 NAMES = (*RULES, "code")
 KNOWN = f"known: my_reward.py:NAME, {', '.join(NAMES)}, a reward model's directory, a weighted list of these"
 
@@ -81,6 +82,15 @@ def reward_files(spec: Any) -> list[Path]:
     return [path] if path.exists() else []
 
 
+def asks_for_steps(spec: Any) -> bool:
+    """Does a reward, or a part of one, say ``dense: true``?"""
+    if isinstance(spec, list | tuple):
+        return any(map(asks_for_steps, spec))
+    if isinstance(spec, dict) and "reward" in spec:
+        return asks_for_steps(spec["reward"])
+    return isinstance(spec, dict) and any(isinstance(o, dict) and o.get("dense") is True for o in spec.values())
+
+
 def _named(spec: str, options: dict[str, Any], model_loader: ModelLoader | None) -> Reward:
     if _is_function(spec):
         return _function(spec, options)
@@ -91,12 +101,13 @@ def _named(spec: str, options: dict[str, Any], model_loader: ModelLoader | None)
     if spec.endswith(".py"):
         raise RewardError("a file without the name of a function", where=spec, fix=f"write {spec}:NAME")
     if Path(spec).is_dir() or spec.count("/") == 1:
-        if options:
-            raise RewardError(f"a reward model takes no options, not {sorted(options)}", where=spec,
-                              fix=f"write {{reward: {spec}, normalise: running, clip: 5}}")  # fmt: skip
+        dense = options.pop("dense", False)
+        if options or not isinstance(dense, bool):
+            raise RewardError(f"a reward model takes no options but dense (true or false), not {sorted(options)}",
+                              where=spec, fix=f"write {{reward: {spec}, normalise: running, clip: 5}}")  # fmt: skip
         if model_loader is None:
             raise RewardError("a reward model cannot be used here", where=spec, fix="use a function or a rule")
-        return model_loader(spec)
+        return model_loader(spec, dense=True) if dense else model_loader(spec)
     close = nearest(spec, NAMES)
     raise RewardError(f"unknown reward {spec!r}", fix=f"did you mean {close!r}? {KNOWN}" if close else KNOWN)
 
