@@ -84,7 +84,7 @@ def ratings(names: Sequence[str]) -> Callable[[Renderer], Task[Judged]]:
         return [content_of(record), [record.columns.get(name) for name in names]]
 
     return lambda renderer: Task(
-        Judged, ("prompt-completion",), _render_replies, content, build, details=("ratings", *names)
+        Judged, ("prompt-completion", "labelled"), _render_replies, content, build, details=("ratings", *names)
     )
 
 

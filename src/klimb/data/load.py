@@ -295,7 +295,7 @@ class Preparation(Generic[Item]):
 
     def _look_for_control(self, record: Record) -> None:
         texts: list[Text] = [
-            text for name, value in record.values.items() if name not in ("label", "labels")
+            text for name, value in record.values.items() if name not in ("label", "labels", "scores")
             for text in (value if name == "completions" else [value])
         ]  # fmt: skip
         literal = next((name for text in texts if (name := self._renderer.control_string(text))), None)

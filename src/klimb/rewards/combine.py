@@ -70,7 +70,7 @@ class WeightedSum:
             totals.append(total)
         weights = {part.name: part.weight for part in self.parts}
         return Scores(
-            totals, [failures[row] for row in sorted(failures)], values_by_part, notes, weights, steps, counts
+            totals, [failures[row] for row in sorted(failures)], values_by_part, notes, weights, counts, steps
         )
 
     def _total(self, row: int, terms_by_part: dict[str, Values]) -> float | None:

@@ -51,7 +51,7 @@ class ModelReward:
                               fix="leave dense out, or train one with kind=process")  # fmt: skip
         if dense and not same_tokenizer:
             raise RewardError("dense: its tokens are not the policy's: no step has a place among those",
-                              where=f"reward {directory}", fix="leave dense out, or start it from the policy")  # fmt: skip
+                              where=f"reward {directory}", fix="leave it out, or start it from the policy")  # fmt: skip
 
     def __call__(self, prompts: Sequence[Text], completions: Sequence[Text], columns: Columns) -> Scores:
         batch = self._read(prompts, completions, columns)

@@ -42,10 +42,10 @@ def batch_of(pairs: Sequence[Preference]) -> TokenBatch:
 
 
 def pair_loss(model: RewardModel, batch: TokenBatch, totals: BatchTotals, centering: float) -> tuple[Tensor, Metrics]:
-    scores = model(batch)
+    scores, strength = model(batch), batch.get("strength")
     return reward_loss(
-        scores[0::2], scores[1::2], margin=batch["margin"][0::2], strength=batch["strength"][0::2],
-        centering=centering, pairs=totals.groups,
+        scores[0::2], scores[1::2], margin=batch["margin"][0::2], centering=centering,
+        strength=1.0 if strength is None else strength[0::2], pairs=totals.groups,
     )  # fmt: skip
 
 
