@@ -20,7 +20,13 @@ from klimb.stages.results import Result
 
 RECIPES = {name: yaml.safe_load(path.read_text()) for name, path in shipped_recipes().items()}
 COUNTDOWN = {"countdown", "expert-iteration", "r1", "r1-zero"}
-MADE_HERE = {"quickstart", "gsm8k-digits", "hh-reward", *COUNTDOWN}  # their model comes with their world
+MADE_HERE = {
+    "quickstart",
+    "gsm8k-digits",
+    "hh-reward",
+    "countdown-steps",
+    *COUNTDOWN,
+}  # their model comes with their world
 CALCULATIONS = [(a, b) for a in range(1, 60) for b in range(2, 40)]
 
 

@@ -90,7 +90,7 @@ def test_a_preference_has_a_strength(renderer: Renderer) -> None:
     rows = [{"prompt": "a ?", "chosen": "yes", "rejected": "no", "strength": s} for s in (0.75, None)]
     assert [item.strength for item in load_preferences(rows, renderer).items] == [0.75, 1.0]
     for wrong in (0.5, 1.01, 0.2, "0.8", True):
-        with pytest.raises(DataError, match="not a share above 0.5"):
+        with pytest.raises(DataError, match=r"not a share above 0\.5"):
             load_preferences([{**rows[0], "strength": wrong}], renderer)
 
 

@@ -166,7 +166,7 @@ def test_a_policy_learns_right_steps_from_dense_rewards(
 ) -> None:
     rl = {**SMALL_RL, "max_tokens": 6}
     given = {"model": world.model, "data": world.prompts, "algorithm": algorithm, "steps": 12, **rl}
-    dense = play("rl", tmp_path / "dense", reward={step_model.model: {"dense": True}}, **given)
+    dense = play("rl", tmp_path / "dense", reward={"reward": step_model.model, "dense": True}, **given)
     outcome = play("rl", tmp_path / "outcome", reward=step_model.model, **given)
     assert dense.rows[-1]["reward/mean"] > dense.rows[0]["reward/mean"] + 0.4
     assert dense.rows[0]["reward/mean"] == pytest.approx(outcome.rows[0]["reward/mean"], abs=1e-6)  # the same samples
@@ -177,7 +177,7 @@ def test_a_policy_learns_right_steps_from_dense_rewards(
 
 
 def test_dense_rewards_in_a_sum_are_weighed(world: World, step_model: Played, tmp_path: Path) -> None:
-    parts = [{"reward": {step_model.model: {"dense": True}}, "weight": 2.0, "name": "steps"},
+    parts = [{"reward": step_model.model, "dense": True, "weight": 2.0, "name": "steps"},
              {"reward": "length", "weight": -0.1}]  # fmt: skip
     given = {"model": world.model, "data": world.prompts, "algorithm": "ppo", "steps": 2, **SMALL_RL}
     done = play("rl", tmp_path / "run", reward=parts, **given)
@@ -185,7 +185,7 @@ def test_dense_rewards_in_a_sum_are_weighed(world: World, step_model: Played, tm
 
 
 def test_what_adds_steps_up_refuses_them(world: World, step_model: Played, here: Path) -> None:
-    reward = f"reward={{{step_model.model}: {{dense: true}}}}"
+    reward = f"reward={{reward: {step_model.model}, dense: true}}"
     said = klimb("grpo", f"model={world.model}", f"data={world.prompts}", reward, "steps=1", "max_tokens=4")
     assert said.code == 1
     assert "grpo adds them up to the score again" in said.err
@@ -194,7 +194,7 @@ def test_what_adds_steps_up_refuses_them(world: World, step_model: Played, here:
 def test_a_scalar_model_has_no_steps(world: World, tmp_path: Path) -> None:
     done = play("reward", tmp_path / "rm", model=world.model, data=world.preferences, steps=2, batch_size=9)
     with pytest.raises(Exception, match="it scores whole completions, not their steps"):
-        play("rl", tmp_path / "rl", model=world.model, data=world.prompts, reward={done.model: {"dense": True}},
+        play("rl", tmp_path / "rl", model=world.model, data=world.prompts, reward={"reward": done.model, "dense": True},
              algorithm="ppo", steps=1, **SMALL_RL)  # fmt: skip
 
 

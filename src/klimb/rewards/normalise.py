@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-from klimb.errors import RewardError
 from klimb.rewards.protocol import Columns, Reward, Scores
 from klimb.types import Text
 
@@ -53,9 +52,6 @@ class Normalised:
 
     def __call__(self, prompts: Sequence[Text], completions: Sequence[Text], columns: Columns) -> Scores:
         scores = self.reward(prompts, completions, columns)
-        if scores.steps is not None:
-            raise RewardError("dense step rewards under normalise or clip would no longer add up to the score",
-                              where=f"reward {self.name}", fix="leave normalise and clip out, or dense")  # fmt: skip
         if self.moments is not None:
             self.moments = self.moments.including([value for value in scores.values if value is not None])
         return replace(

@@ -8,12 +8,12 @@
     reward: {my_reward.py:score: {timeout: 300}}         a function with more time than 60 s a call
     reward: {code: {tests: test, timeout: 5}}            hidden tests, in the sandbox (code.py)
     reward: runs/rm/model                                the directory of a trained reward model
-    reward: {runs/prm/model: {dense: true}}              one of steps, each of which is paid where it ends
     reward:                                              a weighted sum
       - {reward: my_reward.py:score, weight: 1.0}
       - {reward: length, weight: -0.01, name: brevity}
     reward: {reward: runs/rm/model, normalise: running, clip: 5}
                                                          less the mean and by the std of all scores so far, within ±5
+    reward: {reward: runs/prm/model, dense: true}        a model of steps, each of which is paid where it ends
 
 Without `normalise` a reward model keeps the mean and std of its reference samples, and others the scale they have.
 """
@@ -23,6 +23,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,9 +87,7 @@ def asks_for_steps(spec: Any) -> bool:
     """Does a reward, or a part of one, say ``dense: true``?"""
     if isinstance(spec, list | tuple):
         return any(map(asks_for_steps, spec))
-    if isinstance(spec, dict) and "reward" in spec:
-        return asks_for_steps(spec["reward"])
-    return isinstance(spec, dict) and any(isinstance(o, dict) and o.get("dense") is True for o in spec.values())
+    return isinstance(spec, dict) and spec.get("dense") is True
 
 
 def _named(spec: str, options: dict[str, Any], model_loader: ModelLoader | None) -> Reward:
@@ -101,13 +100,12 @@ def _named(spec: str, options: dict[str, Any], model_loader: ModelLoader | None)
     if spec.endswith(".py"):
         raise RewardError("a file without the name of a function", where=spec, fix=f"write {spec}:NAME")
     if Path(spec).is_dir() or spec.count("/") == 1:
-        dense = options.pop("dense", False)
-        if options or not isinstance(dense, bool):
-            raise RewardError(f"a reward model takes no options but dense (true or false), not {sorted(options)}",
-                              where=spec, fix=f"write {{reward: {spec}, normalise: running, clip: 5}}")  # fmt: skip
+        if options:
+            raise RewardError(f"a reward model takes no options, not {sorted(options)}", where=spec,
+                              fix=f"write {{reward: {spec}, normalise: running, clip: 5}}")  # fmt: skip
         if model_loader is None:
             raise RewardError("a reward model cannot be used here", where=spec, fix="use a function or a rule")
-        return model_loader(spec, dense=True) if dense else model_loader(spec)
+        return model_loader(spec)
     close = nearest(spec, NAMES)
     raise RewardError(f"unknown reward {spec!r}", fix=f"did you mean {close!r}? {KNOWN}" if close else KNOWN)
 
@@ -154,7 +152,7 @@ def _weighted_sum(
 def _part(spec: Any, model_loader: ModelLoader | None, running: list[Normalised] | None) -> Part:
     if not isinstance(spec, dict) or "reward" not in spec:
         spec = {"reward": spec}
-    known = ("reward", "weight", "name", "normalise", "clip")
+    known = ("reward", "weight", "name", "normalise", "clip", "dense")
     for key in spec:
         if key not in known:
             raise RewardError(f"unknown key {key!r} in a weighted reward", fix=did_you_mean(str(key), known))
@@ -167,12 +165,30 @@ def _part(spec: Any, model_loader: ModelLoader | None, running: list[Normalised]
     if clip is not None and not (_is_number(clip) and clip > 0):
         raise RewardError(f"clip is {clip!r}", where=where, fix="give the largest score that counts, above 0")
     follows = _follows_training(spec.get("normalise"), where, running)
-    reward = parse_reward(spec["reward"], model_loader=model_loader)
+    if "dense" in spec:
+        reward = _by_steps(spec, where, model_loader)
+    else:
+        reward = parse_reward(spec["reward"], model_loader=model_loader)
     if follows or clip is not None:
         reward = Normalised(reward, running=follows, clip=clip)
         if running is not None and follows:
             running.append(reward)
     return Part(str(spec.get("name", reward.name)), reward, float(weight))
+
+
+def _by_steps(spec: dict[str, Any], where: str, model_loader: ModelLoader | None) -> Reward:
+    """A model of steps that are paid where they end."""
+    if spec["dense"] is not True or not isinstance(spec["reward"], str) or model_loader is None:
+        raise RewardError(f"dense is {spec['dense']!r}", where=where, why="it belongs to a reward model's directory",
+                          fix="write dense: true beside one of kind process, or leave it out")  # fmt: skip
+    if {"normalise", "clip"} & spec.keys():
+        raise RewardError("dense beside normalise or clip", where=where, why="its steps would not add up to the score",
+                          fix="leave one of them out")  # fmt: skip
+    reward = parse_reward(spec["reward"], model_loader=partial(model_loader, dense=True))
+    if not getattr(reward, "dense", False):
+        reward.close()
+        raise RewardError("dense: it has no steps", where=where, fix="leave dense out, or give a reward model")
+    return reward
 
 
 def _follows_training(normalise: Any, where: str, running: list[Normalised] | None) -> bool:
