@@ -11,10 +11,20 @@ import pytest
 import torch
 from pyarrow import parquet
 from tiny import chat_model
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
-from world import LETTERS, SMALL_RL, Played, World, klimb, play, write
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    PreTrainedTokenizerFast,
+    T5Config,
+)
+from world import LETTERS, SMALL_RL, WORDS, Played, World, klimb, play, write
 
 from klimb.data.render import Renderer
+from klimb.errors import ConfigError, KlimbError
 from klimb.models.load import load_classifier, load_tokenizer
 from klimb.rewards.model import ModelReward
 from klimb.stages.reward_kinds import process
@@ -273,3 +283,60 @@ def test_scores_have_mean_0_and_std_1_on_the_references(world: World, tmp_path: 
     assert done.result["std"] > 0
     assert math.isfinite(done.result["mean"])
     assert facts(done).get("kind", "scalar") == {"rankings": "scalar", "labels": "scalar"}.get(kind, kind)
+
+
+# Encoders ---------------------------------------------------------------------------------------------------------
+
+
+def bert(folder: Path, config: Any = None) -> str:
+    """A BERT of random numbers that knows the words of the world."""
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(["[UNK]", *WORDS])}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words.add_special_tokens(["[PAD]", "[CLS]", "[SEP]"])
+    ends = [(name, words.token_to_id(name)) for name in ("[CLS]", "[SEP]")]
+    words.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ends)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]", pad_token="[PAD]",
+                                        cls_token="[CLS]", sep_token="[SEP]")  # fmt: skip
+    config = config or BertConfig(
+        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+        max_position_embeddings=32, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    AutoModel.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("kind", ["bradley_terry", "attributes"])
+def test_an_encoder_is_trained_and_scores_as_transformers_does(world: World, tmp_path: Path, kind: str) -> None:
+    rows = [
+        {"prompt": ask, "completion": word, "first": worth} for ask in ASK for word, worth in (("yes", 1), ("no", -1))
+    ]
+    data = world.preferences if kind == "bradley_terry" else write(tmp_path / "a.jsonl", rows)
+    given = {"attributes": {"first": 2.0}} if kind == "attributes" else {}
+    done = play("reward", tmp_path / "run", model=bert(tmp_path / "bert"), data=data, kind=kind, steps=80, batch_size=9,
+                eval_fraction=0.4, optimizer={"lr": 5e-4}, **given)  # fmt: skip
+    assert done.result["accuracy"] > 0.95
+    assert done.result["std"] > 0.3
+    scored = play("sample", tmp_path / "s", model=world.model, data=world.prompts, reward=done.model, max_tokens=3)
+    found = [json.loads(line) for line in Path(scored.result["samples"]).read_text().splitlines()]
+    raw = by_transformers(done.model, [f"{row['prompt']} {row['completion']}" for row in found])[:, 0]
+    raw = raw * 2.0 if kind == "attributes" else raw
+    expected = (raw - done.result["mean"]) / done.result["std"]
+    assert [row["score"] for row in found] == pytest.approx(expected.tolist(), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [({"lora": {"rank": 2}}, "an encoder is trained whole"), ({"kind": "process", "separator": " . "}, "from behind")],
+)
+def test_what_an_encoder_cannot_do(world: World, tmp_path: Path, settings: dict[str, Any], complaint: str) -> None:
+    data = write(tmp_path / "s.jsonl", step_rows()) if "kind" in settings else world.preferences
+    with pytest.raises(ConfigError, match=complaint):
+        play("reward", tmp_path / "run", model=bert(tmp_path / "bert"), data=data, steps=1, **settings)
+
+
+def test_an_encoder_with_a_decoder_is_refused(world: World, tmp_path: Path) -> None:
+    config = T5Config(vocab_size=40, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    with pytest.raises(KlimbError, match="an encoder with a decoder is not supported"):
+        play("reward", tmp_path / "run", model=bert(tmp_path / "t5", config), data=world.preferences, steps=1)

@@ -199,7 +199,7 @@ def critic_values(critic: Critic, batch: TokenBatch, *, budget: int | Budget) ->
 
 
 @torch.no_grad()
-def reward_scores(model: RewardModel | Verdicts, batch: TokenBatch, *, budget: int | Budget) -> Tensor:
+def reward_scores(model: Callable[[TokenBatch], Tensor], batch: TokenBatch, *, budget: int | Budget) -> Tensor:
     """Raw scores [B], float64, of a whole batch without gradient, split by token budget."""
     scores = torch.zeros(len(batch), dtype=torch.float64)
     for part, found in in_parts(batch, budget, model):

@@ -10,6 +10,7 @@ from klimb.batch import Row, TokenBatch
 from klimb.data.judged import StepEnds, question, up_to_verdict
 from klimb.data.render import Renderer
 from klimb.errors import RewardError
+from klimb.models.encoder import EncoderReward
 from klimb.models.faces import RewardModel, Verdicts, reward_scores, step_logits
 from klimb.models.load import reward_facts
 from klimb.models.packing import Budget
@@ -28,7 +29,7 @@ class ModelReward:
 
     def __init__(
         self,
-        model: RewardModel | Verdicts,
+        model: RewardModel | EncoderReward | Verdicts,
         renderer: Renderer,
         directory: str,
         *,

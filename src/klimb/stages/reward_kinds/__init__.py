@@ -13,11 +13,12 @@ from klimb.batch import BatchTotals, Row, TokenBatch
 from klimb.data.render import Renderer
 from klimb.data.report import Loaded
 from klimb.metrics import Metrics
+from klimb.models.encoder import EncoderReward
 from klimb.models.faces import RewardModel, Verdicts, reward_scores
 from klimb.models.packing import Budget
 from klimb.objective.judging import right
 
-Judge = RewardModel | Verdicts
+Judge = RewardModel | EncoderReward | Verdicts
 Right = list[list[float]]
 """Of each item and each thing that it asks: 1 right, ½ undecided, 0 wrong."""
 
