@@ -27,7 +27,9 @@ from klimb.data.render import Renderer
 from klimb.errors import ConfigError, KlimbError
 from klimb.models.load import load_classifier, load_tokenizer
 from klimb.rewards.model import ModelReward
+from klimb.stages.experience import by_token
 from klimb.stages.reward_kinds import process
+from klimb.types import Judged, Sample, Segment
 
 ASK = [f"{letter} ?" for letter in LETTERS]
 
@@ -217,9 +219,16 @@ def test_reference_samples_are_read_step_by_step(world: World, tmp_path: Path) -
     assert (same.result["mean"], same.result["std"]) == pytest.approx((own.result["mean"], own.result["std"]))
 
 
-def test_the_last_token_of_each_step_is_marked() -> None:
-    from klimb.types import Judged
+def test_a_step_is_paid_at_the_policys_token_before_its_end() -> None:
+    """A tool answers in the middle: tokens 2 and 3 are not the policy's."""
+    segments = [Segment([5, 6]), Segment([7, 8], policy=False), Segment([9])]
+    sample = Sample("0", 0, segments, "stop", step_rewards=[(0, 1.0), (1, 2.0), (3, 4.0), (4, 8.0)])
+    assert by_token(sample) == [1.0, 6.0, 8.0]
+    behind = Sample("0", 0, [Segment([7], policy=False), Segment([9])], "stop", step_rewards=[(0, 1.0)])
+    assert by_token(behind) == [1.0]
 
+
+def test_the_last_token_of_each_step_is_marked() -> None:
     batch = process.batch_of([Judged("0", [1], [5, 6, 7, 8, 9], [2, 2, 1], [1.0, 0.0, 1.0])])
     assert batch.rows[0][0].mask == [False, True, False, True, True]
     assert batch["labels"].tolist() == [[1.0, 0.0, 1.0]]

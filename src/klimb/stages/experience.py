@@ -136,7 +136,7 @@ def experience(actors: Actors, groups: Sequence[Group], step: int) -> TokenBatch
         "unfinished": torch.tensor([s.finish == "length" for s in samples]),
     }
     if any(s.step_rewards for s in samples):
-        columns["step_rewards"] = pad_tokens([_by_token(s) for s in samples], batch.mask, torch.float64)
+        columns["step_rewards"] = pad_tokens([by_token(s) for s in samples], batch.mask, torch.float64)
     if needs.parts:
         columns["parts"] = torch.tensor([_parts(s.rewards, s.id, actors.scorer.weights) for s in samples]).double()
     if needs.draws is not None:
@@ -145,7 +145,7 @@ def experience(actors: Actors, groups: Sequence[Group], step: int) -> TokenBatch
     return batch.with_columns(**columns)
 
 
-def _by_token(sample: Sample) -> list[float]:
+def by_token(sample: Sample) -> list[float]:
     """What is paid at each of the policy's tokens before the end. What ends in another's turn is paid at the policy's
     last token before it, or at its first."""
     own = [place for place, chosen in enumerate(sample.mask) if chosen]
