@@ -166,7 +166,7 @@ def _part(spec: Any, model_loader: ModelLoader | None, running: list[Normalised]
         raise RewardError(f"clip is {clip!r}", where=where, fix="give the largest score that counts, above 0")
     follows = _follows_training(spec.get("normalise"), where, running)
     if "dense" in spec:
-        reward = _by_steps(spec, where, model_loader)
+        reward = _by_steps(spec, where, model_loader, trained=running is not None)
     else:
         reward = parse_reward(spec["reward"], model_loader=model_loader)
     if follows or clip is not None:
@@ -176,11 +176,14 @@ def _part(spec: Any, model_loader: ModelLoader | None, running: list[Normalised]
     return Part(str(spec.get("name", reward.name)), reward, float(weight))
 
 
-def _by_steps(spec: dict[str, Any], where: str, model_loader: ModelLoader | None) -> Reward:
+def _by_steps(spec: dict[str, Any], where: str, model_loader: ModelLoader | None, trained: bool) -> Reward:
     """A model of steps that are paid where they end."""
     if spec["dense"] is not True or not isinstance(spec["reward"], str) or model_loader is None:
         raise RewardError(f"dense is {spec['dense']!r}", where=where, why="it belongs to a reward model's directory",
                           fix="write dense: true beside one of kind process, or leave it out")  # fmt: skip
+    if not trained:
+        raise RewardError("dense: true", where=where, why="nothing is trained on these scores, token by token",
+                          fix="leave dense out")  # fmt: skip
     if {"normalise", "clip"} & spec.keys():
         raise RewardError("dense beside normalise or clip", where=where, why="its steps would not add up to the score",
                           fix="leave one of them out")  # fmt: skip
