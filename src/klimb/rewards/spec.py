@@ -165,7 +165,7 @@ def _part(spec: Any, model_loader: ModelLoader | None, running: list[Normalised]
     if clip is not None and not (_is_number(clip) and clip > 0):
         raise RewardError(f"clip is {clip!r}", where=where, fix="give the largest score that counts, above 0")
     follows = _follows_training(spec.get("normalise"), where, running)
-    if "dense" in spec:
+    if spec.get("dense", False) is not False:
         reward = _by_steps(spec, where, model_loader, trained=running is not None)
     else:
         reward = parse_reward(spec["reward"], model_loader=model_loader)
