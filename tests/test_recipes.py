@@ -21,7 +21,14 @@ from klimb.stages.results import Result
 RECIPES = {name: yaml.safe_load(path.read_text()) for name, path in shipped_recipes().items()}
 COUNTDOWN = {"countdown", "expert-iteration", "iterative-dpo", "r1", "r1-zero"}
 CLERK = {"quickstart", "ensembles", "refresh"}
-MADE_HERE = {"gsm8k-digits", "hh-reward", "hh-ensemble", *CLERK, *COUNTDOWN}  # their model comes with their world
+MADE_HERE = {
+    "gsm8k-digits",
+    "hh-reward",
+    "hh-ensemble",
+    "countdown-steps",
+    *CLERK,
+    *COUNTDOWN,
+}  # their model comes with their world
 CALCULATIONS = [(a, b) for a in range(1, 60) for b in range(2, 40)]
 
 

@@ -13,6 +13,7 @@ a user's next message); only the policy's tokens carry log-probs and are trained
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any, Literal
 
 Message = dict[str, Any]
@@ -58,6 +59,8 @@ class Sample:
     """Components by name, as logged."""
     score: float | None = None
     """What the reward source gave in the end; None: not scored, and so in no statistic and no loss."""
+    step_rewards: list[tuple[int, float]] = field(default_factory=list)
+    """What of the score is given earlier: the place of a token in `tokens`, and how much."""
 
     @property
     def id(self) -> str:
@@ -107,6 +110,8 @@ class Preference:
     chosen_mask: list[bool]
     rejected_mask: list[bool]
     margin: float = 0.0
+    strength: float = 1.0
+    """The share of judges who would prefer the chosen one."""
     gold: list[int] = field(default_factory=list)
     """Of a triple: a completion better than both."""
     gold_mask: list[bool] = field(default_factory=list)
@@ -121,3 +126,23 @@ class Labelled:
     completion: list[int]
     mask: list[bool]
     label: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """A tokenised prompt with pieces of text and the numbers that somebody gave them.
+
+    Several completions with a score each; or one completion as its steps, each right (1) or wrong (0); or one
+    completion with a rating for each of several attributes. `lengths` are the pieces' tokens.
+    """
+
+    id: str
+    prompt: list[int]
+    tokens: list[int]
+    lengths: list[int]
+    values: list[float]
+
+    @property
+    def pieces(self) -> list[list[int]]:
+        ends = list(accumulate(self.lengths))
+        return [self.tokens[end - length : end] for end, length in zip(ends, self.lengths, strict=True)]

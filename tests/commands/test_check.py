@@ -120,6 +120,7 @@ def test_the_limit_is_that_of_training(world: World, here: Path) -> None:
          {"labels are true": 0.75}),
         ([{"prompt": "a ?", "completions": ["b", "c"], "labels": [True, n > 0]} for n in range(4)],
          "steps", {"labels are true": 0.875}),
+        ([{"prompt": "a ?", "completions": ["b", "c"], "ranks": [1, 2 + n]} for n in range(4)], "ranking", {}),
     ],
 )  # fmt: skip
 def test_what_a_learner_could_live_on(

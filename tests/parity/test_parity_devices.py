@@ -19,7 +19,8 @@ from klimb.models.backbone import Backbone
 from klimb.models.faces import Critic, Policy, RewardModel, policy_logps
 from klimb.models.load import look_for_no_padding
 from klimb.objective.algorithms import ALGORITHMS
-from klimb.stages import reward, rl, sft
+from klimb.stages import rl, sft
+from klimb.stages.reward_kinds import comparisons
 
 META = torch.device("meta")
 FAMILIES = ["llama", "gemma2", "gpt2"]
@@ -66,7 +67,7 @@ def test_supervised_and_reward_losses(family: str) -> None:
     policy = Policy(backbone(family), None)
     back_and_forth(lambda micro, totals: sft.sft_loss(policy, micro, totals), ragged(3, 2), policy.trainable())
     model = RewardModel(backbone(family, AutoModelForSequenceClassification, num_labels=1))
-    back_and_forth(lambda micro, totals: reward.pair_loss(model, micro, totals, 0.01), pairs(), model.trainable())
+    back_and_forth(lambda micro, totals: comparisons.pair_loss(model, micro, totals, 0.01), pairs(), model.trainable())
     assert policy_logps(policy, pairs(), budget=50).logps.device == META
 
 

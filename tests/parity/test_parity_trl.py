@@ -52,8 +52,9 @@ from klimb.objective.preference.margin import (
 )
 from klimb.objective.preference.pointwise import apo_down, apo_zero, bco_pair, kto, nca, sppo_hard
 from klimb.objective.surrogate import cispo, clip, dual_clip, product_clip, sapo, vespo
-from klimb.stages import preference, reward, rl, sft
+from klimb.stages import preference, rl, sft
 from klimb.stages.feedback import mismatched
+from klimb.stages.reward_kinds import comparisons
 
 trl = pytest.importorskip("trl", minversion="1.16", reason="parity with TRL needs trl>=1.16 (the extra [dev])")
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
@@ -503,5 +504,7 @@ def test_reward_model(
     del inputs["completion_mask"]
     loss = trainer.compute_loss(own, {**inputs, "margin": batch["margin"][0::2]})
     model = RewardModel(Backbone(tiny_classifier(torch.float32)))
-    update = Update(model.trainable(), batch, lambda micro, totals: reward.pair_loss(model, micro, totals, centering))
+    update = Update(
+        model.trainable(), batch, lambda micro, totals: comparisons.pair_loss(model, micro, totals, centering)
+    )
     assert_equal(update, gradients_of(own, loss), loss)

@@ -30,7 +30,8 @@ from klimb.objective.policy_loss import update_columns
 from klimb.objective.preference import PREFERENCE_LOSSES, needs_of, parse_preference
 from klimb.objective.surrogate import anchor_of, clip, dual_clip, product_clip
 from klimb.runtime.learner import Learner, Loss, Optimizer
-from klimb.stages import preference, reward, rl, sft
+from klimb.stages import preference, rl, sft
+from klimb.stages.reward_kinds import comparisons
 
 TEMPERATURE = 0.8
 
@@ -99,7 +100,7 @@ def pairs() -> TokenBatch:
 def reward_model(dtype: torch.dtype) -> Update:
     classifier = tiny_classifier(dtype)
     model = RewardModel(Backbone(classifier))
-    return Update(model.trainable(), pairs(), lambda micro, totals: reward.pair_loss(model, micro, totals, 0.05))
+    return Update(model.trainable(), pairs(), lambda micro, totals: comparisons.pair_loss(model, micro, totals, 0.05))
 
 
 def tiny_classifier(dtype: torch.dtype) -> nn.Module:

@@ -164,7 +164,8 @@ def _held_out(run: Trained) -> Iterator[tuple[str, str, str]]:
             value = f"{found['accuracy']:.4g}"
             if "accuracy_low" in found:  # runs of earlier versions know no interval
                 value += f" (95 % interval {found['accuracy_low']:.4g} to {found['accuracy_high']:.4g})"
-            yield what, value, f"{run.result['held_out_pairs']:,} held-out pairs"
+            asked = "pairs" if "held_out_pairs" in run.result else "rows"
+            yield what, value, f"{run.result[f'held_out_{asked}']:,} held-out {asked}"
     last: dict[str, Any] = next(
         (row for row in reversed(run.lines("metrics.jsonl")) if any(k.startswith("eval/") for k in row)), {}
     )

@@ -181,7 +181,7 @@ def _measure(record: Record, lengths: dict[str, list[int]], labels: Counter[str]
     for name, value in record.values.items():
         if name in ("label", "labels"):
             labels.update("true" if each else "false" for each in (value if name == "labels" else [value]))
-        else:
+        elif name != "scores":
             lengths.setdefault(name, []).append(len("".join(_texts(value))))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -129,6 +130,16 @@ def _list(value: Any, name: str) -> Sequence[Any]:
     return value
 
 
+def _scores(value: Any, name: str) -> list[float]:
+    return [_number(item, f"{name}[{index}]") for index, item in enumerate(_list(value, name))]
+
+
+def _number(value: Any, name: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise BadRow(f"{name} is {value!r:.40}, not a number")
+    return float(value)
+
+
 TEXTS = ("prompt", "completion", "chosen", "rejected")
 CHECKS: dict[str, Callable[[Any, str], Any]] = {
     "prompt": _prompt,
@@ -140,4 +151,5 @@ CHECKS: dict[str, Callable[[Any, str], Any]] = {
     "label": _label,
     "labels": _labels,
     "completions": _steps,
+    "scores": _scores,
 }

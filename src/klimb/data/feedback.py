@@ -116,7 +116,7 @@ def _triple(record: Record, tokens: tuple[tuple[Tokens, Tokens], Tokens], id: st
     made = preference_of(record, pair, id, limit)
     return Preference(
         id, made.prompt, made.chosen, made.rejected, made.chosen_mask, made.rejected_mask, made.margin,
-        gold.completion, gold.mask,
+        made.strength, gold.completion, gold.mask,
     )  # fmt: skip
 
 

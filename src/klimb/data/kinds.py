@@ -10,6 +10,7 @@ text                text                        demonstrations without a prompt
 preference          [prompt,] chosen, rejected  without a prompt: what both have in common
 labelled            prompt, completion, label   good or bad
 steps               prompt, completions, labels steps of a solution, right or wrong
+ranking             prompt, completions, scores completions of a prompt, the better the higher; or ranks, 1 the best
 =================== =========================== ================================================
 """
 
@@ -30,10 +31,11 @@ from klimb.data.source import BadRow, Source
 from klimb.errors import nearest
 
 OnBad = Literal["error", "drop"]
-Kind = Literal["steps", "labelled", "preference", "prompt-completion", "messages", "prompt", "text"]
+Kind = Literal["steps", "ranking", "labelled", "preference", "prompt-completion", "messages", "prompt", "text"]
 
 COLUMNS: dict[Kind, tuple[str, ...]] = {
     "steps": ("prompt", "completions", "labels"),
+    "ranking": ("prompt", "completions", "scores"),
     "labelled": ("prompt", "completion", "label"),
     "preference": ("chosen", "rejected"),
     "prompt-completion": ("prompt", "completion"),
@@ -246,8 +248,9 @@ def _record(row: Row, kind: Kind, names: Sequence[str]) -> Record:
     forms = {isinstance(checked[name], list) for name in names if name in TEXTS}
     if len(forms) > 1:
         raise BadRow(f"mixes strings and messages in {', '.join(name for name in names if name in TEXTS)}")
-    if {"completions", "labels"} <= checked.keys() and len(checked["completions"]) != len(checked["labels"]):
-        raise BadRow(f"has {len(checked['completions'])} completions but {len(checked['labels'])} labels")
+    for name in ("labels", "scores"):
+        if {"completions", name} <= checked.keys() and len(checked["completions"]) != len(checked[name]):
+            raise BadRow(f"has {len(checked['completions'])} completions but {len(checked[name])} {name}")
     if "chosen" in checked and checked["chosen"] == checked["rejected"]:
         raise BadRow("chosen and rejected are the same")
     columns = {name: value for name, value in values.items() if name not in names}

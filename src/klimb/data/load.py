@@ -46,6 +46,8 @@ class Task(Generic[Item]):
     build: Callable[[Record, Any, str, int | None], Item | list[Item]]
     """One item of a row, or several."""
     prompts_only: bool = False
+    details: tuple[str, ...] = ()
+    """What else it depends on, to tell what is kept of it from what is kept of others."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,8 @@ def load_preferences(
     cache: bool = False,
     progress: Progress | None = None,
 ) -> Loaded[Preference]:
-    """Comparisons; a column `margin` (a number) says by how much the chosen one is better.
+    """Comparisons; a column `margin` (a number) says by how much the chosen one is better, `strength` (above 0.5, at
+    most 1) which share of judges would prefer it.
 
     max_length: of the prompt and either completion, in tokens. The rest as in `load_prompts`.
     """
@@ -148,7 +151,7 @@ def _prompt(record: Record, tokens: list[int], id: str, limit: int | None) -> Pr
 
 def _render_examples(renderer: Renderer, kind: Kind, records: list[Record]) -> list[Any]:
     rows, tools = [record.values for record in records], tools_of(records)
-    if kind == "steps":
+    if kind in ("steps", "ranking"):
         return list(renderer.completions([(values["prompt"], _one_reply(values)) for values in rows], tools))
     if kind in ("prompt-completion", "labelled"):
         return list(renderer.completions([(values["prompt"], values["completion"]) for values in rows], tools))
@@ -190,6 +193,7 @@ def preference_of(record: Record, tokens: tuple[Tokens, Tokens], id: str, limit:
         chosen.mask,
         rejected.mask,
         _margin(record.columns.get("margin")),
+        _strength(record.columns.get("strength")),
     )
 
 
@@ -207,7 +211,8 @@ EXAMPLES = Task(Example, EXAMPLE_KINDS, _render_examples, content_of, _example)
 PREFERENCES = Task(Preference, ("preference",), render_pairs, content_of, preference_of)
 TASKS: Mapping[Kind, Task[Any]] = {
     "prompt": PROMPTS, "preference": PREFERENCES, **dict.fromkeys(EXAMPLE_KINDS, EXAMPLES),
-    "labelled": replace(EXAMPLES, kinds=("labelled",)), "steps": replace(EXAMPLES, kinds=("steps",)),
+    "ranking": replace(EXAMPLES, kinds=("ranking",)), "labelled": replace(EXAMPLES, kinds=("labelled",)),
+    "steps": replace(EXAMPLES, kinds=("steps",)),
 }  # fmt: skip
 
 
@@ -221,6 +226,14 @@ def _margin(value: Any) -> float:
         return 0.0
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise BadRow(f"margin is {value!r:.40}, not a number")
+    return float(value)
+
+
+def _strength(value: Any) -> float:
+    if value is None:
+        return 1.0
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0.5 < value <= 1:
+        raise BadRow(f"strength is {value!r:.40}, not a share above 0.5 and at most 1")
     return float(value)
 
 
@@ -282,7 +295,7 @@ class Preparation(Generic[Item]):
 
     def _look_for_control(self, record: Record) -> None:
         texts: list[Text] = [
-            text for name, value in record.values.items() if name not in ("label", "labels")
+            text for name, value in record.values.items() if name not in ("label", "labels", "scores")
             for text in (value if name == "completions" else [value])
         ]  # fmt: skip
         literal = next((name for text in texts if (name := self._renderer.control_string(text))), None)
@@ -321,7 +334,7 @@ def _one(task: Task[Item], source: Source, renderer: Renderer, options: Options)
     facts = {
         "content": identity, "item": task.item.__name__, "renderer": renderer.identity,
         "columns": dict(options.columns), "transcripts": options.transcripts, "max_length": options.max_length,
-        "on_bad": options.on_bad, "task": [task.render.__name__, task.build.__name__],
+        "on_bad": options.on_bad, "task": [task.render.__name__, task.build.__name__, *task.details],
     }  # fmt: skip
     key = kept.key_of(facts)
     note, found = kept.find(key), "hit"

@@ -18,7 +18,7 @@ SPEAKERS = {
 }  # fmt: skip
 """Who ShareGPT's `from` means."""
 CONVERSATIONS = ("conversations", "conversation")
-LISTS = (*CONVERSATIONS, "messages", "tools", "completions", "labels")
+LISTS = (*CONVERSATIONS, "messages", "tools", "completions", "labels", "scores", "ranks")
 """Columns that are never text: CSV and some data sets write their lists as JSON."""
 TEXTS = ("prompt", "completion", "chosen", "rejected", "text")
 TURN = re.compile(r"\n\n(Human|Assistant):")
@@ -38,6 +38,9 @@ def ours(values: dict[str, Any], transcripts: bool = False) -> dict[str, Any]:
     for name in (*TEXTS, "messages"):
         if name in values:
             values[name] = _messages(values[name], name)
+    ranks = values.get("ranks")
+    if "completions" in values and "scores" not in values and isinstance(ranks, list | tuple):
+        values["scores"] = [-rank if isinstance(rank, int | float) else rank for rank in ranks]
     return _spoken(values) if transcripts else values
 
 

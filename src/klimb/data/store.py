@@ -12,9 +12,9 @@ from typing import Any, Generic, TypeAlias, TypeVar, overload
 import numpy as np
 import pyarrow as pa
 
-from klimb.types import Example, Labelled, Preference, Prompt
+from klimb.types import Example, Judged, Labelled, Preference, Prompt
 
-Item = TypeVar("Item", Prompt, Example, Preference, Labelled)
+Item = TypeVar("Item", Prompt, Example, Preference, Labelled, Judged)
 
 TOKENS, MASK = pa.list_(pa.int32()), pa.list_(pa.bool_())
 SCHEMAS: dict[type, dict[str, pa.DataType]] = {
@@ -22,13 +22,16 @@ SCHEMAS: dict[type, dict[str, pa.DataType]] = {
     Example: {"prompt": TOKENS, "completion": TOKENS, "mask": MASK},
     Preference: {
         "prompt": TOKENS, "chosen": TOKENS, "rejected": TOKENS,
-        "chosen_mask": MASK, "rejected_mask": MASK, "margin": pa.float64(), "gold": TOKENS, "gold_mask": MASK,
+        "chosen_mask": MASK, "rejected_mask": MASK, "margin": pa.float64(), "strength": pa.float64(),
+        "gold": TOKENS, "gold_mask": MASK,
     },
     Labelled: {"prompt": TOKENS, "completion": TOKENS, "mask": MASK, "label": pa.bool_()},
+    Judged: {"prompt": TOKENS, "tokens": TOKENS, "lengths": TOKENS, "values": pa.list_(pa.float64())},
 }  # fmt: skip
 """Beside these: `id` and `key`, 64 bits each. What is text or of any form is kept as JSON."""
 LENGTHS = {Prompt: {"prompt": "tokens"}, Example: {"prompt": "prompt", "completion": "completion"}}
 LENGTHS[Labelled] = LENGTHS[Example]
+LENGTHS[Judged] = {"prompt": "prompt", "completion": "tokens"}
 LENGTHS[Preference] = {name: name for name in ("prompt", "chosen", "rejected")}
 AS_JSON = ("text", "columns")
 
@@ -183,7 +186,7 @@ def occurrences(ids: np.ndarray) -> np.ndarray:
     return numbers
 
 
-def prompt_tokens(item: Prompt | Example | Preference | Labelled) -> list[int]:
+def prompt_tokens(item: Prompt | Example | Preference | Labelled | Judged) -> list[int]:
     """What tells one prompt from another. Plain text has none but BOS or its own first token: there it is all of it."""
     if isinstance(item, Prompt):
         return item.tokens
@@ -192,7 +195,7 @@ def prompt_tokens(item: Prompt | Example | Preference | Labelled) -> list[int]:
     return item.prompt
 
 
-def prompt_key(item: Prompt | Example | Preference | Labelled) -> int:
+def prompt_key(item: Prompt | Example | Preference | Labelled | Judged) -> int:
     """64 bits that two items share when they have the same prompt (or, once in 10^19, by chance)."""
     digest = hashlib.blake2b(np.array(prompt_tokens(item), np.int32).tobytes(), digest_size=8).digest()
     return int.from_bytes(digest, "little")

@@ -52,7 +52,7 @@ def value(expression: str) -> tuple[tuple[int, ...], int] | None:
     if first not in OPERATIONS or second not in OPERATIONS:
         return None
     product_first = second == "*" and first != "*"
-    result = _apply(a, first, b * c) if product_first else _apply(_apply(a, first, b), second, c)
+    result = calculated(a, first, b * c) if product_first else calculated(calculated(a, first, b), second, c)
     return tuple(sorted((a, b, c))), result
 
 
@@ -61,7 +61,9 @@ def solved(prompts: Sequence[str], completions: Sequence[str], **columns: Any) -
 
     Raises ValueError for a prompt that is no question of this world.
     """
-    return [float(value(completion) == _asked(prompt)) for prompt, completion in zip(prompts, completions, strict=True)]
+    return [
+        float(value(completion) == question_of(prompt)) for prompt, completion in zip(prompts, completions, strict=True)
+    ]
 
 
 def readable(prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list[float]:
@@ -128,19 +130,19 @@ def prepare(out: Path, *, seed: int) -> dict[str, str]:
     asked = {part: [{"prompt": question.prompt} for question in parts[part]] for part in parts}
     return {
         "model": str(model),
-        "demonstrations": _write(out, "demonstrations", answered),
-        "cold_start": _write(out, "cold_start", answered[:200]),
-        "attempts": _write(out, "attempts", attempts(20_000, seed)),
-        "prompts": _write(out, "prompts", asked["train"]),
-        "validation": _write(out, "validation", asked["validation"]),
-        "test": _write(out, "test", asked["test"]),
+        "demonstrations": write(out, "demonstrations", answered),
+        "cold_start": write(out, "cold_start", answered[:200]),
+        "attempts": write(out, "attempts", attempts(20_000, seed)),
+        "prompts": write(out, "prompts", asked["train"]),
+        "validation": write(out, "validation", asked["validation"]),
+        "test": write(out, "test", asked["test"]),
         "reward": f"{__file__}:solved",
         "readable": f"{__file__}:readable",
         "summary": ", ".join(f"{len(items):,} {part} questions" for part, items in parts.items()),
     }
 
 
-def _apply(left: int, operation: str, right: int) -> int:
+def calculated(left: int, operation: str, right: int) -> int:
     return {"+": left + right, "-": left - right, "*": left * right}[operation]
 
 
@@ -150,11 +152,11 @@ def _is_readable(expression: str) -> bool:
     words = expression.split()
     (a, b, c), (first, second) = map(int, words[::2]), words[1::2]
     product_first = second == "*" and first != "*"
-    step = b * c if product_first else _apply(a, first, b)
+    step = b * c if product_first else calculated(a, first, b)
     return a == max(a, b, c) and step >= 0
 
 
-def _asked(prompt: str) -> tuple[tuple[int, ...], int]:
+def question_of(prompt: str) -> tuple[tuple[int, ...], int]:
     words = prompt.split()
     if len(words) != 6 or words[3] != ">" or words[5] != ">" or not all(words[i].isdigit() for i in (0, 1, 2, 4)):
         raise ValueError(f"prompt {prompt!r} is no question of countdown: write three numbers, >, the target, >")
@@ -171,7 +173,7 @@ _RANKS = {
 }
 
 
-def _write(out: Path, name: str, rows: Iterable[Mapping[str, str]]) -> str:
+def write(out: Path, name: str, rows: Iterable[Mapping[str, str]]) -> str:
     path = out / f"{name}.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return str(path)

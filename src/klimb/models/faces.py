@@ -17,6 +17,7 @@ from klimb.models.backbone import Backbone
 from klimb.models.load import score_head
 from klimb.models.logprobs import Head, full_divergence, full_kl, log_collisions, precision, token_logps
 from klimb.models.packing import Budget, Packed, in_parts, pack
+from klimb.objective.judging import Combine, combined
 
 
 @dataclass(frozen=True)
@@ -88,27 +89,75 @@ class Critic(nn.Module):
 
 
 class RewardModel(nn.Module):
-    """r over a sequence classifier: read at the last token of each sample's last row."""
+    """r over a sequence classifier: read at the last token of each sample's last row, or at the end of every step.
 
-    def __init__(self, backbone: Backbone) -> None:
+    weights [K]: the head gives K ratings, and the score is their weighted sum. combine: the marked tokens are ends of
+    steps, each with a logit of being right, and the score is what their probabilities make of the whole.
+    """
+
+    def __init__(
+        self, backbone: Backbone, *, weights: Sequence[float] | None = None, combine: Combine | None = None
+    ) -> None:
         super().__init__()
         self.backbone = backbone
-        self.head = score_head(backbone.model)
+        self.weights, self.combine = weights, combine
+        self.head = score_head(backbone.model, outputs=len(weights or (1,)))
         self.head.requires_grad_(True)  # it is new: an adapter below does not replace it
 
     def forward(self, batch: TokenBatch) -> Tensor:
         """Raw scores [B]."""
+        if self.combine is not None:
+            logits = self.steps(batch)
+            return combined(logits.sigmoid(), batch.mask.to(logits.device), self.combine)
+        outputs = self.outputs(batch)
+        return outputs.squeeze(-1) if self.weights is None else outputs @ outputs.new_tensor(self.weights)
+
+    def outputs(self, batch: TokenBatch) -> Tensor:
+        """What the head says at the end of each sample: [B, K]."""
         packed = pack(batch, self.backbone.device)
+        outputs = self._read(packed, packed.last, packed.ends)
+        final = outputs.new_zeros(len(batch), dtype=torch.long)
+        final[packed.last_sample] = torch.arange(len(outputs), device=outputs.device)  # the last of its rows wins
+        return outputs[final]
+
+    def steps(self, batch: TokenBatch) -> Tensor:
+        """Logits [B, T] of the steps that end at the marked tokens. Zero where not masked."""
+        packed = pack(batch, self.backbone.device)
+        return _scatter(self._read(packed, packed.marked, packed.marked).squeeze(-1), batch)
+
+    def _read(self, packed: Packed, places: Tensor, read: Tensor) -> Tensor:
         self.backbone.use("policy")
-        states = self.backbone.states(packed.tokens, packed.positions, packed.plan, packed.last, packed.ends)
-        scores = self.head(states).squeeze(-1).to(precision(states))
-        final = scores.new_zeros(len(batch), dtype=torch.long)
-        final[packed.last_sample] = torch.arange(len(scores), device=scores.device)  # the last of its rows wins
-        return scores[final]
+        states = self.backbone.states(packed.tokens, packed.positions, packed.plan, places, read)
+        return self.head(states).to(precision(states))
 
     def trainable(self) -> dict[str, nn.Parameter]:
         own = {f"score.{name}": parameter for name, parameter in self.head.named_parameters()}
         return {**self.backbone.trainable(), **own}
+
+
+class Verdicts(nn.Module):
+    """r = log p(yes) − log p(no), as the policy's answer at the marked token (GenRM, arXiv 2408.15240)."""
+
+    def __init__(self, policy: Policy, yes: int, no: int) -> None:
+        super().__init__()
+        self.policy, self.yes, self.no = policy, yes, no
+
+    @property
+    def backbone(self) -> Backbone:
+        return self.policy.backbone
+
+    def forward(self, batch: TokenBatch) -> Tensor:
+        """Raw scores [B] in nats; of each sample one token is marked."""
+        logps = self.logps(batch)
+        return logps[:, self.yes] - logps[:, self.no]
+
+    def logps(self, batch: TokenBatch) -> Tensor:
+        """Log-probs [B, V] of all that could stand at the marked tokens."""
+        head, states = self.policy.predictions(pack(batch, self.backbone.device))
+        return head.logits(states).log_softmax(-1)
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        return self.policy.trainable()
 
 
 def _scatter(values: Tensor, batch: TokenBatch) -> Tensor:
@@ -150,12 +199,19 @@ def critic_values(critic: Critic, batch: TokenBatch, *, budget: int | Budget) ->
 
 
 @torch.no_grad()
-def reward_scores(model: RewardModel, batch: TokenBatch, *, budget: int | Budget) -> Tensor:
+def reward_scores(model: Callable[[TokenBatch], Tensor], batch: TokenBatch, *, budget: int | Budget) -> Tensor:
     """Raw scores [B], float64, of a whole batch without gradient, split by token budget."""
     scores = torch.zeros(len(batch), dtype=torch.float64)
     for part, found in in_parts(batch, budget, model):
         scores[part] = found.double().cpu()
     return scores
+
+
+@torch.no_grad()
+def step_logits(model: RewardModel, batch: TokenBatch, *, budget: int | Budget) -> Tensor:
+    """Logits [B, T], float64, of the steps that end at the marked tokens, without gradient."""
+    parts, found = zip(*in_parts(batch, budget, model.steps), strict=True)
+    return _join(found, parts, batch).double().cpu()
 
 
 @torch.no_grad()

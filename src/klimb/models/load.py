@@ -100,26 +100,29 @@ def load_causal(
     return network, adapter
 
 
-def load_classifier(model: str, device: torch.device, dtype: torch.dtype, seed: int = 0) -> PreTrainedModel:
-    """A sequence classifier with one output. A causal model gets a new head that starts at zero, so that the first
-    Bradley–Terry loss is ln 2 exactly."""
+def load_classifier(
+    model: str, device: torch.device, dtype: torch.dtype, seed: int = 0, outputs: int = 1
+) -> PreTrainedModel:
+    """A sequence classifier with one output (or several). A causal model gets a new head that starts at zero, so that
+    the first Bradley–Terry loss is ln 2 exactly."""
     if (Path(model) / "adapter_config.json").is_file():
         raise KlimbError(f"model={model} is a LoRA adapter; a reward model starts from merged weights: "
                          "export it merged first, or train the stage before without lora")  # fmt: skip
     fresh = not _is_classifier(model)
     torch.manual_seed(seed)
-    classifier = _from_pretrained(AutoModelForSequenceClassification, model, device, dtype, num_labels=1)
+    classifier = _from_pretrained(AutoModelForSequenceClassification, model, device, dtype, num_labels=outputs)
     if fresh:
-        nn.init.zeros_(score_head(classifier).weight)
+        nn.init.zeros_(score_head(classifier, outputs).weight)
     return classifier
 
 
-def score_head(classifier: PreTrainedModel) -> nn.Linear:
-    """The linear layer [1, d] that reads the score off a hidden state."""
+def score_head(classifier: PreTrainedModel, outputs: int = 1) -> nn.Linear:
+    """The linear layer [outputs, d] that reads the score off a hidden state."""
     head = getattr(classifier, "score", None)
-    if not isinstance(head, nn.Linear) or head.out_features != 1:
+    if not isinstance(head, nn.Linear) or head.out_features != outputs:
         raise KlimbError(
-            f"{type(classifier).__name__}: klimb reads scores off a single linear layer `score` with one output"
+            f"{type(classifier).__name__}: klimb reads scores off a single linear layer `score` with {outputs} "
+            f"output{'s' if outputs > 1 else ''}"
         )
     return head
 
@@ -228,12 +231,12 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
 
 
 def save_classifier(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path, normalisation: dict[str, float]
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path, facts: dict[str, Any]
 ) -> None:
     """A reward model that transformers scores padded batches with: its pad token is one that never occurs in text.
 
     transformers finds the end of a row by looking for pad tokens, so a text that ends in PAD = EOS would be read one
-    token early. normalisation: {"mean", "std"} of raw scores on reference samples, kept beside the weights.
+    token early. facts: "mean" and "std" of raw scores on reference samples, and how it is read, for a file beside them.
     """
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.unk_token_id):
         tokenizer.add_special_tokens({"pad_token": "<|klimb_pad|>"})
@@ -242,7 +245,18 @@ def save_classifier(
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     model.config.pad_token_id = tokenizer.pad_token_id
     _save(model, tokenizer, directory)
-    (directory / "reward.json").write_text(json.dumps(normalisation, indent=2) + "\n")
+    save_facts(directory, facts)
+
+
+def save_facts(directory: Path, facts: dict[str, Any]) -> None:
+    (directory / "reward.json").write_text(json.dumps(facts, indent=2) + "\n")
+
+
+def reward_facts(directory: str | Path) -> dict[str, Any]:
+    """How a reward model is read, of its directory: "mean", "std", and where it is not a scalar one its "kind" with
+    what belongs to that. Empty where nothing is noted."""
+    noted = Path(directory) / "reward.json"
+    return dict(json.loads(noted.read_text())) if noted.is_file() else {}
 
 
 def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:

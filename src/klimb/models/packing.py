@@ -23,14 +23,16 @@ class Packed:
     """N flat tokens, M marked tokens of [B, T], R rows.
 
     tokens, positions [N]. predictors [M]: flat place of the token whose hidden state predicts the marked token (so
-    of the state that its value is of); targets [M]: its id. last [R]: flat place of each row's last token, and
-    last_sample [R] whose row it is. read, ends: the places of predictors and of last, once each and in order.
+    of the state that its value is of); marked [M]: its own flat place; targets [M]: its id. last [R]: flat place of
+    each row's last token, and last_sample [R] whose row it is. read, ends: the places of predictors and of last, once
+    each and in order.
     """
 
     tokens: Tensor
     positions: Tensor
     plan: PackedAttention
     predictors: Tensor
+    marked: Tensor
     targets: Tensor
     last: Tensor
     last_sample: Tensor
@@ -44,6 +46,7 @@ def pack(batch: TokenBatch, device: torch.device) -> Packed:
     positions: list[int] = []
     spans: list[tuple[range, range]] = []
     predictors: list[int] = []
+    marked: list[int] = []
     targets: list[int] = []
     last: list[int] = []
     last_sample: list[int] = []
@@ -66,14 +69,15 @@ def pack(batch: TokenBatch, device: torch.device) -> Packed:
                                  "leave it unmarked or give the row a prompt (a BOS is enough)")  # fmt: skip
             before = itertools.chain(trunk[-1:], range(start, len(tokens)))
             predictors.extend(itertools.compress(before if trunk else itertools.chain([-1], before), row.mask))
+            marked.extend(itertools.compress(range(start, len(tokens)), row.mask))
             targets.extend(itertools.compress(row.completion, row.mask))
             last.append(len(tokens) - 1 if row.completion else trunk[-1])
             last_sample.append(sample)
     as_tensor = lambda values: torch.tensor(values, dtype=torch.long, device=device)  # noqa: E731
     return Packed(
         as_tensor(tokens), as_tensor(positions), PackedAttention(spans, device), as_tensor(predictors),
-        as_tensor(targets), as_tensor(last), as_tensor(last_sample), as_tensor(sorted(set(predictors))),
-        as_tensor(sorted(set(last))),
+        as_tensor(marked), as_tensor(targets), as_tensor(last), as_tensor(last_sample),
+        as_tensor(sorted(set(predictors))), as_tensor(sorted(set(last))),
     )  # fmt: skip
 
 

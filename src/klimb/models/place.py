@@ -21,7 +21,10 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     """The tokenizer beside the weights (of an adapter: its own copy, else its base model's)."""
     check_place(model)
     try:
-        return AutoTokenizer.from_pretrained(model, **code.loading(model))
+        tokenizer = AutoTokenizer.from_pretrained(model, **code.loading(model))
+        if tokenizer.eos_token is None and tokenizer.sep_token is not None:
+            tokenizer.eos_token = tokenizer.sep_token  # BERT's texts end with it, and it has no other name for that
+        return tokenizer
     except (OSError, ValueError, KeyError) as error:
         raise KlimbError(f"model={model}: no tokenizer can be loaded from it ({first_line(error)})") from None
 

@@ -48,13 +48,15 @@ def assign_credit(
     part_weights: Tensor | None = None,
     baseline: Tensor | None = None,
     collisions: Tensor | None = None,
+    step_rewards: Tensor | None = None,
     state: Mapping[str, Tensor] | None = None,
 ) -> Credit:
     """Advantages of one whole update (all ranks), before it is split.
 
     scores [B]; mask [B, T] left aligned; group [B]; logps (as sampled), ref_logps, values [B, T]; interrupted
     [B] bool marks samples without a score whose end is bootstrapped (with `gae` only); parts [B, K] of a summed
-    score with part_weights [K], baseline [B], collisions [B, T]: see `Rewards`. A sample without a
+    score with part_weights [K], baseline [B], collisions [B, T]: see `Rewards`. step_rewards [B, T]: what of the
+    score is paid at its own token instead of the last one, zero elsewhere. A sample without a
     policy token takes part in nothing and gets zeros. Raises ValueError: a score is not finite, or an input
     that the algorithm needs is missing.
     """
@@ -65,7 +67,7 @@ def assign_credit(
         return Credit(empty, None if values is None else empty, {}, state)
     if len(rows) < len(mask):
         optional = {"ref_logps": ref_logps, "values": values, "interrupted": interrupted, "parts": parts,
-                    "baseline": baseline, "collisions": collisions}  # fmt: skip
+                    "baseline": baseline, "collisions": collisions, "step_rewards": step_rewards}  # fmt: skip
         present = assign_credit(
             algorithm,
             scores=scores[rows],
@@ -81,7 +83,7 @@ def assign_credit(
     _check(algorithm, scores, ref_logps, interrupted)
     log_ratio = None if ref_logps is None else torch.where(mask, logps.double() - ref_logps.double(), 0.0)
     rewards = Rewards(
-        _token_rewards(algorithm, scores, mask, log_ratio, interrupted, state),
+        _token_rewards(algorithm, scores, mask, log_ratio, interrupted, step_rewards, state),
         mask,
         group,
         values,
@@ -114,15 +116,21 @@ def _token_rewards(
     mask: Tensor,
     log_ratio: Tensor | None,
     interrupted: Tensor | None,
+    step_rewards: Tensor | None,
     state: State,
 ) -> Tensor:
-    """[B, T] float64: the score on the last policy token, less β·KL on each if the KL enters the reward."""
+    """[B, T] float64: the score (less what its steps are paid) on the last policy token, less β·KL on each if the KL
+    enters the reward."""
     final = scores.double()
     if algorithm.overlong is not None:
         final = final + algorithm.overlong(mask.sum(dim=1))
+    if step_rewards is not None:
+        final = final - step_rewards.double().sum(dim=1)
     if interrupted is not None:
         final = torch.where(interrupted, 0.0, final)
     rewards = torch.where(last_token(mask), final[:, None], 0.0)
+    if step_rewards is not None:
+        rewards = rewards + torch.where(mask, step_rewards.double(), 0.0)
     if algorithm.kl.in_reward and log_ratio is not None:
         penalty = algorithm.kl.penalty(log_ratio, mask)
         rewards = rewards - torch.where(mask, algorithm.kl.coefficient(state) * penalty, 0.0)

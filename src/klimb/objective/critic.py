@@ -14,20 +14,32 @@ from klimb.metrics import Metric, Metrics
 from klimb.objective.aggregate import pair_mean, token_mean
 
 
-def bradley_terry(chosen: Tensor, rejected: Tensor, margin: Tensor | float = 0.0, centering: float = 0.0) -> Tensor:
+def bradley_terry(
+    chosen: Tensor,
+    rejected: Tensor,
+    margin: Tensor | float = 0.0,
+    centering: float = 0.0,
+    strength: Tensor | float = 1.0,
+) -> Tensor:
     """Scores [P], [P] → −log σ(s_w − s_l − margin) + centering · (s_w + s_l)², per pair [P].
+
+    strength [P] in (0.5, 1]: which share of judges would choose the chosen one. Then the first term is the
+    cross-entropy of a coin of that share, lowest where s_w − s_l − margin = log(strength / (1 − strength)).
 
     margin [P]: by how much the better one is better (Llama 2, arXiv 2307.09288, equation 2). Comparisons
     leave the level of the scores open; centering (arXiv 2312.09244; 0.01 recommended) holds it near zero.
     """
-    return -logsigmoid(chosen - rejected - margin) + centering * (chosen + rejected).square()
+    gap = chosen - rejected - margin
+    likelihood = strength * logsigmoid(gap) + (1 - strength) * logsigmoid(-gap)
+    return -likelihood + centering * (chosen + rejected).square()
 
 
 def reward_loss(
-    chosen: Tensor, rejected: Tensor, *, margin: Tensor | float = 0.0, centering: float = 0.0, pairs: int
-) -> tuple[Tensor, Metrics]:
+    chosen: Tensor, rejected: Tensor, *, margin: Tensor | float = 0.0, centering: float = 0.0,
+    strength: Tensor | float = 1.0, pairs: int,
+) -> tuple[Tensor, Metrics]:  # fmt: skip
     """Loss of the reward model over a part of an update of `pairs` pairs in all; a tie is half right."""
-    per_pair = bradley_terry(chosen, rejected, margin, centering)
+    per_pair = bradley_terry(chosen, rejected, margin, centering, strength)
     gap = chosen - rejected
     return pair_mean(per_pair, pairs), {
         "loss": metrics.mean(per_pair),

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from klimb.objective.advantage import gae, prompt_value
+from klimb.objective.advantage import ADVANTAGES, discounted_return, gae, prompt_value
 from klimb.objective.aggregate import sequence_mean, sequence_sum
 from klimb.objective.algorithm import Algorithm
-from klimb.objective.group_advantage import COMPARING, parts_zscore
+from klimb.objective.group_advantage import COMPARING, optimal_token_baseline, parts_zscore
 from klimb.objective.kl import k1
 from klimb.objective.sampling import dynamic, length_penalty, soft_overlong
 from klimb.objective.surrogate import anchor_of, clip, geometric_clip, product_clip, reinforce, sequence_clip
 from klimb.objective.tokens import kl_cov
+
+
+def adds_up(algorithm: Algorithm) -> bool:
+    """Does its advantage look at the sum of a sample's rewards alone, wherever in the sample they are paid? Of an
+    advantage that is not klimb's nobody knows."""
+    own, by_token = algorithm.advantage, (gae, discounted_return, optimal_token_baseline)
+    return (own in ADVANTAGES.values() or type(own) in ADVANTAGES.values()) and not isinstance(own, by_token)
 
 
 def problems(algorithm: Algorithm, *, samples_per_prompt: int, updates_per_step: int) -> list[str]:

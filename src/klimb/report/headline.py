@@ -244,8 +244,9 @@ def _accuracy(run: Run) -> list[str]:
         return []
     (_, own, low, high), *beside = found
     name = run.method if run.seed is None else f"{run.method}, seed {run.seed}"
-    sentences = [f"{name}: {own:.3f} [{low:.3f}, {high:.3f}] of {run.result.get('held_out_pairs')} held-out pairs in "
-                 "the right order."]  # fmt: skip
+    pairs, rows = run.result.get("held_out_pairs"), run.result.get("held_out_rows")
+    asked = f"{pairs} held-out pairs in the right order" if rows is None else f"what {rows} held-out rows ask"
+    sentences = [f"{name}: {own:.3f} [{low:.3f}, {high:.3f}] of {asked}."]
     for other, value, below, above in beside:
         verdict = "worse" if above < low else "better" if below > high else "not told apart from it"
         sentences.append(f"{other} alone: {value:.3f} [{below:.3f}, {above:.3f}], {verdict}.")

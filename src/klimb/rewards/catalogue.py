@@ -36,7 +36,7 @@ from klimb.rewards.schema import json_schema
 from klimb.rewards.sql import sql
 from klimb.rewards.symbolic import math
 
-ModelLoader = Callable[[str], Reward]
+ModelLoader = Callable[..., Reward]
 
 
 class Asked(NamedTuple):
@@ -101,6 +101,7 @@ class part:
     name: Annotated[str, "under which it is logged; its own where none is given"] = ""
     normalise: Annotated[Literal["running"] | None, "less the mean and by the std of all scores so far"] = None
     clip: Annotated[float | None, "the largest score, of either sign, that counts"] = None
+    dense: Annotated[bool, "of a model of steps: each step is paid where it ends"] = False
 
 
 @dataclass(frozen=True, slots=True)

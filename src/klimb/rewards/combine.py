@@ -76,7 +76,8 @@ class WeightedSum(Mixture):
                 return math.inf
 
         weights = {part.name: part.weight for part in self.parts}
-        return answers.scores([total(row) for row in answers.rows], "weighted sum", weights)
+        found = answers.scores([total(row) for row in answers.rows], "weighted sum", weights)
+        return replace(found, steps=answers.steps)
 
 
 class Product(Mixture):
@@ -166,6 +167,8 @@ class Answers:
         self._failures: dict[int, Failure] = {}
         self._notes: list[str] = []
         self._counts: dict[str, int] = {}
+        self.steps: list[list[tuple[int, float]]] | None = None
+        """What parts pay before the end of a row, times their weights."""
 
     def ask(self, part: Part, rows: Sequence[int] | None = None) -> Values:
         """The values of `part`, asked about these rows (None: all); None for the others."""
@@ -182,6 +185,9 @@ class Answers:
         inner = {name: values for name, values in scores.parts.items() if name != part.reward.name}
         for name, values in {part.name: own, **_prefixed(part.name, inner)}.items():
             self._parts[name] = self._spread(values, rows)
+        for row, own_steps in zip(rows, scores.steps or []):
+            self.steps = self.steps or [[] for _ in self.rows]
+            self.steps[row] += [(place, part.weight * value) for place, value in own_steps]
         self._counts |= _prefixed(part.name, scores.counts or scores.endings())
         self._notes += [f"{part.name}: {note}" for note in scores.notes]
         for failure in scores.failures:

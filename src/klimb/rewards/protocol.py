@@ -45,6 +45,8 @@ class Scores:
     """How many rows ended how, where the source tells; see `endings`. Of a component: under "its name/ending"."""
     raw: Values | None = None
     """What the source gave, where `values` were normalised or clipped since."""
+    steps: list[list[tuple[int, float]]] | None = None
+    """What of each row's value belongs to tokens before its last: their places in `completion_ids`, and how much."""
 
     def endings(self, *, judged: bool = False) -> dict[str, int]:
         """How many rows ended how; they add up to the rows.

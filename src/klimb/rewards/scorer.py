@@ -104,6 +104,7 @@ class Scorer:
         for row, sample in enumerate(samples):
             sample.score = scores.values[row]
             sample.rewards = {name: values[row] for name, values in parts.items()}
+            sample.step_rewards = [(place, value) for place, value in scores.steps[row]] if scores.steps else []
         self._record(scores, samples)
         return self._report(groups, scores, parts)
 
@@ -210,6 +211,8 @@ def audited(scores: Scores, rows: int) -> Scores:
                 raise RewardError(
                     f"{name} of row {row} is {value!r}", where="reward", fix="return finite numbers or None"
                 )
+    if any(not math.isfinite(value) for row in scores.steps or [] for _, value in row):
+        raise RewardError("a step's reward is no finite number", where="reward", fix="return finite numbers")
     for failure in scores.failures:
         if scores.values[failure.row] is not None:
             raise RewardError(f"row {failure.row} has failed and has a score", where="reward", fix="make it None")

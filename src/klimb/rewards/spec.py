@@ -17,6 +17,7 @@
       - {reward: length, weight: -0.01, name: brevity}
     reward: {reward: runs/rm/model, normalise: running, clip: 5}
                                                          less the mean and by the std of all scores so far, within ±5
+    reward: {reward: runs/prm/model, dense: true}        a model of steps, each of which is paid where it ends
     reward: {http: {url: "http://scores:8000/score"}}    a server (remote.py)
     reward: {product: [exact, {format: {tags: think}}]}
     reward: {gate: {when: {format: {tags: think}}, then: exact, else: 0}}
@@ -95,6 +96,13 @@ def reward_files(spec: Any) -> list[Path]:
         return []
     path = Path(spec.rpartition(":")[0] if _is_function(spec) else spec)
     return [path] if path.exists() else []
+
+
+def asks_for_steps(spec: Any) -> bool:
+    """Does a reward, or a part of one, say ``dense: true``?"""
+    if isinstance(spec, list | tuple):
+        return any(map(asks_for_steps, spec))
+    return isinstance(spec, dict) and spec.get("dense") is True
 
 
 def _named(spec: str, options: dict[str, Any], model_loader: ModelLoader | None) -> Reward:
@@ -183,7 +191,8 @@ def _part(spec: Any, kind: str, model_loader: ModelLoader | None, running: list[
     if not isinstance(spec, dict) or "reward" not in spec:
         spec = {"reward": spec}
     options = [option.name for option in _options_of(SOURCES[SUM].options)]
-    known = [name for name in options if name != "weight" or kind in ("sum", "route")]
+    where_known = {"weight": ("sum", "route"), "dense": ("sum",)}
+    known = [name for name in options if kind in where_known.get(name, (kind,))]
     for key in spec:
         if key not in known:
             raise RewardError(f"unknown key {key!r} in a {_KINDS[kind]}", fix=did_you_mean(str(key), known))
@@ -197,7 +206,10 @@ def _part(spec: Any, kind: str, model_loader: ModelLoader | None, running: list[
     if clip is not None and not (_is_number(clip) and clip > 0):
         raise RewardError(f"clip is {clip!r}", where=where, fix="give the largest score that counts, above 0")
     follows = _follows_training(spec.get("normalise"), where, running)
-    reward = parse_reward(spec["reward"], model_loader=model_loader, running=running)
+    if spec.get("dense", False) is not False:
+        reward = _by_steps(spec, where, model_loader, trained=running is not None)
+    else:
+        reward = parse_reward(spec["reward"], model_loader=model_loader, running=running)
     if follows or clip is not None:
         reward = Normalised(reward, running=follows, clip=clip)
         if running is not None and follows:
@@ -206,6 +218,24 @@ def _part(spec: Any, kind: str, model_loader: ModelLoader | None, running: list[
 
 
 _KINDS = {"sum": "weighted reward", "product": "product", "gate": "gate", "route": "route"}
+
+
+def _by_steps(spec: dict[str, Any], where: str, model_loader: ModelLoader | None, trained: bool) -> Reward:
+    """A model of steps that are paid where they end."""
+    if spec["dense"] is not True or not isinstance(spec["reward"], str) or model_loader is None:
+        raise RewardError(f"dense is {spec['dense']!r}", where=where, why="it belongs to a reward model's directory",
+                          fix="write dense: true beside one of kind process, or leave it out")  # fmt: skip
+    if not trained:
+        raise RewardError("dense: true", where=where, why="nothing is trained on these scores, token by token",
+                          fix="leave dense out")  # fmt: skip
+    if {"normalise", "clip"} & spec.keys():
+        raise RewardError("dense beside normalise or clip", where=where, why="its steps would not add up to the score",
+                          fix="leave one of them out")  # fmt: skip
+    reward = parse_reward(spec["reward"], model_loader=partial(model_loader, dense=True))
+    if not getattr(reward, "dense", False):
+        reward.close()
+        raise RewardError("dense: it has no steps", where=where, fix="leave dense out, or give a reward model")
+    return reward
 
 
 def _follows_training(normalise: Any, where: str, running: list[Normalised] | None) -> bool:

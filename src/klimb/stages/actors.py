@@ -14,11 +14,12 @@ from klimb.config import StageConfig, find_references
 from klimb.data.sampler import Sampler
 from klimb.models.faces import Critic, Policy
 from klimb.objective.algorithm import Algorithm
-from klimb.objective.refusals import validate
+from klimb.objective.refusals import adds_up, validate
 from klimb.objective.spec import parse_algorithm
 from klimb.rewards.normalise import Moments, Normalised
 from klimb.rewards.protocol import Reward
 from klimb.rewards.scorer import Scorer
+from klimb.rewards.spec import asks_for_steps
 from klimb.rollout.engine import RolloutEngine
 from klimb.runtime.learner import Learner, Optimizer
 from klimb.runtime.plan import Work
@@ -81,6 +82,9 @@ class RlConfig(TrainConfig):
             yield f"reference: {algorithm.name} has no KL to it; leave it out, or set measure_kl=true"
         if algorithm.needs.parts and not (isinstance(self.reward, list) and len(self.reward) > 1):
             yield f"reward: {algorithm.name} compares the parts of a sum, and this is one; give a list, or use grpo"
+        if asks_for_steps(self.reward) and adds_up(algorithm):
+            yield (f"reward: dense step rewards, and {algorithm.name} adds them up to the score again; leave dense "
+                   "out, or use ppo or reinforce++, which look at tokens")  # fmt: skip
         if algorithm.reference is not None and self.lora is not None and self.reference is not None:
             yield "algorithm.reference: adapters cannot move into another model's weights; leave reference out"
         if self.updates_per_step > self.prompts_per_step:

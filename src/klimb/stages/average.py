@@ -38,7 +38,7 @@ from klimb.stages.common import RunConfig, Session
 from klimb.stages.given import Data
 from klimb.stages.memory import of_judging
 from klimb.stages.models import is_reward_model, model_folder
-from klimb.stages.reward import batch_of
+from klimb.stages.reward_kinds.comparisons import batch_of
 
 
 class AverageConfig(RunConfig):

@@ -31,8 +31,12 @@ _PENALTY = 1.0
 
 def accuracy_of(differences: Tensor) -> dict[str, float]:
     """differences [P]: chosen minus rejected. The share above 0 (a tie is half) with its 95 % interval over pairs."""
-    right = ((differences.sign() + 1) / 2).tolist()
-    interval = mean_interval([[value] for value in right])
+    return with_interval([[value] for value in ((differences.sign() + 1) / 2).tolist()])
+
+
+def with_interval(right: Sequence[Sequence[float]]) -> dict[str, float]:
+    """Of each item and all that it asks, 1 where it is right. The share of it, with its 95 % interval over items."""
+    interval = mean_interval(right)
     return {"accuracy": interval.mean, "accuracy_low": interval.low, "accuracy_high": interval.high}
 
 

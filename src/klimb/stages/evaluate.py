@@ -162,11 +162,11 @@ def _interval(name: str, groups: Sequence[Sequence[float | None]]) -> dict[str, 
 
 def add_gold(gold: Reward, groups: Sequence[Group], on_event: Any) -> None:
     """Score with the gold judge beside the proxy: its values go to `rewards["gold"]` and nowhere else."""
-    kept = [(s, s.score, s.rewards) for g in groups for s in g.samples]
+    kept = [(s, s.score, s.rewards, s.step_rewards) for g in groups for s in g.samples]
     Scorer(gold, min_scored=1, on_event=on_event).score(groups)
-    for sample, score, rewards in kept:
+    for sample, score, rewards, steps in kept:
         sample.rewards = {**rewards, "gold": sample.score}
-        sample.score = score
+        sample.score, sample.step_rewards = score, steps
 
 
 def open_reward(
@@ -178,11 +178,13 @@ def open_reward(
     training; None where the scores are not trained on.
     """
 
-    def load(directory: str) -> Reward:
+    def load(directory: str, dense: bool = False) -> Reward:
         tokenizer = load_tokenizer(directory)
         model = load_reward_model(session, directory)
         same = renderer is not None and renderer.tokenizer.get_vocab().items() <= tokenizer.get_vocab().items()
-        return ModelReward(model, Renderer(tokenizer), directory, same_tokenizer=same, budget=Budget(8192, session.say))
+        return ModelReward(
+            model, Renderer(tokenizer), directory, same_tokenizer=same, dense=dense, budget=Budget(8192, session.say)
+        )
 
     reward = parse_reward(spec, model_loader=load, running=running)
     session.run.closing.callback(reward.close)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, cast
@@ -19,7 +20,7 @@ from klimb.rollout.sampling import SamplingParams
 from klimb.stages.actors import Actors, RlConfig
 from klimb.stages.common import stream_seed
 from klimb.stages.evaluate import add_gold, batch_of
-from klimb.types import Group, Prompt
+from klimb.types import Group, Prompt, Sample
 
 
 def rollout(actors: Actors, step: int) -> tuple[list[Group], list[Group], dict[str, float]]:
@@ -136,12 +137,25 @@ def experience(actors: Actors, groups: Sequence[Group], step: int) -> TokenBatch
         "scores": torch.tensor([s.score for s in samples], dtype=torch.float64),
         "unfinished": torch.tensor([s.finish == "length" for s in samples]),
     }
+    if any(s.step_rewards for s in samples):
+        columns["step_rewards"] = pad_tokens([by_token(s) for s in samples], batch.mask, torch.float64)
     if needs.parts:
         columns["parts"] = torch.tensor([_parts(s.rewards, s.id, actors.scorer.weights) for s in samples]).double()
     if needs.draws is not None:
         each = baselines(actors, groups, needs.draws, step)
         columns["baseline"] = torch.tensor([b for b, g in zip(each, groups, strict=True) for _ in g.samples]).double()
     return batch.with_columns(**columns)
+
+
+def by_token(sample: Sample) -> list[float]:
+    """What is paid at each of the policy's tokens before the end. What ends in another's turn is paid at the policy's
+    last token before it, or at its first."""
+    own = [place for place, chosen in enumerate(sample.mask) if chosen]
+    paid = [0.0] * len(own)
+    for place, value in sample.step_rewards:
+        if own:
+            paid[max(bisect_right(own, place) - 1, 0)] += value
+    return paid
 
 
 def _parts(rewards: dict[str, float | None], sample: str, weights: dict[str, float]) -> list[float]:

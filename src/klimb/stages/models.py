@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,12 +16,14 @@ from klimb.data.template import RenderError
 from klimb.errors import ConfigError
 from klimb.models import nf4
 from klimb.models.backbone import Backbone
-from klimb.models.faces import Critic, Policy, RewardModel
+from klimb.models.encoder import EncoderReward, is_encoder, load_encoder
+from klimb.models.faces import Critic, Policy, RewardModel, Verdicts
 from klimb.models.load import (
     LoRA,
     check_vocabulary,
     load_causal,
     load_classifier,
+    reward_facts,
     save_adapter,
     save_causal,
     score_head,
@@ -152,9 +155,36 @@ def load_critic(session: Session, policy: Loaded, model: str | None) -> Critic:
     return Critic(_trained(session, Backbone(network, adapter)), None)
 
 
-def load_reward_model(session: Session, model: str, lora: LoRA | None = None, seed: int = 0) -> RewardModel:
-    classifier = load_classifier(model, session.device, session.dtype, seed)
-    return RewardModel(_trained(session, Backbone(classifier, None, lora)))
+def load_reward_model(
+    session: Session, model: str, lora: LoRA | None = None, seed: int = 0, facts: Mapping[str, Any] | None = None
+) -> RewardModel | EncoderReward | Verdicts:
+    """facts: how it is read; by default what is noted in its directory."""
+    facts = reward_facts(model) if facts is None else facts
+    if facts.get("kind") == "generative":
+        loaded = load_policy(session, model, lora, seed)
+        return Verdicts(loaded.policy, facts["yes"], facts["no"])
+    ratings: Mapping[str, float] | None = facts.get("attributes")
+    weights = [*ratings.values()] if ratings else None
+    encoder = is_encoder(model)
+    load = load_encoder if encoder else load_classifier
+    classifier = load(model, session.device, session.dtype, seed, len(weights or (1,)))
+    if ratings:
+        classifier.config.id2label = dict(enumerate(ratings))
+        classifier.config.label2id = {name: place for place, name in enumerate(ratings)}
+        classifier.config.problem_type = "regression"
+    if encoder:
+        _check_encoder(model, lora, facts)
+        return EncoderReward(_trained(session, Backbone(classifier)), weights=weights)
+    backbone = _trained(session, Backbone(classifier, None, lora))
+    return RewardModel(backbone, weights=weights, combine=facts.get("combine"))
+
+
+def _check_encoder(model: str, lora: LoRA | None, facts: Mapping[str, Any]) -> None:
+    if lora is not None:
+        raise ConfigError("lora: an encoder is trained whole", where=f"model={model}", fix="leave lora out")
+    if facts.get("kind") == "process":
+        raise ConfigError("kind=process: an encoder sees a step's end from behind, too", where=f"model={model}",
+                          fix="use a decoder, or kind=labels")  # fmt: skip
 
 
 def _trained(session: Session, backbone: Backbone) -> Backbone:

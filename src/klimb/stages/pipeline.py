@@ -28,6 +28,7 @@ from klimb.stages.seeds import accuracies_of, keep_config, open_root, over_seeds
 WORLDS: Mapping[str, str] = {
     "clerk": "klimb.lab.clerk",
     "countdown": "klimb.lab.countdown",
+    "countdown_steps": "klimb.lab.countdown_steps",
     "digits": "klimb.lab.digits",
     "gym": "klimb.lab.gym",
     "transcripts": "klimb.lab.transcripts",

@@ -63,7 +63,7 @@ def train(config: RlConfig, run: Run, interrupt: Interrupt, say: Any) -> dict[st
             actors.algorithm, scores=batch["scores"], mask=batch.mask, group=batch.group,
             logps=batch["behavior_logps"], ref_logps=batch.get("ref_logps"), values=batch.get("values"),
             parts=batch.get("parts"), part_weights=actors.part_weights, baseline=batch.get("baseline"),
-            collisions=batch.get("collisions"), state=state,
+            collisions=batch.get("collisions"), step_rewards=batch.get("step_rewards"), state=state,
         )  # fmt: skip
         batch = batch.with_columns(advantages=credit.advantages)
         if credit.returns is not None:

@@ -138,7 +138,8 @@ def accuracies_of(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         if result.get("accuracy") is not None:
             for method, found in {result["method"]: result, **result.get("baselines", {})}.items():
                 shown = {key: found[key] for key in ("accuracy", "accuracy_low", "accuracy_high")}
-                table.append({"seed": result["seed"], "method": method, **shown, "pairs": result["held_out_pairs"]})
+                held_out = result.get("held_out_pairs", result.get("held_out_rows"))
+                table.append({"seed": result["seed"], "method": method, **shown, "pairs": held_out})
     return table
 
 

@@ -1,0 +1,172 @@
+"""Mini-countdown in two steps: "3 4 7 > 25 >" is answered by "7 * 4 = 28 ; 28 - 3 = 25", each step to be judged alone.
+
+A step takes two of the numbers that are left and puts their result in their place; all numbers are from 0 to 50. A step
+is right when it calculates rightly with numbers that are there and the target can still be reached (for the last step:
+is reached). So there is an exact judge of every step, to train a model of steps with and to hold it against, and a
+verifier of the whole. The split by triples is that of `klimb.lab.countdown`.
+
+Process against outcome supervision: Uesato et al. (2022), arXiv 2211.14275; Lightman et al. (2023), arXiv 2305.20050.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from itertools import combinations_with_replacement, permutations
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from klimb.lab.countdown import (
+    LARGEST_NUMBER,
+    LARGEST_TARGET,
+    OPERATIONS,
+    Question,
+    calculated,
+    part_of,
+    question_of,
+    write,
+)
+
+WORDS = (*(str(number) for number in range(LARGEST_TARGET + 1)), *OPERATIONS, ">", "=", ";")
+SEPARATOR = " ; "
+MAX_REPLY = 12
+"""Two steps of five words, what stands between them, and the end token."""
+SHOWN, LABELLED = 300, 6_000
+
+
+class Step(NamedTuple):
+    """left operation right = result, as it is written."""
+
+    left: int
+    operation: str
+    right: int
+    result: int
+
+    def __str__(self) -> str:
+        return f"{self.left} {self.operation} {self.right} = {self.result}"
+
+
+def read_step(text: str) -> Step | None:
+    """None where the text is no step. Read word by word, never evaluated as code."""
+    words = text.split()
+    if len(words) != 5 or words[1] not in OPERATIONS or words[3] != "=":
+        return None
+    if not all(word.isascii() and word.isdigit() for word in words[::2]):
+        return None
+    return Step(int(words[0]), words[1], int(words[2]), int(words[4]))
+
+
+def labels(prompt: str, steps: Sequence[str]) -> list[bool]:
+    """Of each step, whether it is right; after a wrong one none is."""
+    numbers, target = question_of(prompt)
+    left, right, found = list(numbers), True, []
+    for text in steps:
+        step = read_step(text)
+        right = right and step is not None and _follows(step, left)
+        if right and step is not None:
+            left.remove(step.left)
+            left.remove(step.right)
+            left.append(step.result)
+            right = target in left if len(left) == 1 else any(nxt.result == target for nxt in steps_from(left))
+        found.append(right)
+    return found
+
+
+def solved(prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list[float]:
+    """1 for two right steps, else 0. A reward function."""
+    found = []
+    for prompt, completion in zip(prompts, completions, strict=True):
+        steps = completion.split(SEPARATOR.strip())
+        found.append(float(len(steps) == 2 and labels(prompt, steps)[-1]))
+    return found
+
+
+def steps_from(numbers: Sequence[int]) -> Iterator[Step]:
+    """Every step that is possible with these numbers."""
+    for left, right in sorted({*permutations(numbers, 2)}):
+        for operation in OPERATIONS:
+            result = calculated(left, operation, right)
+            if 0 <= result <= LARGEST_TARGET:
+                yield Step(left, operation, right, result)
+
+
+def solutions() -> dict[Question, list[tuple[Step, Step]]]:
+    """Every question that two steps answer, with all its answers."""
+    found: dict[Question, list[tuple[Step, Step]]] = {}
+    for numbers in combinations_with_replacement(range(1, LARGEST_NUMBER + 1), 3):
+        for first in steps_from(numbers):
+            for second in steps_from(_after(numbers, first)):
+                found.setdefault(Question(numbers, second.result), []).append((first, second))
+    return found
+
+
+def attempts(n: int, seed: int, known: dict[Question, list[tuple[Step, Step]]]) -> list[dict[str, Any]]:
+    """`n` solutions of training questions with a label for each step: a third of them right, the others of any first
+    step, with a second one to the target or anywhere, and with slips in the calculation."""
+    stream = random.Random(f"countdown steps {seed}")
+    questions = [question for question in known if part_of(question.numbers) == "train"]
+    rows = []
+    for question in stream.choices(questions, k=n):
+        steps = list(stream.choice(known[question]))
+        if stream.random() < 2 / 3:
+            steps[0] = stream.choice(list(steps_from(question.numbers)))
+            follows = [*steps_from(_after(question.numbers, steps[0]))]
+            right = [step for step in follows if step.result == question.target] if stream.random() < 0.5 else []
+            steps[1] = stream.choice(right or follows or steps)
+            for i in range(2):
+                if stream.random() < 0.2:
+                    steps[i] = steps[i]._replace(result=stream.randrange(LARGEST_TARGET + 1))
+        texts = [str(step) for step in steps]
+        rows.append({"prompt": question.prompt, "completions": texts, "labels": labels(question.prompt, texts)})
+    return rows
+
+
+def prepare(out: Path, *, seed: int) -> dict[str, str]:
+    """Writes the task into `out`: data of every part and an untrained model of 0.4 M parameters.
+
+    Returns the paths "model", "demonstrations" (a random answer to 300 training questions, to learn the form by),
+    "steps" (6,000 solutions with a label for each step), "prompts" (all training questions, to be asked), "validation"
+    and "test", and the verifier "reward" as FILE.py:NAME. The split does not depend on `seed`.
+    """
+    from klimb.lab.scratch import make_model, word_tokenizer
+
+    out.mkdir(parents=True, exist_ok=True)
+    model = make_model(
+        out / "model", tokenizer=word_tokenizer(WORDS), architecture="llama", hidden=96, layers=3, heads=4, mlp=256,
+        context=24, seed=seed,
+    )  # fmt: skip
+    known = solutions()
+    parts: dict[str, list[Question]] = {"test": [], "validation": [], "train": []}
+    for question in known:
+        parts[part_of(question.numbers)].append(question)
+    stream = random.Random(f"countdown steps demonstrations {seed}")
+    shown = [
+        {"prompt": question.prompt, "completion": SEPARATOR.join(map(str, stream.choice(known[question])))}
+        for question in stream.sample(parts["train"], SHOWN)
+    ]
+    return {
+        "model": str(model),
+        "demonstrations": write(out, "demonstrations", shown),
+        "steps": write(out, "steps", attempts(LABELLED, seed, known)),
+        **{name: write(out, name, [{"prompt": question.prompt} for question in parts[part]])
+           for name, part in (("prompts", "train"), ("validation", "validation"), ("test", "test"))},
+        "reward": f"{__file__}:solved",
+        "summary": ", ".join(f"{len(items):,} {part} questions" for part, items in parts.items()),
+    }  # fmt: skip
+
+
+def _after(numbers: Sequence[int], step: Step) -> list[int]:
+    left = list(numbers)
+    left.remove(step.left)
+    left.remove(step.right)
+    return [*left, step.result]
+
+
+def _follows(step: Step, numbers: Sequence[int]) -> bool:
+    """Does it calculate rightly, with numbers that are there?"""
+    there = list(numbers)
+    if len(there) < 2 or step.left not in there:
+        return False
+    there.remove(step.left)
+    in_reach = 0 <= step.result <= LARGEST_TARGET
+    return step.right in there and in_reach and calculated(step.left, step.operation, step.right) == step.result
