@@ -10,10 +10,11 @@ import torch
 
 from klimb.batch import BatchTotals
 from klimb.metrics import merge, results
-from klimb.objective import ALGORITHMS, GRPO, KL, REINFORCE, assign_credit, k2, policy_loss, update_columns
+from klimb.objective import ALGORITHMS, GRPO, KL, NO_KL, REINFORCE, assign_credit, k2, policy_loss, update_columns
 from klimb.objective.aggregate import sequence_sum
 from klimb.objective.importance import truncate
-from klimb.objective.surrogate import product_clip
+from klimb.objective.surrogate import clip, product_clip, tv_mask
+from klimb.objective.tokens import clip_cov
 
 SAMPLES, LENGTH = 8, 5
 LENGTHS = torch.tensor([5, 1, 3, 0, 4, 2, 5, 3])
@@ -147,6 +148,66 @@ def test_without_old_logps_every_ratio_is_exactly_one():
     assert results(found)["ratio/max"] == 1.0
     assert results(found)["approx_kl"] == 0.0
     assert results(found)["clip_fraction"] == 0.0
+
+
+def test_without_old_logps_the_gradient_is_that_of_the_first_update():
+    given = inputs()
+    common = {"advantages": advantages_of(GRPO, given), "mask": MASK, "totals": TOTALS, "ref_logps": given["ref_logps"]}
+    gradients = []
+    for old in (None, given["logps"].clone()):
+        logps = given["logps"].clone().requires_grad_()
+        loss, _ = policy_loss(GRPO, logps=logps, old_logps=old, **common)
+        gradients.append(torch.autograd.grad(loss, logps)[0])
+    assert torch.equal(*gradients)
+
+
+def test_what_is_reported():
+    given, name = inputs(), VARIANTS["grpo"]
+    loss, _, found = loss_and_gradient(name, given, [list(range(SAMPLES))])
+    without, _, _ = loss_and_gradient(replace(name, kl=NO_KL), given, [list(range(SAMPLES))])
+    moved = (given["logps"] - given["old_logps"])[MASK].tolist()
+    assert found["loss"] == pytest.approx(loss.item())
+    assert found["loss/kl"] == pytest.approx((loss - without).item())
+    assert found["ratio/max"] == pytest.approx(math.exp(max(moved)))
+    # E[r log r] of samples of the old policy would be the KL; r − 1 − log r is never below zero.
+    assert found["approx_kl"] == pytest.approx(sum(math.exp(x) - 1 - x for x in moved) / len(moved))
+    vapo = VARIANTS["vapo"]
+    whole, _, parts = loss_and_gradient(vapo, given, [list(range(SAMPLES))])
+    alone, _, _ = loss_and_gradient(replace(vapo, imitation=None), given, [list(range(SAMPLES))])
+    assert parts["loss/imitation"] == pytest.approx((whole - alone).item())
+
+
+def test_a_weight_is_not_differentiated_and_knows_the_mask():
+    def by_now(log_weight, mask, advantages):
+        return log_weight.exp() * mask
+
+    by_now.of_current = True
+    given = inputs()
+    row = replace(REINFORCE, importance=by_now)
+    advantages = advantages_of(row, given)
+    loss, gradient, _ = loss_and_gradient(row, given, [list(range(SAMPLES))])
+    weight = (given["logps"] - given["behavior_logps"]).exp()
+    expected = torch.where(MASK, -advantages * weight / 7, 0.0)
+    assert torch.allclose(gradient, expected)
+    assert loss.item() == pytest.approx((expected * given["logps"])[MASK].sum().item())
+
+
+@pytest.mark.parametrize(("surrogate", "anchor"), [(clip(0.1, 0.15), "old_logps"), (tv_mask(0.03), "behavior_logps")])
+def test_a_filter_knows_what_the_surrogate_lets_go(surrogate, anchor):
+    """Clip-Cov over the whole range leaves out all that is not clipped yet."""
+    given = inputs(hole=torch.nan)
+    row = replace(GRPO, surrogate=surrogate, token_filter=clip_cov(share=1.0, low=-1e9, high=1e9))
+    advantages = advantages_of(row, given)
+    new, old = given["logps"], given[anchor]
+    if anchor == "old_logps":
+        r = (new - old).exp()
+        clipped = ((advantages > 0) & (r > 1.15)) | ((advantages < 0) & (r < 0.9))
+    else:
+        away = new.exp() - old.exp()
+        clipped = ((advantages > 0) & (away > 0.2)) | ((advantages < 0) & (away < -0.03))
+    kept = columns_of(row, given, advantages)["kept"]
+    assert torch.equal(kept, MASK & clipped)
+    assert 0 < int(kept.sum()) < int(MASK.sum())
 
 
 def test_importance_weighs_the_surrogate_and_not_the_leash():

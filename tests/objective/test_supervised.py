@@ -11,7 +11,7 @@ from torch.nn import functional
 from klimb.batch import BatchTotals
 from klimb.metrics import results
 from klimb.objective import forward_kl, reverse_kl, sft_loss
-from klimb.objective.supervised import distillation_loss, generalised_jsd
+from klimb.objective.supervised import dft, distillation_loss, generalised_jsd
 
 
 def distributions(seed=0):
@@ -32,6 +32,18 @@ def test_sft_is_cross_entropy_over_the_trained_tokens():
     assert results(found)["loss"] == pytest.approx(expected)
     halves = [sft_loss(logps[i : i + 1], mask[i : i + 1], totals)[0] for i in range(2)]
     assert sum(halves).item() == pytest.approx(expected)
+
+
+def test_dynamic_fine_tuning_weighs_a_token_by_its_own_probability():
+    """−p log p, with the gradient of −log p times p; the likelihood is reported beside it."""
+    logps = torch.tensor([[-0.5, -3.0, 7.0]], dtype=torch.float64, requires_grad=True)
+    mask = torch.tensor([[True, True, False]])
+    loss, found = sft_loss(logps, mask, BatchTotals.of(mask, torch.zeros(1)), dft)
+    loss.backward()
+    p = [math.exp(-0.5), math.exp(-3.0)]
+    assert loss.item() == pytest.approx((0.5 * p[0] + 3 * p[1]) / 2)
+    assert logps.grad[0].tolist() == pytest.approx([-p[0] / 2, -p[1] / 2, 0.0])
+    assert results(found) == pytest.approx({"loss": loss.item(), "nll": 1.75})
 
 
 def test_distillation_against_torch():

@@ -1,0 +1,98 @@
+"""Preference losses as people write them, what they refuse, and what is reported while they train."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from klimb.metrics import results
+from klimb.objective.preference import PREFERENCE_LOSSES, Completions, Mixed, Pairs, parse_preference, preference_loss
+from klimb.objective.preference.likelihood import chosen_nll, simpo
+from klimb.objective.preference.margin import cdpo, dpo, ipo, ipo_average
+from klimb.objective.preference.pointwise import bco_pair, kto
+
+NAMES = list(PREFERENCE_LOSSES)
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        ("dpo", dpo(0.1)),
+        ({"dpo": 0.05}, dpo(0.05)),
+        ({"name": "dpo"}, dpo(0.1)),
+        ({"name": "cdpo", "epsilon": 0.2}, cdpo(0.1, 0.2)),
+        ({"ipo": {"beta": "5e-2"}}, ipo(0.05)),
+        (ipo_average(0.2), ipo_average(0.2)),
+        ("mpo", Mixed(((0.8, dpo()), (0.2, bco_pair()), (1.0, chosen_nll())))),
+        ({"mix": {"dpo": 0.5, "kto": 1}}, None),
+        ({"mix": {"dpo": 0.5, "ipo": {"weight": 2, "beta": 0.2}}}, Mixed(((0.5, dpo()), (2.0, ipo(0.2))))),
+        ({"name": "mix", "kto": 1}, Mixed(((1.0, kto()),))),
+    ],
+)
+def test_what_people_write(spec: Any, expected: Any) -> None:
+    if expected is None:
+        with pytest.raises(ValueError, match=r"loss.mix: its parts take different data \(labels, pairs\)"):
+            parse_preference(spec)
+        return
+    assert parse_preference(spec) == expected
+    assert replace(expected) == expected
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("dop", r"loss: unknown 'dop', did you mean 'dpo'\? Known: alphapo, aot, "),
+        ({"mix": {"dpo": {"beta": 0.1}}}, "loss.mix.dpo: it has no weight"),
+        ({"mix": ["dpo"]}, "loss.mix: expected names with weights"),
+        ({"mix": {}}, "loss.mix: nothing to mix"),
+        ({"exo": {"epsilon": 0}}, "exo: epsilon = 0: log ε has to be finite"),
+        ({"robust": {"epsilon": 0.5}}, "robust: epsilon = 0.5: it is a share"),
+        ({"kto": {"desirable": -1}}, "kto: desirable and undesirable are weights"),
+        ({"ld_dpo": {"alpha": 2}}, "ld_dpo: alpha = 2"),
+        ({"fdpo_alpha": {"alpha": -1}}, "fdpo_alpha: alpha = -1"),
+        ({"fdpo_alpha": {"alpha": 2}}, "fdpo_alpha: alpha = 2"),
+        ({"beta_dpo": {"keep": 0}}, "beta_dpo: keep = 0"),
+        ({"beta_dpo": {"keep": 1.5}}, r"beta_dpo: keep = 1\.5"),
+        ({"beta_dpo": {"momentum": 1}}, "beta_dpo: momentum = 1"),
+    ],
+)
+def test_what_is_refused(spec: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse_preference(spec)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_loss_says_what_a_person_has_to_know(name: str) -> None:
+    page = parse_preference(name).page
+    assert all((page.formula, page.source, page.failure, page.degrades))
+    assert type(parse_preference(name)).__doc__
+
+
+def test_displacement_is_counted() -> None:
+    """Chosen below the reference and margin above 0: one of four."""
+    chosen = torch.tensor([[-1.0], [-1.0], [1.0], [0.0]])
+    rejected = torch.tensor([[-2.0], [-0.5], [0.0], [0.0]])
+    sides = [Completions(x, torch.zeros_like(x), torch.ones_like(x, dtype=torch.bool)) for x in (chosen, rejected)]
+    found = results(preference_loss(dpo(), Pairs(*sides), 4)[1])
+    assert found["displaced"] == 0.25
+    assert found["chosen_logps"] == found["chosen_log_ratio"] == -0.25
+    assert found["accuracy"] == pytest.approx((1 + 0 + 1 + 0.5) / 4)
+    assert found["rejected_logps"] == found["rejected_log_ratio"] == pytest.approx(-2.5 / 4)
+    assert found["margin"] == pytest.approx(1.5 / 4)
+
+
+def test_what_is_reported_of_labels_and_without_a_reference() -> None:
+    """Desirable completions at h = −1 and 2, undesirable ones at 1 and −3: two of four on their side, one fell."""
+    up, down = torch.tensor([[-1.0], [2.0]]), torch.tensor([[1.0], [-3.0]])
+    sides = [Completions(x, torch.zeros_like(x), torch.ones_like(x, dtype=torch.bool)) for x in (up, down)]
+    found = results(preference_loss(kto(), Pairs(*sides, given={"baseline": torch.zeros(())}), 4)[1])
+    assert (found["displaced"], found["accuracy"]) == (0.5, 0.5)
+    assert "margin" not in found
+    logps, mask = torch.tensor([[-1.0, -2.0]]), torch.ones(1, 2, dtype=torch.bool)
+    free = Pairs(Completions(logps, None, mask), Completions(2 * logps, None, mask))
+    found = results(preference_loss(simpo(), free, 1)[1])
+    assert (found["chosen_logps_per_token"], found["margin"], found["accuracy"]) == (-1.5, 1.5, 1.0)
+    assert not {"displaced", "chosen_log_ratio", "rejected_log_ratio"} & found.keys()
