@@ -77,6 +77,7 @@ def test_cosine_scales_any_reward_and_keeps_its_score() -> None:
         ({"cosine": {"max_length": 0, "of": "exact"}}, r"max_length is 0; give the tokens"),
         ({"cosine": {"max_length": 10, "of": "exct"}}, r"unknown reward 'exct'; did you mean 'exact'"),
         ({"cosine": {"max_length": 10, "of": "exact", "right": [1]}}, r"right is \[1.0\]; give two numbers"),
+        ({"sql": {"timeout": 0}}, r"reward sql: timeout is 0.0; give the seconds of one row, up to 3600"),
         ({"repetition": {"n": 0}}, r"reward repetition: n is 0"),
         ({"repetition": {"n": "three"}}, r"reward repetition: n is 'three': .*integer"),
         ({"exact": {"ignore_case": "maybe"}}, r"ignore_case is 'maybe': .*boolean"),

@@ -86,13 +86,13 @@ def test_a_query_can_read_and_nothing_else(query: str, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("nothing_left")
 def test_endings_are_counted_and_a_query_that_never_ends_is_stopped() -> None:
-    reward = parse_reward({"sql": {"timeout": 1.0}})
+    reward = parse_reward({"sql": {"timeout": 2.0}})
     texts = ["SELECT 1", FOREVER, "SELECT 2", "SELECT 1", "SELECT 1", "SELECT 1"]
     references = ["SELECT 1", "SELECT 1", "SELECT 1", None, FOREVER, "SELECT 1"]
     started = time.monotonic()
     scores = reward(["p"] * 6, texts, {"answer": references, "database": [SHOP] * 5 + ["no script"]})
     reward.close()
-    assert time.monotonic() - started < 20  # two deadlines and the start of another process
+    assert time.monotonic() - started < 60  # two deadlines and the start of another process, on a busy machine
     assert scores.values == [1.0, 0.0, 0.0, None, None, None]
     assert scores.counts == {"ok": 1, "wrong": 1, "abstain": 1, "timeout": 1, "error": 2}
     assert "the reference query in column 'answer' fails: interrupted" in scores.failures[0].reason

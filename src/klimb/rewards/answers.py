@@ -15,7 +15,7 @@ from klimb.rewards.rules import MAX_ANSWER, Column, normalised, references
 class f1:
     """How many words the completion and the reference share: the harmonic mean of precision and recall.
 
-    SQuAD's definition (arXiv 1606.05250, §6.1): words without case, punctuation and articles, each as often as it
+    SQuAD's definition (arXiv 1606.05250): words without case, punctuation and articles, each as often as it
     occurs in both. Of several references the best counts. A completion far longer than the reference scores little, so
     that it pays to say the answer alone.
     """

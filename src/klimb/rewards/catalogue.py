@@ -291,11 +291,8 @@ def options_of(kind: type) -> list[Option]:
             for name, field in kind.model_fields.items()
         ]  # fmt: skip
     hints, plain = get_type_hints(kind, include_extras=True), get_type_hints(kind)
-    defaults = {
-        name: parameter.default
-        for name, parameter in inspect.signature(kind).parameters.items()
-        if parameter.default is not parameter.empty
-    }
+    parameters = inspect.signature(kind).parameters.values()
+    defaults = {each.name: each.default for each in parameters if each.default is not each.empty}
     return [
         Option(option, _type_name(plain[option]), _yaml(defaults[option]) if option in defaults else None,
                hint.__metadata__[0])
@@ -312,15 +309,13 @@ def _type_name(hint: Any) -> str:
         return "mapping"
     if inner := get_args(hint):
         return " | ".join(_type_name(each) for each in inner)
-    names = {str: "text", int: "integer", float: "number", bool: "true | false", type(None): "none", dict: "mapping"}
+    names = {str: "text", int: "integer", float: "number", bool: "true | false", type(None): "none"}
     return names.get(hint, "any")
 
 
 def _yaml(value: Any) -> str:
     if isinstance(value, tuple):
         return f"[{', '.join(map(_yaml, value))}]"
-    if value is None:
-        return "none"
-    if isinstance(value, BaseModel):
-        return "{}"
+    if value is None or not isinstance(value, str | bool | int | float):
+        return "none"  # also what a dataclass says of an empty mapping
     return {True: "true", False: "false"}[value] if isinstance(value, bool) else (str(value) or '""')

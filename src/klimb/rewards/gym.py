@@ -26,7 +26,7 @@ class gym:
     """
 
     column: Annotated[str, "column of the items, as JSON"] = "item"
-    tag: Annotated[str, "the answer is in the last <tag>…</tag>; all of the completion where no tag is named"] = ""
+    tag: Annotated[str, "whose last pair holds the answer; all of the completion where none is named"] = ""
     timeout: Annotated[float, "seconds for one answer"] = 5.0
 
     def __post_init__(self) -> None:

@@ -61,6 +61,10 @@ class Isolated:
     independent = waits = True
 
     def __init__(self, name: str, rule: DeadlineRule) -> None:
+        if not 0 < rule.timeout <= 3600:
+            raise RewardError(
+                f"timeout is {rule.timeout}", where=f"reward {name}", fix="give the seconds of one row, up to 3600"
+            )
         self.name = name
         self._rule = rule
         self._target = json.dumps({name: asdict(rule)})  # type: ignore[call-overload]

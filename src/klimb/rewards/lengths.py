@@ -45,7 +45,7 @@ class cosine:
 
     CosFn(t) = end + ½ (start − end)(1 + cos(π t / max_length)) over the completion's tokens t, from `right[0]` to
     `right[1]` where `of` scores above 0.5 and from `wrong[0]` to `wrong[1]` where it does not; `too_long` from
-    max_length on (Demystifying Long CoT, arXiv 2502.03373, §4.2). The numbers are ours: the paper tunes them so that
+    max_length on (Demystifying Long CoT, arXiv 2502.03373). The numbers are ours: the paper tunes them so that
     right beats wrong, short beats long among the right and long beats short among the wrong. Long completions are paid
     for by repetition sooner or later: put `repetition` beside it.
     """
