@@ -136,6 +136,10 @@ def cuts(handler: Handler, asked: Any) -> None:
     handler.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 4000\r\n\r\n[1.0, ")
 
 
+def speaks_otherwise(handler: Handler, asked: Any) -> None:
+    handler.wfile.write(b"220 mail.example ESMTP\r\n")
+
+
 def floods(handler: Handler, asked: Any) -> None:
     handler.wfile.write(b"HTTP/1.1 200 OK\r\n\r\n[")
     for _ in range(100):

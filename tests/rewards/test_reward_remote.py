@@ -20,6 +20,7 @@ from reward_server import (
     hangs,
     hangs_up,
     lengths,
+    speaks_otherwise,
 )
 
 from klimb.errors import RewardError
@@ -138,7 +139,9 @@ def test_slow_and_dripping_answers_end_at_the_deadline(server: RewardServer, fau
 
 
 @pytest.mark.parametrize(
-    "fault", [answers(503), answers(502), answers(429), hangs_up, cuts], ids=["503", "502", "429", "hangs up", "cuts"]
+    "fault",
+    [answers(503), answers(502), answers(429), hangs_up, cuts, speaks_otherwise],
+    ids=["503", "502", "429", "hangs up", "cuts", "no http"],
 )
 def test_who_may_come_back_is_waited_for(server: RewardServer, fault: Fault) -> None:
     state = random.getstate()
@@ -161,7 +164,15 @@ def test_retry_after_is_honoured(server: RewardServer) -> None:
 
 @pytest.mark.parametrize(
     ("said", "seconds"),
-    [("2", 2.0), ("soon", 0.0), ("-3", 0.0), ("", 0.0), ("Wed, 21 Oct 2015 07:28:00 GMT", 0.0), ("9" * 400, 9e399)],
+    [
+        ("2", 2.0),
+        ("soon", 0.0),
+        ("-3", 0.0),
+        ("", 0.0),
+        ("Wed, 21 Oct 2015 07:28:00 GMT", 0.0),
+        ("²", 0.0),
+        ("9" * 400, 9e399),
+    ],
 )
 def test_any_retry_after_is_a_number_of_seconds(said: str, seconds: float) -> None:
     assert service._retry_after({"Retry-After": said}) == seconds
@@ -206,6 +217,11 @@ def test_a_key_goes_to_the_server_and_nowhere_else(server: RewardServer, monkeyp
     scores = asked(http(server, key="REWARD_KEY"), ["a"])
     assert "you sent Bearer ***" in scores.failures[0].reason
     assert "sk-not" not in repr(scores) + "".join(told)
+    for body in (b"Bearer sk-not-for-anybody", b'["sk-not-for-anybody"]'):
+        server.always(answers(200, body))
+        scores = asked(http(server, key="REWARD_KEY"), ["a"])
+        assert "***" in scores.failures[0].reason
+        assert "sk-not" not in repr(scores) + "".join(told)
 
 
 def test_leaving_ends_the_wait(server: RewardServer) -> None:

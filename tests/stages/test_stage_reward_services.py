@@ -1,4 +1,4 @@
-"""Rewards that take their time, or go away: a run waits, says so, and loses nothing, whatever becomes of it."""
+"""Rewards of many parts, that take their time, or go away: a run waits, says so, and loses nothing."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet
 import pytest
 from kills import KILLED, at_call, differences, fork, remains
 from reward_server import RewardServer, answers
 from world import World, klimb, lines, play
 
 from klimb.errors import Interrupted, RewardError
+from klimb.report.page import write_report
 from klimb.rewards import service
 
 
@@ -188,3 +190,31 @@ def test_early_scores_are_taken(world: World, tmp_path: Path) -> None:
         play("rl", tmp_path / "run", model=world.model, data=world.prompts, algorithm="grpo", reward=reward, steps=2,
              prompts_per_step=6, samples_per_prompt=4, max_tokens=4)  # fmt: skip
     assert begun == [6, 6]
+
+
+def test_every_part_of_a_mixture_is_stored_with_its_sample(world: World, tmp_path: Path) -> None:
+    worth = {"reward": {"gate": {"when": world.reward("rare"), "then": world.reward("count"), "else": -1}}, "weight": 2}
+    to = {"a": [worth, "length"], **{letter: {"length": {"unit": "words"}} for letter in "bcdef"}}
+    done = play("rl", tmp_path / "run", model=world.model, data=world.prompts, algorithm="grpo", steps=1, max_tokens=4,
+                reward={"route": {"column": "answer", "to": to}}, prompts_per_step=6, samples_per_prompt=8)  # fmt: skip
+    table = pyarrow.parquet.read_table(tmp_path / "run" / "samples" / "step-000001.parquet").to_pylist()
+    assert len(table) == 48
+    seen = set()
+    for row in table:
+        letter, words = row["prompt"][0], row["completion"].split()
+        if letter != "a":
+            assert row["score"] == row[f"reward.{letter}"] == len(words)
+            assert row["reward.a/gate"] is None
+            continue
+        rare = words.count("yes") >= 2
+        seen.add(rare)
+        share = words.count("yes") / max(len(words), 1)
+        assert row["reward.a/gate/rare"] == rare
+        assert row["reward.a/gate/count"] == (share if rare else None)
+        assert row["score"] == 2 * (share if rare else -1) + row["reward.a/length"]
+        assert row["reward.f"] is None
+    assert seen == {True, False}
+    counted = done.rows[0]
+    assert sum(counted[f"verdict/{ending}"] for ending in ("scored", "abstain", "timeout", "error")) == 48
+    assert sum(counted[f"verdict/{letter}/scored"] for letter in "abcdef") == 48
+    write_report(tmp_path / "run")

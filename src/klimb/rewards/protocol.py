@@ -69,7 +69,7 @@ class Reward(Protocol):
 
     Two facts more, False where a source does not tell. `independent`: the score of a row depends on no other row,
     so that rows may be scored in any portions. `waits`: it takes time and no work of this process, so that it pays
-    to begin with what is there.
+    to begin with what is there; from several threads at once.
     """
 
     @property

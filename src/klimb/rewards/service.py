@@ -100,9 +100,11 @@ class Service:
         except (OSError, http.client.HTTPException) as error:
             raise Down(self._clean(one_line(error) or type(error).__name__)) from None
         self._heard(status)
+        if self._key:
+            reply = reply.replace(self._key.encode(), b"***")  # should the service repeat it, into errors and scores
         if status == 200:
             return _value(reply)
-        said = self._clean(one_line(reply[:200].decode("utf-8", "replace")))
+        said = one_line(reply[:200].decode("utf-8", "replace"))
         reason = f"answered {status} {http.client.responses.get(status, '')}".strip() + (f": {said}" if said else "")
         if status in LATER:
             raise Down(reason, _retry_after(told))
@@ -155,7 +157,7 @@ class Service:
                 raise RewardError("left while it was waited for", where=where)
 
     def _clean(self, text: str) -> str:
-        """`text` without the key, should the service have repeated it."""
+        """`text` without the key."""
         return text.replace(self._key, "***") if self._key else text
 
     def close(self) -> None:
@@ -254,7 +256,7 @@ def _value(reply: bytes) -> Any:
 def _retry_after(headers: Any) -> float:
     """Seconds, which the header gives as such or as a date; 0 where it makes no sense."""
     said = str(headers.get("Retry-After", "0")).strip()
-    if said.isdigit():
+    if said.isascii() and said.isdigit():
         return float(said)
     try:
         return max(0.0, email.utils.parsedate_to_datetime(said).timestamp() - time.time())
