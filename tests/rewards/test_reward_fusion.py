@@ -102,10 +102,10 @@ def test_a_dead_service_ends_the_run_and_its_time_reports_are_not_believed(serve
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"key": "K"}, "a key without a service"),
+        ({"key_env": "K"}, "a key without a service"),
         ({"service": "http://x", "unsafe_local": True}, "service and unsafe_local"),
         ({"service": "x"}, "'x/run_code' is no url"),
-        ({"service": "http://x", "key": "no-name"}, "key is not the name of an environment variable"),
+        ({"service": "http://x", "key_env": "no-name"}, "key_env is not the name of an environment variable"),
     ],
 )
 def test_mistakes_are_named(options: dict[str, Any], message: str) -> None:

@@ -211,15 +211,15 @@ def test_a_wrong_address_or_key_ends_at_once(server: RewardServer, status: int) 
 
 def test_a_key_goes_to_the_server_and_nowhere_else(server: RewardServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("REWARD_KEY", "sk-not-for-anybody")
-    asked(http(server, key="REWARD_KEY"), ["a"])
+    asked(http(server, key_env="REWARD_KEY"), ["a"])
     assert server.headers[0]["Authorization"] == "Bearer sk-not-for-anybody"
     server.always(answers(500, b"you sent Bearer sk-not-for-anybody"))  # it repeats what it should not
-    scores = asked(http(server, key="REWARD_KEY"), ["a"])
+    scores = asked(http(server, key_env="REWARD_KEY"), ["a"])
     assert "you sent Bearer ***" in scores.failures[0].reason
     assert "sk-not" not in repr(scores) + "".join(told)
     for body in (b"Bearer sk-not-for-anybody", b'["sk-not-for-anybody"]'):
         server.always(answers(200, body))
-        scores = asked(http(server, key="REWARD_KEY"), ["a"])
+        scores = asked(http(server, key_env="REWARD_KEY"), ["a"])
         assert "***" in scores.failures[0].reason
         assert "sk-not" not in repr(scores) + "".join(told)
 
@@ -247,8 +247,8 @@ def test_leaving_ends_the_wait(server: RewardServer) -> None:
         ({"url": "http://x", "timeout": 0}, "timeout is 0"),
         ({"url": "http://x", "batch": 0.5}, "batch is 0.5; give a whole number"),
         ({"url": "http://x", "columns": "answer"}, "columns is 'answer'; give a list"),
-        ({"url": "http://x", "key": "sk-123"}, "key is not the name of an environment variable"),
-        ({"url": "http://x", "key": "NO_SUCH_KEY"}, "the environment variable NO_SUCH_KEY is not set"),
+        ({"url": "http://x", "key_env": "sk-123"}, "key_env is not the name of an environment variable"),
+        ({"url": "http://x", "key_env": "NO_SUCH_KEY"}, "the environment variable NO_SUCH_KEY is not set"),
     ],
 )
 def test_mistakes_are_named(options: dict[str, Any], message: str) -> None:

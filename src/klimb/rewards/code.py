@@ -55,7 +55,7 @@ class Options(NamedTuple):
     partial: Annotated[bool, "the share of tests that pass counts"] = False
     unsafe_local: Annotated[bool, "run without a sandbox where this machine has none"] = False
     service: Annotated[str | None, "url of a SandboxFusion-like server to run it on"] = None
-    key: Annotated[str | None, "environment variable with the server's API key"] = None
+    key_env: Annotated[str | None, "environment variable with the server's API key"] = None
 
 
 class CodeReward:
@@ -71,7 +71,7 @@ class CodeReward:
         if options.service is not None:
             from klimb.rewards.sandbox.fusion import FusionSandbox
 
-            self._sandbox = FusionSandbox(options.service, options.timeout, options.key)
+            self._sandbox = FusionSandbox(options.service, options.timeout, options.key_env)
             self.service = self._sandbox.service
         else:
             self._sandbox = sandbox or open_sandbox(options.timeout, unsafe_local=options.unsafe_local)
@@ -128,9 +128,9 @@ def parse_code(options: dict[str, Any]) -> CodeReward:
             raise RewardError(f"unknown option {name!r}", where=where, fix=did_you_mean(name, Options._fields))
         if name in ("partial", "unsafe_local") and not isinstance(value, bool):
             raise RewardError(f"{name} is {value!r}", where=where, fix="write true or false")
-        if name == "key" and not (isinstance(value, str) and value.isidentifier() and value.isupper()):
+        if name == "key_env" and not (isinstance(value, str) and value.isidentifier() and value.isupper()):
             raise RewardError(
-                "key is not the name of an environment variable", where=where, fix="write key: MY_API_KEY"
+                "key_env is not the name of an environment variable", where=where, fix="write key_env: MY_API_KEY"
             )
         if name in ("tests", "entry_point") and not (isinstance(value, str) and value):
             raise RewardError(f"{name} is {value!r}", where=where, fix="name a column of the data")
@@ -139,8 +139,8 @@ def parse_code(options: dict[str, Any]) -> CodeReward:
             raise RewardError(
                 f"timeout is {value!r}", where=where, fix="give the seconds of one completion, up to 3600"
             )
-    if "key" in options and "service" not in options:
-        raise RewardError("a key without a service", where=where, fix="leave key out")
+    if "key_env" in options and "service" not in options:
+        raise RewardError("a key without a service", where=where, fix="leave key_env out")
     if "service" in options and options.get("unsafe_local"):
         raise RewardError("service and unsafe_local", where=where, why="the code runs elsewhere", fix="leave one out")
     return CodeReward(Options(**options))

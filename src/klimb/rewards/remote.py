@@ -2,7 +2,7 @@
 
 ::
 
-    reward: {http: {url: "http://scores:8000/score", columns: [answer], key: SCORES_KEY}}
+    reward: {http: {url: "http://scores:8000/score", columns: [answer], key_env: SCORES_KEY}}
 
 It is asked by POST, with JSON of at most `batch` rows::
 
@@ -44,7 +44,7 @@ class Options(NamedTuple):
     batch: Annotated[int, "rows of a request"] = 32
     concurrent: Annotated[int, "requests at a time"] = 4
     patience: Annotated[float, "seconds to wait for a server that stopped answering"] = 600.0
-    key: Annotated[str | None, "environment variable with the API key, sent as a bearer token"] = None
+    key_env: Annotated[str | None, "environment variable with the API key, sent as a bearer token"] = None
     columns: Annotated[list[str] | None, "columns that are sent; none: all of the data's"] = None
 
 
@@ -57,7 +57,7 @@ class HttpReward:
     def __init__(self, options: Options) -> None:
         self._options = options
         self.service = Service(
-            options.url, timeout=options.timeout, patience=options.patience, key=options.key, where="reward http"
+            options.url, timeout=options.timeout, patience=options.patience, key=options.key_env, where="reward http"
         )
         self._threads = ThreadPoolExecutor(options.concurrent, thread_name_prefix="reward http")
 
@@ -117,9 +117,9 @@ def parse_http(options: dict[str, Any]) -> HttpReward:
             raise RewardError(f"{name} is {value!r}", where=where, fix="give a whole number above 0")
         if name == "columns" and not (isinstance(value, list) and all(isinstance(each, str) for each in value)):
             raise RewardError(f"columns is {value!r}", where=where, fix="give a list of columns of the data")
-        if name == "key" and not (isinstance(value, str) and value.isidentifier() and value.isupper()):
+        if name == "key_env" and not (isinstance(value, str) and value.isidentifier() and value.isupper()):
             raise RewardError(
-                "key is not the name of an environment variable", where=where, fix="write key: MY_API_KEY"
+                "key_env is not the name of an environment variable", where=where, fix="write key_env: MY_API_KEY"
             )
     if "url" not in options:
         raise RewardError("without a url", where=where, fix="write {http: {url: http://HOST:PORT/PATH}}")

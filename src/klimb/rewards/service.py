@@ -275,7 +275,7 @@ def _address(url: Any, where: str) -> Address:
         raise RewardError(f"{url!r} is no url", where=where, why=error, fix=fix) from None
     if parts.username or parts.password:
         raise RewardError("a url with a password in it", where=where, why="it would stand in the config",
-                          fix="put an API key into an environment variable, and name it in `key`")  # fmt: skip
+                          fix="put an API key into an environment variable, and name it in `key_env`")  # fmt: skip
     if parts.scheme not in ("http", "https") or not host or any(c.isspace() for c in str(url)):
         raise RewardError(f"{url!r} is no url", where=where, fix=fix)
     shown = f"{parts.scheme}://{parts.netloc}{parts.path}"
