@@ -166,7 +166,7 @@ def huge(handler: Handler, body: dict[str, Any]) -> None:
     """Says nothing of its length."""
     handler.send_response(200)
     handler.end_headers()
-    for _ in range(200):
+    for _ in range(50):
         handler.wfile.write(b" " * 100_000)
 
 

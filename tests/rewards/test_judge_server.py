@@ -118,7 +118,9 @@ def test_a_fault_is_no_score(name: str) -> None:
         began = time.monotonic()
         [verdict] = judge(served.url, timeout=30 if ending == "abstain" else TIMEOUT).scores([question()])
         assert time.monotonic() - began < TIMEOUT + SPARE
-    assert (verdict.kind, verdict.value) == (ending, None)
+    late = ("timeout",) if ending == "error" else ()  # on a loaded machine the last try may run out of time
+    assert verdict.kind in (ending, *late)
+    assert verdict.value is None
     assert verdict.why
     if ending == "abstain":
         assert served.requests == 2  # one repair, no more
@@ -324,6 +326,21 @@ def test_a_certificate_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert served.requests == 0  # and no key went out
         monkeypatch.setenv("SSL_CERT_FILE", cert)
         assert judge(served.url).scores([question("good good")])[0].value == 3.0
+
+
+def test_of_an_endless_reply_only_a_part_is_taken() -> None:
+    sent = []
+
+    def endless(handler: Handler, body: dict[str, Any]) -> None:
+        handler.send_response(200)
+        handler.end_headers()
+        for _ in range(300):  # 30 MB; what the sockets hold comes on top of the 4 MB that are read
+            handler.wfile.write(b" " * 100_000)
+            sent.append(1)
+
+    with serving(endless) as served, pytest.raises(NoReply, match="more than 4 MB"):
+        post(served.url, {}, None, time.monotonic() + 30)
+    assert len(sent) < 200
 
 
 def test_post_says_what_was_wrong() -> None:
