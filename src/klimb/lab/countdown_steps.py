@@ -31,7 +31,7 @@ WORDS = (*(str(number) for number in range(LARGEST_TARGET + 1)), *OPERATIONS, ">
 SEPARATOR = " ; "
 MAX_REPLY = 12
 """Two steps of five words, what stands between them, and the end token."""
-SHOWN, LABELLED = 300, 6_000
+SHOWN, LABELLED = 2_000, 6_000
 
 
 class Step(NamedTuple):
@@ -124,7 +124,7 @@ def attempts(n: int, seed: int, known: dict[Question, list[tuple[Step, Step]]]) 
 def prepare(out: Path, *, seed: int) -> dict[str, str]:
     """Writes the task into `out`: data of every part and an untrained model of 0.4 M parameters.
 
-    Returns the paths "model", "demonstrations" (a random answer to 300 training questions, to learn the form by),
+    Returns the paths "model", "demonstrations" (a random answer to 2,000 training questions, to learn the form by),
     "steps" (6,000 solutions with a label for each step), "prompts" (all training questions, to be asked), "validation"
     and "test", and the verifier "reward" as FILE.py:NAME. The split does not depend on `seed`.
     """
