@@ -293,6 +293,7 @@ def test_a_row_and_an_axis_of_ones_own(tmp_path):
             "ppo(advantage=leave_one_out, normalise=none, critic=none)",
         ),
         (replace(RLOO, kl=KL("reward", k1, 0.05, target=6.0)), "rloo(target=6, gain=0.1)"),
+        (replace(RLOO, kl=KL("reward", k1, 0.05, target=6.0, gain=1.0)), "rloo(target=6, gain=1)"),
         (DR_GRPO.resolve(max_length=64), "dr_grpo(aggregate=sequence_sum(64))"),
         (replace(REINFORCE, entropy_bonus=0.01), "reinforce(entropy_bonus=0.01)"),
         (replace(GRPO, kl=replace(GRPO.kl, corrected=True)), "grpo(corrected=true)"),
