@@ -300,7 +300,6 @@ CASES: dict[str, list[Bad]] = {
         Bad("a rating that is not there", "REWARD kind=attributes 'attributes={helpfulness: 1}' data=demonstrations.jsonl", ("demonstrations.jsonl", "has no rating helpfulness")),
         Bad("dense steps in a measurement", "EVALUATE 'measure.reward={reward: rm, dense: true}'", ("dense: true", "leave dense out"), reward_model),
         Bad("dense steps within bounds", "PPO 'reward={reward: rm, dense: true, clip: 5}'", ("dense beside normalise or clip",), reward_model),
-        Bad("dense steps of a scalar model", "PPO 'reward={reward: rm, dense: true}'", ("reward rm", "kind=process"), reward_model),
         Bad("dense steps of a rule", "PPO 'reward={reward: exact, dense: true}'", ("dense", "exact")),
         Bad("dense steps that are added up", "GRPO 'reward={reward: rm, dense: true}'", ("grpo adds them up", "ppo")),
         Bad("baselines of nothing", "REWARD baselines=[length]", ("baselines", "eval_fraction")),
