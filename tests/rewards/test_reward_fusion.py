@@ -94,7 +94,7 @@ def test_a_dead_service_ends_the_run_and_its_time_reports_are_not_believed(serve
     assert reward(["p"], ["print(3)"], {"test": [SUMS]}).values == [0.0]
     server.always(hangs_up)
     reward.service._patience = 0.3  # type: ignore[union-attr]
-    with pytest.raises(RewardError, match=r"reward code: http://.*/run_code: no answer for 0.3 s: it closed"):
+    with pytest.raises(RewardError, match=r"reward code: http://.*/run_code: no answer for 0.3 s: RemoteDisconnected"):
         reward(["p"] * 3, [ADDS] * 3, {"test": [SUMS] * 3})
     reward.close()
 

@@ -24,7 +24,7 @@ from reward_server import (
 )
 
 from klimb.errors import RewardError
-from klimb.rewards import Scorer, parse_reward, service
+from klimb.rewards import Scorer, parse_reward, post, service
 from klimb.rewards.remote import HttpReward
 from klimb.types import Group, Prompt, Sample, Segment
 
@@ -103,7 +103,7 @@ def test_null_is_no_score_and_what_is_no_number_fails_its_row(server: RewardServ
         (answers(200, b"1.0"), "instead of a list of 4 scores"),
         (answers(500, b"Traceback \xff"), "answered 500 Internal Server Error: Traceback"),
         (answers(422, b"no"), "answered 422"),
-        (floods, "longer than 16 MB"),
+        (floods, "more than 16 MB"),
     ],
     ids=["html", "deep", "short", "mapping", "number", "500", "422", "flood"],
 )
@@ -166,17 +166,18 @@ def test_retry_after_is_honoured(server: RewardServer) -> None:
     ("said", "seconds"),
     [
         ("2", 2.0),
-        ("soon", 0.0),
+        ("soon", None),
         ("-3", 0.0),
-        ("", 0.0),
+        ("", None),
         ("Wed, 21 Oct 2015 07:28:00 GMT", 0.0),
-        ("²", 0.0),
-        ("9" * 400, 9e399),
+        ("²", None),
+        ("nan", None),
+        ("9" * 400, None),
+        (None, None),
     ],
 )
-def test_any_retry_after_is_a_number_of_seconds(said: str, seconds: float) -> None:
-    assert service._retry_after({"Retry-After": said}) == seconds
-    assert service._retry_after({}) == 0.0
+def test_any_retry_after_is_a_number_of_seconds_or_none(said: str | None, seconds: float | None) -> None:
+    assert post._seconds(said) == seconds
 
 
 def test_a_dead_server_ends_the_run_after_its_patience(server: RewardServer) -> None:

@@ -13,9 +13,9 @@ from typing import Any, Literal
 from klimb.errors import RewardError, one_line
 from klimb.rewards.calling import printable
 from klimb.rewards.judge.ledger import Ledger
-from klimb.rewards.judge.post import NoReply, Reply, post
 from klimb.rewards.judge.question import Question, Unusable, Verdict, messages_of, new_tag, read, repair, schema_of
 from klimb.rewards.judge.settings import JudgeConfig
+from klimb.rewards.post import NoReply, Reply, post
 from klimb.types import Message
 
 HOPELESS = (401, 402, 403, 404)
