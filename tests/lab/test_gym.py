@@ -9,7 +9,7 @@ import pytest
 from klimb.errors import DataError, RewardError
 from klimb.lab.gym import part_of, prepare, refuse_constant
 from klimb.rewards import parse_reward
-from klimb.rewards.gym import gym, score
+from klimb.rewards.verifiers.gym import gym, score
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("reasoning_gym") is None,

@@ -6,7 +6,7 @@ import time
 import pytest
 
 from klimb.rewards import parse_reward
-from klimb.rewards.instructions import CHECKS, checked, instructions, sentences_of
+from klimb.rewards.verifiers.instructions import CHECKS, checked, instructions, sentences_of
 
 CASES = {
     "keywords:existence": ({"keywords": ["sun", "blue sky"]}, "The Sun in a blue sky.", "The sunny blue sky."),

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from klimb.errors import RewardError
 from klimb.rewards import parse_reward, reward_files
-from klimb.rewards.lengths import cosine, repetition
+from klimb.rewards.verifiers.lengths import cosine, repetition
 
 
 def test_repetition_by_hand() -> None:

@@ -12,7 +12,7 @@ from math_pairs import DIFFERENT, EQUAL
 
 from klimb.errors import RewardError
 from klimb.rewards import parse_reward
-from klimb.rewards.symbolic import MAX_EXPRESSION, final_answer
+from klimb.rewards.verifiers.symbolic import MAX_EXPRESSION, final_answer
 
 needs_math_verify = pytest.mark.skipif(
     importlib.util.find_spec("math_verify") is None,
@@ -158,7 +158,7 @@ def test_the_trainer_never_loads_what_evaluates() -> None:
 def test_a_worker_gives_up_files_network_and_processes() -> None:
     script = """
 import json, os, socket
-from klimb.rewards.isolated import confine
+from klimb.rewards.verifiers.isolated import confine
 def outcome(act):
     try:
         act()

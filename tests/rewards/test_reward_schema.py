@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from klimb.errors import RewardError
 from klimb.rewards import parse_reward
-from klimb.rewards.schema import TYPES, fits, json_schema
+from klimb.rewards.verifiers.schema import TYPES, fits, json_schema
 
 SCALARS = st.none() | st.booleans() | st.integers(-3, 3) | st.sampled_from([0.5, 1.0, -2.0]) | st.text("ab", max_size=3)
 VALUES = st.recursive(

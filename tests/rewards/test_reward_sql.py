@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from klimb.rewards import parse_reward
-from klimb.rewards.sql import is_ordered, opened, rows_of, sql
+from klimb.rewards.verifiers.sql import is_ordered, opened, rows_of, sql
 
 SHOP = """
 CREATE TABLE item (id INTEGER PRIMARY KEY, name TEXT, price REAL);

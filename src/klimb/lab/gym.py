@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from klimb.errors import DataError, did_you_mean
-from klimb.rewards.gym import Scorer, needs_reasoning_gym, score, scorer
+from klimb.rewards.verifiers.gym import Scorer, needs_reasoning_gym, score, scorer
 
 JUNK = ("", "0", "1", "2", "True", "False", "Yes", "No", "[]", "zzz")
 CONSTANT = 0.3

@@ -16,25 +16,25 @@ from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, ge
 from pydantic import BaseModel
 
 from klimb.errors import RewardError, did_you_mean, one_line
-from klimb.rewards.answers import choice, contains, f1
 from klimb.rewards.code import Options as code
 from klimb.rewards.code import parse_code
 from klimb.rewards.ensemble import Combine, parse_ensemble
 from klimb.rewards.function import START_TIMEOUT, TIMEOUT, FunctionReward, from_callable, from_file
-from klimb.rewards.gym import gym
-from klimb.rewards.instructions import instructions
-from klimb.rewards.isolated import Isolated
 from klimb.rewards.judge.reward import judge_files, make_judge
 from klimb.rewards.judge.settings import JudgeConfig
-from klimb.rewards.lengths import CosineReward, cosine, repetition
 from klimb.rewards.process import WorkerProcess
 from klimb.rewards.protocol import Reward
 from klimb.rewards.remote import Options as http
 from klimb.rewards.remote import parse_http
 from klimb.rewards.rules import Rule, exact, format, length, numeric, regex, rule_function
-from klimb.rewards.schema import json_schema
-from klimb.rewards.sql import sql
-from klimb.rewards.symbolic import math
+from klimb.rewards.verifiers.answers import choice, contains, f1
+from klimb.rewards.verifiers.gym import gym
+from klimb.rewards.verifiers.instructions import instructions
+from klimb.rewards.verifiers.isolated import Isolated
+from klimb.rewards.verifiers.lengths import CosineReward, cosine, repetition
+from klimb.rewards.verifiers.schema import json_schema
+from klimb.rewards.verifiers.sql import sql
+from klimb.rewards.verifiers.symbolic import math
 
 ModelLoader = Callable[..., Reward]
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from klimb.rewards.code import code_of
-from klimb.rewards.isolated import confine
 from klimb.rewards.rules import Column, references
+from klimb.rewards.verifiers.isolated import confine
 
 MAX_ROWS = 100_000
 MAX_VALUE = 1_000_000

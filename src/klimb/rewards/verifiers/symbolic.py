@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from klimb.errors import RewardError
-from klimb.rewards.isolated import confine
 from klimb.rewards.rules import MAX_ANSWER, NUMBER, Column, last_number, references
+from klimb.rewards.verifiers.isolated import confine
 
 MAX_EXPRESSION = 1_000
 """Characters; a longer answer is wrong without being read, a longer reference is an error."""

@@ -10,8 +10,8 @@ from functools import cache
 from typing import Annotated, Any
 
 from klimb.errors import RewardError
-from klimb.rewards.isolated import confine
 from klimb.rewards.rules import MAX_ANSWER
+from klimb.rewards.verifiers.isolated import confine
 
 FLOOR = 0.05
 """Many scorers give up to this for anything that is not empty; it counts as 0."""
