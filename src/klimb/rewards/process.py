@@ -14,8 +14,8 @@ from typing import Any
 
 from klimb.errors import RewardError
 from klimb.rewards.calling import MAX_DETAILS, CallFailed, Kind, Signature
+from klimb.rewards.frames import LENGTH, frame
 from klimb.rewards.protocol import Columns, Failure, Scores
-from klimb.rewards.worker import LENGTH, frame
 
 MAX_REPLY = 1 << 28
 """Bytes; a longer reply is nonsense that the user's code wrote into the pipe."""

@@ -20,7 +20,6 @@ import json
 import os
 import select
 import signal
-import struct
 import sys
 import time
 from pathlib import Path
@@ -28,8 +27,8 @@ from typing import Any
 
 from klimb.errors import KlimbError, RewardError, one_line
 from klimb.rewards.calling import Caller, CallFailed, raised
+from klimb.rewards.frames import read_frame, write_frame
 
-LENGTH = struct.Struct(">I")
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 STDERR = 2
 
@@ -167,34 +166,6 @@ def answer(caller: Caller, request: dict[str, Any]) -> dict[str, Any]:
 
 
 # ---- frames
-
-
-def frame(message: dict[str, Any]) -> bytes:
-    body = json.dumps(message).encode()
-    return LENGTH.pack(len(body)) + body
-
-
-def write_frame(fd: int, message: dict[str, Any]) -> None:
-    rest = memoryview(frame(message))
-    while rest:
-        rest = rest[os.write(fd, rest) :]
-
-
-def read_frame(fd: int) -> dict[str, Any] | None:
-    """The next message, None at the end of the stream."""
-    head = _read_exactly(fd, LENGTH.size)
-    body = _read_exactly(fd, LENGTH.unpack(head)[0]) if head else None
-    return json.loads(body) if body else None
-
-
-def _read_exactly(fd: int, count: int) -> bytes | None:
-    received = bytearray()
-    while len(received) < count:
-        chunk = os.read(fd, min(count - len(received), 1 << 20))
-        if not chunk:
-            return None
-        received += chunk
-    return bytes(received)
 
 
 if __name__ == "__main__":
