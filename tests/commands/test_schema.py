@@ -121,7 +121,8 @@ def test_a_shell_reads_its_script(shell: str, scripts: dict[str, Path]) -> None:
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_every_command_and_every_key_of_a_stage_is_there(shell: str, scripts: dict[str, Path]) -> None:
     text = scripts[shell].read_text()
-    for name in [*ALGORITHMS, *STAGES, "quickstart", "new", "chat", "schema", "completion"]:
+    commands = [stage for stage in STAGES if stage != "evaluate_reward"]  # `klimb evaluate reward=DIR` runs it
+    for name in [*ALGORITHMS, *commands, "quickstart", "new", "chat", "schema", "completion"]:
         assert name in text
     for stage in STAGES:
         for key in leaves(schema(stage), schema(stage).get("$defs", {})):

@@ -15,6 +15,9 @@ from klimb.objective.algorithms import ALGORITHMS
 from klimb.objective.preference import PREFERENCE_LOSSES
 from klimb.stages.registry import STAGES
 
+_FURTHER = {"evaluate": "evaluate_reward"}
+"""Stages that a command runs besides that of its name, where other keys ask for it."""
+
 
 class Words(NamedTuple):
     """What may follow a command: `--flags`, and `key=` with the values that are known for it."""
@@ -44,7 +47,8 @@ def _words(name: str, command: Any) -> Words:
     config = own.get(name) or (config_class(name) if name in STAGES else None)
     flags = [option for parameter in command.params for option in parameter.opts if option.startswith("--")]
     about = (command.help or "").splitlines()[0]
-    return Words([*flags, "--help"], dict(_keys(config)) if config else {}, about)
+    further = dict(_keys(config_class(_FURTHER[name]))) if name in _FURTHER else {}
+    return Words([*flags, "--help"], further | (dict(_keys(config)) if config else {}), about)
 
 
 def _keys(config: type[BaseModel], above: str = "") -> Iterator[tuple[str, list[str]]]:

@@ -44,6 +44,7 @@ from klimb.stages.reward_kinds.comparisons import batch_of
 class AverageConfig(RunConfig):
     """`model` is the first of the models, and need not be said; its tokenizer and settings are the mean's."""
 
+    model: str = Field("", description="default: the first of models")
     models: list[str] = Field(description="directories of models of one shape")
     data: Data = Field(None, description="of reward models: pairs to scale the mean's scores on, and to compare on")
 

@@ -53,6 +53,7 @@ class EvaluateRewardConfig(RunConfig):
     `gold` and `other` are rewards, too: what the reward stands for, and what it is compared with.
     """
 
+    model: str = Field("", description="default: the first reward model of reward")
     data: Data = Field(description="comparisons that it was not trained on")
     reward: Given = Field(description="what is measured")
     gold: Given = Field(None, description="the truth, where a program knows it: length is held against it")
