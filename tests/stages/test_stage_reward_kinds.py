@@ -25,7 +25,8 @@ from world import LETTERS, SMALL_RL, WORDS, Played, World, klimb, play, write
 
 from klimb.data.render import Renderer
 from klimb.errors import ConfigError, KlimbError
-from klimb.models.load import load_classifier, load_tokenizer
+from klimb.models.load import load_classifier
+from klimb.models.place import load_tokenizer
 from klimb.rewards.model import ModelReward
 from klimb.stages.experience import by_token
 from klimb.stages.reward_kinds import process
