@@ -65,7 +65,7 @@ def test_places(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "data"),
     [
-        ("a.csv", CSV), ("a.csv.gz", gzip.compress(CSV.encode())), ("a.csv", "\ufeff" + CSV),
+        ("a.csv", CSV), ("a.csv.gz", gzip.compress(CSV.encode(), mtime=0)), ("a.csv", "\ufeff" + CSV),
         ("a.csv", 'prompt;completion\n"a ""b"", c\nd";é\u2028\n"e;f\t";\n'),
         ("a.tsv", 'prompt\tcompletion\n"a ""b"", c\nd"\té\u2028\n\n"e;f\t"\t\n'),
         ("a.csv", ',prompt,completion\n0,"a ""b"", c\nd",é\u2028\n1,"e;f\t",'),  # an index, and no end of line
