@@ -31,7 +31,8 @@ from klimb.data.render import Renderer
 from klimb.lab.scratch import make_model, piece_tokenizer
 from klimb.models.backbone import Backbone
 from klimb.models.faces import Policy, RewardModel, Verdicts
-from klimb.models.load import load_causal, load_classifier, load_tokenizer, reward_facts
+from klimb.models.load import load_causal, load_classifier, reward_facts
+from klimb.models.place import load_tokenizer
 from klimb.rewards.model import ModelReward
 from klimb.stages import baselines
 from klimb.watch.statistics import mean_interval
