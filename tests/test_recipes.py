@@ -114,7 +114,9 @@ def tiny(name: str, folder: Path) -> dict[str, Any]:
         if "critic" in settings:
             settings["critic"].pop("warmup_steps", None)
         if settings["stage"] == "sample":  # enough that some replies are better than others
-            settings["samples_per_prompt"] = 1 if name in COUNTDOWN else 40
+            settings["samples_per_prompt"] = (2 if "pairs" in settings else 1) if name in COUNTDOWN else 40
+            if name == "iterative-dpo":
+                settings["reward"] = "length"  # after two steps nothing is right, and all pairs are ties
         if name == "constitutional-ai":
             settings |= OF_THE_CONSTITUTION.get(settings["stage"], {})
             for key in ("transcripts", "eval_fraction", "baselines"):

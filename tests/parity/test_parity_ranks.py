@@ -127,6 +127,8 @@ def test_checkpoints_are_those_of_one_rank(stage: str, runs: tuple[Path, Path, l
     assert len(moments[0]) == len(moments[1]) == (stage == "ppo")
     for mine, theirs in zip(*moments):  # of scores that the one judge's and the other's rounding set apart
         assert theirs == pytest.approx(mine, rel=TOLERANCE)
+    means = [found.state["stage"].get("displacement", {}).pop("mean", 0.0) for found in (one, two)]
+    assert means[1] == pytest.approx(means[0], rel=TOLERANCE)  # of log-probs that were added up in another order
     assert one.state == two.state
     assert {part: set(named) for part, named in one.tensors.items()} == {p: set(n) for p, n in two.tensors.items()}
 

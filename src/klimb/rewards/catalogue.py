@@ -247,6 +247,8 @@ def _checked(hint: Any, option: str, value: Any, where: str) -> Any:
 
     if get_origin(hint) is Literal and value not in get_args(hint):
         raise RewardError(f"unknown {option} {value!r}", where=where, fix=did_you_mean(str(value), get_args(hint)))
+    if hint is bool and not isinstance(value, bool):
+        raise RewardError(f"{option} is {value!r}", where=where, fix="write true or false")
     try:
         return TypeAdapter(hint).validate_python(value)
     except ValidationError as error:
