@@ -22,9 +22,9 @@ def _lines() -> Iterator[str]:
         "`python docs/rewards.py` out of the catalogue that the parser reads, and held against it by a test.",
         "",
         "Without options a source is its name (`reward: exact`), with options a mapping",
-        "(`reward: {exact: {column: solution}}`). A row without a reference (null) is not scored; of a list of references",
-        "any will do. Verifiers count how their rows end: ok (full marks), wrong, abstain, timeout, error; the counts are in",
-        "metrics.jsonl as `verdict/…`.",
+        "(`reward: {exact: {column: solution}}`). A row without a reference (null) is not scored; of a list of",
+        "references any will do. Verifiers count how their rows end: ok (full marks), wrong, abstain, timeout, error;",
+        "the counts are in metrics.jsonl as `verdict/…`.",
     )
     for page in pages():
         yield from _section(page)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -100,3 +101,9 @@ def test_files_and_functions_stay_small() -> None:
             if isinstance(node, ast.FunctionDef):
                 length = (node.end_lineno or node.lineno) - node.lineno + 1
                 assert length <= 75, f"{path}:{node.lineno} {node.name} has {length} lines"
+
+
+def test_the_list_of_files_is_of_today() -> None:
+    docs = PACKAGE.parents[1] / "docs"
+    document = runpy.run_path(str(docs / "structure.py"))["document"]()
+    assert (docs / "STRUCTURE.md").read_text() == document, "write it anew: python docs/structure.py"

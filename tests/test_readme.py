@@ -12,10 +12,9 @@ import pytest
 import torch
 from tiny import chat_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-from world import klimb, lines
+from world import lines
 
 ROOT = Path(__file__).parents[1]
-HAS_CHECK = "check" in re.findall(r"^  (\w+) ", klimb("--help").out, re.MULTILINE)
 
 
 def commands(model: str) -> str:
@@ -24,7 +23,7 @@ def commands(model: str) -> str:
     script = "\n".join(re.findall(r"^```\n(.*?)^```$", section, re.MULTILINE | re.DOTALL))
     script, named = re.subn(r"^DIR=\S+", f"DIR={model}", script, flags=re.MULTILINE)
     assert named == 1
-    return script if HAS_CHECK else re.sub(r"^klimb check .*\n", "", script, flags=re.MULTILINE)
+    return script
 
 
 @pytest.mark.slow
@@ -34,7 +33,7 @@ def test_your_own_data(architecture: str, tmp_path: Path) -> None:
     here = tmp_path / "empty"
     here.mkdir()
     script = commands(model)
-    for command in ("sft", "dpo", "grpo", "chat", "export"):
+    for command in ("check", "sft", "dpo", "grpo", "chat", "export"):
         assert f"\nklimb {command} " in script or f"| klimb {command} " in script
     preamble = f'set -e -o pipefail\nklimb() {{ "{sys.executable}" -m klimb "$@"; }}\n'
     env = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
