@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -210,7 +211,8 @@ def test_a_sandbox_that_dies_is_replaced(tier: str, victim: str) -> None:
     thread.start()
     time.sleep(0.3)
     for pid in sorted(before)[-1:] if victim == "the zygote" else sorted(descendants(os.getpid())):
-        os.kill(pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):  # gone with the one before: a namespace ends with its first process
+            os.kill(pid, signal.SIGKILL)
     thread.join()
     assert found == [Verdict("ok", 2, 0, "")]
     box.close()
