@@ -12,6 +12,7 @@ import torch
 
 from klimb.models.load import HALF, LoRA
 from klimb.models.outline import Outline, Shape
+from klimb.models.packing import flat_length, split_by_budget
 
 _DRAWING = 3
 """Tensors [rows, V] that drawing holds: the logits, their weights, and those filled up to whole blocks."""
@@ -20,9 +21,9 @@ _PREFILL = 4096
 _MOMENTS = {"fp32": 8.0, "8bit": 2 * (1 + 4 / 256)}
 """Bytes a trained parameter."""
 
-_HEAP = {False: 0.8, True: 1.6}
-"""By LoRA: what glibc keeps of freed blocks between those in use, as a share of these, measured on models of 6 and 35 M
-parameters (docs/LOG.md). A GPU's allocator hands its blocks out again."""
+_HEAP = {(False, False): 0.58, (False, True): 0.52, (True, False): 1.65, (True, True): 1.15}
+"""By LoRA, and by sampling between updates: what glibc keeps of freed blocks between those in use, as a share of these,
+measured on models of 1 and 11 M parameters (docs/LOG.md). A GPU's allocator hands its blocks out again."""
 
 
 class Sampled(NamedTuple):
@@ -56,17 +57,19 @@ class Work:
     """On the policy's base where it has adapters too."""
     frozen: tuple[tuple[str, Learning], ...] = ()
     sampled: tuple[Sampled, ...] = ()
+    online: bool = False
+    """Does it sample between its updates?"""
     compared_at_the_end: str | None = None
     """A reference that is loaded when training is over."""
     samples: int = 0
 
     def micro_batch(self, budget: int) -> int:
-        """Flat tokens of the largest one: `split_by_budget` makes equal parts of an update, give or take a sample and
-        the prompt of a group that is torn apart."""
-        prompt, completion, together = self.shape
-        whole = -(-self.samples // together) * prompt + self.samples * completion
-        parts = -(-whole // budget)
-        return min(whole // parts + completion // 2 + prompt, budget) if parts > 1 else min(whole, budget) or budget
+        """Flat tokens of the largest one."""
+        if not self.samples:
+            return budget
+        update = self.shape.batch(self.samples)
+        parts = split_by_budget(update, budget)
+        return max(flat_length([row for i in part for row in update.rows[i]]) for part in parts)
 
 
 @dataclass(frozen=True)
@@ -127,7 +130,7 @@ def plan(work: Work, dtype: torch.dtype, budget: int, *, checkpointing: bool, he
         reference = outline(Learning(work.compared_at_the_end), dtype).weights
         phases["measuring"] = {"reference": reference, **phases["sampling"]}
     if heap:
-        share = _HEAP[work.policy.lora is not None]
+        share = _HEAP[work.policy.lora is not None, work.online]
         for name in phases.keys() & {"training", "critic"}:
             phases[name] = {**phases[name], "heap": int(share * sum(phases[name].values()))}
     return Plan(held, phases)

@@ -58,7 +58,7 @@ def of_rl(config: Any, needs: Any, context: int) -> Work:
         )
     return Work(
         _learning(config), Shape(prompt, config.max_tokens, config.samples_per_prompt), critic=critic,
-        frozen=_reference(config, compared) + _judges(config), sampled=sampled,
+        frozen=_reference(config, compared) + _judges(config), sampled=sampled, online=True,
         compared_at_the_end=config.model if config.measure is not None and not compared else None,
         samples=-(-config.prompts_per_step // config.updates_per_step) * config.samples_per_prompt,
     )  # fmt: skip
@@ -69,7 +69,7 @@ def of_online_pairs(config: Any, context: int) -> Work:
     sampled = (Sampled(min(_ENGINE_ROWS, 2 * config.prompts_per_step), prompt, config.max_tokens, 2),)
     return Work(
         _learning(config), Shape(prompt, config.max_tokens, 2), frozen=_reference(config, True) + _judges(config),
-        sampled=(*sampled, *_measured(config, context)),
+        sampled=(*sampled, *_measured(config, context)), online=True,
     )  # fmt: skip
 
 
@@ -79,7 +79,7 @@ def of_distilling(config: Any, context: int) -> Work:
     frozen = (("teacher", Learning(config.teacher)), *_judges(config))
     return Work(
         _learning(config), Shape(prompt, config.max_tokens), frozen=frozen,
-        sampled=(*sampled, *_measured(config, context)),
+        sampled=(*sampled, *_measured(config, context)), online=True,
         compared_at_the_end=config.model if config.measure is not None else None,
     )  # fmt: skip
 
