@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 
 import arena_page
 
+from klimb.errors import Interrupted
 from klimb.stages.results import Result
 
 HERE = Path(__file__).parent
@@ -44,9 +45,9 @@ MEASURE_TASK = {
 TEN = ("reinforce", "rloo", "reinforce++", "ppo", "grpo", "dr_grpo", "dapo", "gspo", "cispo", "maxrl")
 """Those that run on all three worlds."""
 _TWO_REWARDS = ["${world.reward}", "${world.readable}"]
-_STALE = {"prompts_per_step": 1280, "steps": 3, "updates_per_step": 20}
-"""As many updates of as many samples as the others, from three batches: the last twentieth of each was drawn by weights
-of 19 updates ago."""
+_STALE = {"prompts_per_step": 960, "steps": 3, "updates_per_step": 15}
+"""As many updates of as many samples as the others, from three batches: the last fifteenth of each was drawn by weights
+of 14 updates ago."""
 CONTROLS: Mapping[str, dict[str, Any]] = {
     "grpo, clip-higher": {"algorithm": {"name": "grpo", "kl": "none", "surrogate": {"clip": [0.2, 0.28]}}},
     "grpo, shuffled rewards": {"reward": f"{HERE / 'arena_rewards.py'}:shuffled"},
@@ -73,26 +74,30 @@ class Contest:
 
     def stages(self, method: str, settings: Mapping[str, Any]) -> Stages:
         """The shared ones, the method, its measurement. A setting that is None is none of this method's."""
+        measured = {"stage": "evaluate", "method": method, "measure": self.measure, "best_of": [1, 16], "report_n": 1}
+        if method == "sft":
+            return {**self.start, "start-measured": {**measured, "model": "${sft.model}", "reference": "${sft.model}"}}
         label = method.replace(", ", "-").replace(" ", "-").replace("+", "p")
-        return {
-            **self.start,
-            label: {"method": method, **{k: v for k, v in {**self.train, **settings}.items() if v is not None}},
-            f"{label}-measured": {
-                "stage": "evaluate", "method": method, "model": f"${{{label}.model}}", "reference": "${sft.model}",
-                "measure": self.measure, "best_of": [1, 16], "report_n": 1,
-            },
-        }  # fmt: skip
+        trained = {"method": method, **{k: v for k, v in {**self.train, **settings}.items() if v is not None}}
+        model = f"${{{label}.model}}"
+        ending = {**measured, "model": model, "reference": "${sft.model}"}
+        return {**self.start, label: trained, f"{label}-measured": ending}
 
 
 def sft(model: str = "${world.model}", **settings: Any) -> dict[str, Any]:
     return {"stage": "sft", "model": model, "data": "${world.demonstrations}", "batch_size": 256, **settings}
 
 
+def drawing(steps: int, prompts: int) -> dict[str, int]:
+    """Batch numbers of one update a batch, and all that may be drawn."""
+    return {"steps": steps, "prompts_per_step": prompts, "samples_per_prompt": 8, "max_samples": steps * prompts * 8}
+
+
 def contests() -> dict[str, Contest]:
     adam = {"betas": [0.9, 0.99]}
     # Room behind the longest right answer: overlong punishments begin at four fifths of max_tokens.
-    task = {"stage": "rl", "model": "${sft.model}", "data": "${world.prompts}", "reward": "${world.reward}",
-            "prompts_per_step": 64, "samples_per_prompt": 8, "steps": 60, "max_samples": 60 * 64 * 8}  # fmt: skip
+    begun = {"stage": "rl", "model": "${sft.model}", "data": "${world.prompts}"}
+    task = {**begun, "reward": "${world.reward}"}
     measured = {"data": "${world.prompts}", "reward": "${reward_model.model}", "gold": "${world.gold}",
                 "samples_per_prompt": 171, "max_tokens": 20}  # fmt: skip
     pairs = {"stage": "sample", "model": "${sft.model}", "data": "${world.prompts}", "samples_per_prompt": 2400,
@@ -108,8 +113,7 @@ def contests() -> dict[str, Contest]:
             "optimizer": {**adam, "lr": 2e-3, "warmup_steps": 30, "decay": "linear", "max_grad_norm": None},
         },
     }  # fmt: skip
-    online = {**task, "reward": "${reward_model.model}", "gold": "${world.gold}", "prompts_per_step": 16, "steps": 80,
-              "max_samples": 80 * 16 * 8, "max_tokens": 20,
+    online = {**begun, "reward": "${reward_model.model}", "gold": "${world.gold}", **drawing(80, 16), "max_tokens": 20,
               "optimizer": {"lr": 3e-4, "betas": [0.9, 0.95]}}  # fmt: skip
     offline = {"stage": "preference", "model": "${sft.model}", "data": "${comparisons.preferences}", "epochs": 2,
                "batch_size": 128, "optimizer": {"lr": 3e-4, "betas": [0.9, 0.95]}}  # fmt: skip
@@ -117,14 +121,14 @@ def contests() -> dict[str, Contest]:
         "countdown": Contest(
             "countdown",
             {"sft": sft(steps=300, optimizer={**adam, "lr": 2e-3, "warmup_steps": 20, "decay": "linear"})},
-            {**task, "max_tokens": 8, "optimizer": {**adam, "lr": 1e-4}},
+            {**task, **drawing(45, 64), "max_tokens": 8, "optimizer": {**adam, "lr": 1e-4}},
             {**MEASURE_TASK, "max_tokens": 8},
         ),
         "clerk": Contest("clerk", clerk, online, measured),
         "digits": Contest(
             "digits",
             {"sft": sft(steps=250, optimizer={**adam, "lr": 3e-3, "warmup_steps": 50})},
-            {**task, "max_tokens": 7, "optimizer": {**adam, "lr": 3e-4}},
+            {**task, **drawing(60, 64), "max_tokens": 7, "optimizer": {**adam, "lr": 3e-4}},
             {**MEASURE_TASK, "max_tokens": 7},
         ),
         "offline": Contest("clerk", clerk, offline, measured),
@@ -204,8 +208,6 @@ def rows_of(contest: str, seed: int, root: Path, data: str | None, until: float)
         if time.time() > until:
             break
         stages = world.stages(method, settings)
-        if method == "sft":
-            stages = {**world.start, "start-measured": {**stages["sft-measured"], "model": "${sft.model}"}}
         recipe = {"name": "arena", "world": spec, "seed": seed, "threads": 1, "token_budget": 8192, "stages": stages,
                   "out": str(folder)}  # fmt: skip
         row: dict[str, Any] = {"contest": contest, "seed": seed, "method": method}
@@ -214,6 +216,8 @@ def rows_of(contest: str, seed: int, root: Path, data: str | None, until: float)
                 recipe, fresh="changed", say=lambda line: None
             ))  # fmt: skip
             told = f"{row['pass@1']:.3f}"
+        except Interrupted:
+            raise
         except Exception as error:  # one method's failure is a finding, not the end of the arena
             row["error"] = type(error).__name__
             told = f"{type(error).__name__}: {error}"
