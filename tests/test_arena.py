@@ -155,7 +155,7 @@ def test_the_page_compares_seed_by_seed() -> None:
     assert "Did not run: broken (RewardError)." in page
     assert "| grpo, clip-higher | grpo | +0.000 [+0.000, +0.000] | the same weights | the same weights |" in page
     assert page.index("| once |") < page.index("| better |") < page.index("| sft |")
-    assert "| better | **0.45** [" in page
+    assert "| better | **0.450** [" in page
 
 
 def test_the_picture_and_the_page_are_written_between_the_marks(tmp_path: Path) -> None:
