@@ -67,6 +67,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_a_tiny_arena_has_its_figures_and_goes_on_where_it_was_stopped(tiny: Path) -> None:
     def play(until: float) -> dict[str, dict[str, Any]]:
         return {row["method"]: row for row in arena.rows_of("countdown", 0, tiny / "runs", None, until)}
@@ -159,14 +160,14 @@ def test_the_page_compares_seed_by_seed() -> None:
 
 
 def test_the_picture_and_the_page_are_written_between_the_marks(tmp_path: Path) -> None:
-    (tmp_path / "ARENA.md").write_text("# head\n\n<!-- tables -->old<!-- tables -->\n\ntail\n")
+    (tmp_path / "ARENA.md").write_text("# head\n\n<!-- tables -->outdated<!-- tables -->\n\ntail\n")
     rows = rows_of("grpo", [0.3, 0.4]) + rows_of("sft", [0.1, 0.2]) + rows_of("dpo", [1.0, 1.2], contest="offline")
     for _ in range(2):
         arena_page.write(rows, tmp_path)
         page = (tmp_path / "ARENA.md").read_text()
         assert page.startswith("# head\n\n<!-- tables -->")
         assert page.endswith("<!-- tables -->\n\ntail\n")
-        assert "old" not in page
+        assert "outdated" not in page
         assert page.count("### Mini-countdown") == page.count("### The clerk, from comparisons alone") == 1
         assert "| method | gold | − dpo |" in page
     assert (tmp_path / "arena.svg").read_text().startswith("<svg xmlns=")
