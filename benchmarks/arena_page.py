@@ -140,7 +140,7 @@ def controls(ran: Mapping[str, Sequence[dict[str, Any]]]) -> list[str]:
 
 
 def _listed(methods: Sequence[str]) -> str:
-    return f" ({', '.join(methods)})" if methods else ""
+    return f" ({'; '.join(methods)})" if methods else ""
 
 
 def _told(found: Interval | None) -> str:
