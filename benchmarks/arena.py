@@ -3,28 +3,34 @@
     python benchmarks/arena.py [--out DIR] [--seeds 3] [--minutes 60] [--only countdown clerk digits offline]
 
 Online methods start from the same SFT model of a world and a seed, draw the same number of completions, and are
-measured on the same held-out prompts: the score of one sample (pass@1), the best of 16 (pass@16), entropy, KL to the
-start, length, seconds. Offline methods learn from the same comparisons of the clerk's world and are measured by the
-gold program. Everything is a klimb run below --out: what is there already is not run again, so a second call goes on
-where the first was stopped, and after --minutes no further run begins. The figures go to
-benchmarks/results/arena.json; `--page` alone writes docs/ARENA.md and its picture from that.
+measured on the same held-out prompts: the score of one sample (pass@1), the best of 16 (pass@16), KL to the start,
+length; and entropy, seconds and what was drawn while training. Offline methods learn from the same comparisons of the
+clerk's world and are measured by the gold program. Everything is a klimb run below --out: what is there already is not
+run again, so a second call goes on where the first was stopped, and after --minutes no further run begins. The figures
+go to benchmarks/results/arena.json as they come; `--page` alone writes docs/ARENA.md and its picture from that.
 
-Rates are the same for all methods of a world (they were not tuned for any): a method that wants another one says so
-in `OWN`. What differs by chance is in the interval over seeds (t, 95 %).
+Rates are the same for all methods of a world (they were not tuned for any): a method that wants another setting says so
+in `OWN`. After the start and what all are compared with, every seed has an order of its own, so that it is chance whom
+a lack of time hits.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
+import random
 import time
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import arena_page
+
+from klimb.errors import Interrupted
+from klimb.stages.results import Result
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "arena.json"
@@ -38,12 +44,26 @@ MEASURE_TASK = {
 }
 TEN = ("reinforce", "rloo", "reinforce++", "ppo", "grpo", "dr_grpo", "dapo", "gspo", "cispo", "maxrl")
 """Those that run on all three worlds."""
+_TWO_REWARDS = ["${world.reward}", "${world.readable}"]
+_STALE = {"prompts_per_step": 960, "steps": 3, "updates_per_step": 15}
+"""As many updates of as many samples as the others, from three batches: the last fifteenth of each was drawn by weights
+of 14 updates ago."""
 CONTROLS: Mapping[str, dict[str, Any]] = {
     "grpo, clip-higher": {"algorithm": {"name": "grpo", "kl": "none", "surrogate": {"clip": [0.2, 0.28]}}},
     "grpo, shuffled rewards": {"reward": f"{HERE / 'arena_rewards.py'}:shuffled"},
+    "grpo, two rewards": {"reward": _TWO_REWARDS},
+    "grpo, stale": _STALE,
+    # A weight held at 1 is no ratio at all; one of at most 2 is truncated importance sampling.
+    "grpo, stale, no ratio": {**_STALE, "algorithm": {"name": "grpo", "kl": "none", "surrogate": {"cispo": [0, 0]}}},
+    "grpo, stale, TIS": {**_STALE, "algorithm": {"name": "grpo", "kl": "none", "surrogate": {"cispo": [1, 1]}}},
 }
-OWN: Mapping[str, dict[str, Any]] = {}
+"""Of mini-countdown."""
+OWN: Mapping[str, dict[str, Any]] = {"gdpo": {"reward": _TWO_REWARDS}}
 """Settings that a row needs besides the world's."""
+ONLINE_PREFERENCE: Mapping[str, dict[str, Any]] = {
+    "online_dpo": {},
+    "xpo": {"opponent": "reference", "optimism": 1e-5},
+}
 
 
 class Contest:
@@ -53,26 +73,31 @@ class Contest:
         self.name, self.start, self.train, self.measure = name, start, train, measure
 
     def stages(self, method: str, settings: Mapping[str, Any]) -> Stages:
-        """The shared ones, the method, its measurement."""
+        """The shared ones, the method, its measurement. A setting that is None is none of this method's."""
+        measured = {"stage": "evaluate", "method": method, "measure": self.measure, "best_of": [1, 16], "report_n": 1}
+        if method == "sft":
+            return {**self.start, "start-measured": {**measured, "model": "${sft.model}", "reference": "${sft.model}"}}
         label = method.replace(", ", "-").replace(" ", "-").replace("+", "p")
-        return {
-            **self.start,
-            label: {**self.train, "method": method, **settings},
-            f"{label}-measured": {
-                "stage": "evaluate", "method": method, "model": f"${{{label}.model}}", "reference": "${sft.model}",
-                "measure": self.measure, "best_of": [1, 16], "report_n": 1,
-            },
-        }  # fmt: skip
+        trained = {"method": method, **{k: v for k, v in {**self.train, **settings}.items() if v is not None}}
+        model = f"${{{label}.model}}"
+        ending = {**measured, "model": model, "reference": "${sft.model}"}
+        return {**self.start, label: trained, f"{label}-measured": ending}
 
 
 def sft(model: str = "${world.model}", **settings: Any) -> dict[str, Any]:
     return {"stage": "sft", "model": model, "data": "${world.demonstrations}", "batch_size": 256, **settings}
 
 
+def drawing(steps: int, prompts: int) -> dict[str, int]:
+    """Batch numbers of one update a batch, and all that may be drawn."""
+    return {"steps": steps, "prompts_per_step": prompts, "samples_per_prompt": 8, "max_samples": steps * prompts * 8}
+
+
 def contests() -> dict[str, Contest]:
     adam = {"betas": [0.9, 0.99]}
-    task = {"stage": "rl", "model": "${sft.model}", "data": "${world.prompts}", "reward": "${world.reward}",
-            "prompts_per_step": 64, "samples_per_prompt": 8, "steps": 60, "max_samples": 60 * 64 * 8}  # fmt: skip
+    # Room behind the longest right answer: overlong punishments begin at four fifths of max_tokens.
+    begun = {"stage": "rl", "model": "${sft.model}", "data": "${world.prompts}"}
+    task = {**begun, "reward": "${world.reward}"}
     measured = {"data": "${world.prompts}", "reward": "${reward_model.model}", "gold": "${world.gold}",
                 "samples_per_prompt": 171, "max_tokens": 20}  # fmt: skip
     pairs = {"stage": "sample", "model": "${sft.model}", "data": "${world.prompts}", "samples_per_prompt": 2400,
@@ -88,8 +113,7 @@ def contests() -> dict[str, Contest]:
             "optimizer": {**adam, "lr": 2e-3, "warmup_steps": 30, "decay": "linear", "max_grad_norm": None},
         },
     }  # fmt: skip
-    online = {**task, "reward": "${reward_model.model}", "gold": "${world.gold}", "prompts_per_step": 16, "steps": 80,
-              "max_samples": 80 * 16 * 8, "max_tokens": 20,
+    online = {**begun, "reward": "${reward_model.model}", "gold": "${world.gold}", **drawing(80, 16), "max_tokens": 20,
               "optimizer": {"lr": 3e-4, "betas": [0.9, 0.95]}}  # fmt: skip
     offline = {"stage": "preference", "model": "${sft.model}", "data": "${comparisons.preferences}", "epochs": 2,
                "batch_size": 128, "optimizer": {"lr": 3e-4, "betas": [0.9, 0.95]}}  # fmt: skip
@@ -97,34 +121,59 @@ def contests() -> dict[str, Contest]:
         "countdown": Contest(
             "countdown",
             {"sft": sft(steps=300, optimizer={**adam, "lr": 2e-3, "warmup_steps": 20, "decay": "linear"})},
-            {**task, "max_tokens": 6, "optimizer": {**adam, "lr": 1e-4}},
-            {**MEASURE_TASK, "max_tokens": 6},
+            {**task, **drawing(45, 64), "max_tokens": 8, "optimizer": {**adam, "lr": 1e-4}},
+            {**MEASURE_TASK, "max_tokens": 8},
         ),
+        "clerk": Contest("clerk", clerk, online, measured),
         "digits": Contest(
             "digits",
             {"sft": sft(steps=250, optimizer={**adam, "lr": 3e-3, "warmup_steps": 50})},
-            {**task, "max_tokens": 5, "optimizer": {**adam, "lr": 3e-4}},
-            {**MEASURE_TASK, "max_tokens": 5},
+            {**task, **drawing(60, 64), "max_tokens": 7, "optimizer": {**adam, "lr": 3e-4}},
+            {**MEASURE_TASK, "max_tokens": 7},
         ),
-        "clerk": Contest("clerk", clerk, online, measured),
         "offline": Contest("clerk", clerk, offline, measured),
     }
 
 
 def methods(contest: str) -> dict[str, dict[str, Any]]:
     """Name → settings, of all that take part in a contest."""
-    from klimb.objective.algorithms import ALGORITHMS
-    from klimb.objective.preference import PREFERENCE_LOSSES
-
     if contest == "offline":
-        return {name: {"loss": name, **OWN.get(name, {})} for name in PREFERENCE_LOSSES}
-    names = ALGORITHMS if contest == "countdown" else [name for name in TEN if name in ALGORITHMS]
-    # A verifier needs no leash; the clerk's proxy does, and there all have the same one.
-    kl = {"where": "reward", "estimator": "k1", "beta": 0.15} if contest == "clerk" else "none"
-    found = {name: {"algorithm": {"name": name, "kl": kl}, **OWN.get(name, {})} for name in names}
+        return losses()
+    from klimb.objective.algorithms import ALGORITHMS
+
+    found: dict[str, dict[str, Any]] = {}
+    for name in ALGORITHMS if contest == "countdown" else TEN:
+        row = ALGORITHMS[name]
+        # A verifier needs no leash; the clerk's proxy does, and there all have the same one. Where β is what the loss
+        # regresses on, it stays.
+        kl: Any = {"where": "reward", "estimator": "k1", "beta": 0.15} if contest == "clerk" else "none"
+        critic = {"critic": {"optimizer": {"lr": 1e-3}}} if row.critic else {}
+        found[name] = {"algorithm": name if row.regression else {"name": name, "kl": kl}, **critic, **OWN.get(name, {})}
+    if contest == "digits":
+        return found
+    drawn = {"samples_per_prompt": None, "max_samples": None, "stage": "online_preference"}
+    train = contests()[contest].train
+    pairs = train["prompts_per_step"] * train["samples_per_prompt"] // 2
+    found |= {name: {**drawn, "prompts_per_step": pairs, **own} for name, own in ONLINE_PREFERENCE.items()}
     if contest == "countdown":
         found |= {name: {"algorithm": {"name": "grpo", "kl": "none"}, **change} for name, change in CONTROLS.items()}
     return found
+
+
+def losses() -> dict[str, dict[str, Any]]:
+    """All that learn from pairs, or from their two sides with labels: as many completions in each update."""
+    from klimb.objective.preference import PREFERENCE_LOSSES, needs_of, parse_preference
+
+    needs = {name: needs_of(parse_preference(name)) for name in PREFERENCE_LOSSES}
+    return {
+        name: {
+            "loss": name,
+            **({} if need.reference else {"measure_drift": True}),
+            **({"batch_size": 256} if need.data == "labels" else {}),
+        }
+        for name, need in needs.items()
+        if need.data in ("pairs", "labels")
+    }
 
 
 class Job(NamedTuple):
@@ -148,42 +197,73 @@ def play(job: Job, until: float) -> list[dict[str, Any]]:
 
 
 def rows_of(contest: str, seed: int, root: Path, data: str | None, until: float) -> list[dict[str, Any]]:
-    """All methods of one contest and seed. A row for each that ran."""
+    """All methods of one contest and seed. A row for each that ran, and for each that failed one that says so."""
     import klimb
 
     world = contests()[contest]
+    folder = root / world.name / f"seed-{seed}"
     spec: Any = world.name if data is None or world.name != "digits" else {"name": "digits", "data": data}
-    rows = []
-    for method, settings in [("sft", {}), *methods(contest).items()]:
+    rows: list[dict[str, Any]] = []
+    for method, settings in in_order(methods(contest), arena_page.BASES[contest], seed):
         if time.time() > until:
             break
         stages = world.stages(method, settings)
-        if method == "sft":
-            stages = {**world.start, "start-measured": {**stages["sft-measured"], "model": "${sft.model}"}}
         recipe = {"name": "arena", "world": spec, "seed": seed, "threads": 1, "token_budget": 8192, "stages": stages,
-                  "out": str(root / world.name / f"seed-{seed}")}  # fmt: skip
+                  "out": str(folder)}  # fmt: skip
+        row: dict[str, Any] = {"contest": contest, "seed": seed, "method": method}
         try:
-            results = klimb.run(recipe, fresh="changed", say=lambda line: None)["stages"]
+            row |= figures("sft" if method == "sft" else [*stages][-2], [*stages][-1], klimb.run(
+                recipe, fresh="changed", say=lambda line: None
+            ))  # fmt: skip
+            told = f"{row['pass@1']:.3f}"
+        except Interrupted:
+            raise
         except Exception as error:  # one method's failure is a finding, not the end of the arena
-            print(f"{contest}, seed {seed}, {method}: {type(error).__name__}: {error}", flush=True)
-            continue
-        rows.append(row_of(contest, seed, method, results, root / world.name / f"seed-{seed}"))
-        print(f"{contest}, seed {seed}, {method}: {rows[-1]['pass@1']:.3f}", flush=True)
+            row["error"] = type(error).__name__
+            told = f"{type(error).__name__}: {error}"
+        rows.append(row)
+        print(f"{contest}, seed {seed}, {method}: {told}", flush=True)
+        if method == "sft" and "error" in row:
+            break  # the others would start from what there is not
     return rows
 
 
-def row_of(contest: str, seed: int, method: str, results: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    *_, trained, measured = ["sft", *results] if method == "sft" else results
-    found, curve = results[measured]["evaluation"], results[measured].get("curve") or [{}, {}]
-    steps = [json.loads(line) for line in (folder / trained / "metrics.jsonl").read_text().splitlines()]
-    last = steps[-10:]
-    mean = lambda key: sum(s[key] for s in last if key in s) / max(sum(key in s for s in last), 1)  # noqa: E731
+def in_order(entrants: Mapping[str, dict[str, Any]], base: str, seed: int) -> list[tuple[str, dict[str, Any]]]:
+    """The start, what all are compared with, and the others in an order of the seed's own."""
+    others = [name for name in entrants if name != base]
+    random.Random(seed).shuffle(others)
+    return [("sft", {}), *((name, entrants[name]) for name in [base, *others])]
+
+
+def figures(trained: str, measured: str, found: Result) -> dict[str, Any]:
+    """What a stage did while training (the mean of the last ten steps), and what its model does on the test."""
+    training, test = found[trained], found[measured]
+    steps = [json.loads(line) for line in (training.path / "metrics.jsonl").read_text().splitlines()]
+
+    def late(key: str) -> float | None:
+        values = [step[key] for step in steps[-10:] if key in step]
+        return sum(values) / len(values) if values else None
+
+    drawn = steps[-1].get("samples/drawn")
+    if drawn is None and "groups/drawn" in steps[-1]:
+        drawn = 2 * sum(step["groups/drawn"] for step in steps)  # a pair each
+    weights = b"".join(path.read_bytes() for path in sorted(Path(str(training.model)).glob("*.safetensors")))
     return {
-        "contest": contest, "seed": seed, "method": method, "pass@1": found["gold"], "pass@16": curve[-1].get("gold"),
-        "proxy": found.get("proxy"), "kl": found["kl"], "length": found["length"], "entropy": mean("entropy"),
-        "chosen_log_ratio": mean("chosen_log_ratio"), "seconds": results[trained]["seconds"],
-        "drawn": steps[-1].get("samples/drawn"), "model": results[trained]["model"],
+        "pass@1": test.evaluation["gold"], "pass@16": test.result["curve"][-1]["gold"],
+        "proxy": test.evaluation["proxy"], "kl": test.evaluation["kl"], "length": test.evaluation["length"],
+        "entropy": late("entropy"), "chosen_log_ratio": late("chosen_log_ratio"), "displaced": late("displaced"),
+        "seconds": training.seconds, "drawn": drawn, "weights": hashlib.sha256(weights).hexdigest()[:16],
     }  # fmt: skip
+
+
+def keep(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Adds rows to the results that there are, in place of older ones; those of methods that are gone go."""
+    known = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
+    entrants = {contest: {"sft", *methods(contest)} for contest in contests()}
+    place = {(row["contest"], row["seed"], row["method"]): row for row in [*known, *rows]}
+    kept = [row for (contest, _, method), row in place.items() if method in entrants[contest]]
+    RESULTS.write_text(json.dumps({"rows": kept}, indent=1, ensure_ascii=False) + "\n")
+    return kept
 
 
 def main() -> None:
@@ -199,12 +279,9 @@ def main() -> None:
     if not arguments.page:
         until = time.time() + 60 * arguments.minutes
         with ProcessPoolExecutor(arguments.jobs) as pool:
-            running = [
-                pool.submit(play, job, until)
-                for job in jobs(arguments.only, arguments.seeds, arguments.out.resolve(), arguments.data)
-            ]
-            rows = [row for future in running for row in future.result()]
-        RESULTS.write_text(json.dumps({"rows": rows}, indent=1, ensure_ascii=False) + "\n")
+            waiting = jobs(arguments.only, arguments.seeds, arguments.out.resolve(), arguments.data)
+            for job in as_completed([pool.submit(play, job, until) for job in waiting]):
+                keep(job.result())
     arena_page.write(json.loads(RESULTS.read_text())["rows"], HERE.parent / "docs")
 
 
