@@ -307,8 +307,10 @@ def _type_name(hint: Any) -> str:
         return " | ".join(map(str, get_args(hint)))
     if get_origin(hint) in (Sequence, list):
         return f"list of {_type_name(get_args(hint)[0])}"
-    if get_origin(hint) is dict:
+    if get_origin(hint) is dict or (isinstance(hint, type) and issubclass(hint, BaseModel)):
         return "mapping"
+    if get_origin(hint) is tuple:
+        return f"[{', '.join(map(_type_name, get_args(hint)))}]"
     if inner := get_args(hint):
         return " | ".join(_type_name(each) for each in inner)
     names = {str: "text", int: "integer", float: "number", bool: "true | false", type(None): "none"}

@@ -57,9 +57,11 @@ class JudgeSettings(StageConfig):
     max_tokens: int = Field(512, ge=1, description="of a reply")
     timeout: float = Field(120.0, gt=0, le=3600, description="seconds for one verdict, with all its tries")
     concurrency: int = Field(8, ge=1, le=256, description="requests at a time")
-    requests_per_minute: float | None = Field(None, gt=0)
-    budget: Budget = Budget()
-    prices: Prices | None = None
+    requests_per_minute: float | None = Field(None, gt=0, description="at most; default: as many as come")
+    budget: Budget = Field(
+        Budget(), description="{requests, tokens, money}: what a run may spend; then it stops, and can go on with more"
+    )
+    prices: Prices | None = Field(None, description="{prompt, completion}: of a million tokens")
     cache: str | None = Field(None, description="file of verdicts that were paid for; default: in the run directory")
     canary_limit: float = Field(
         0.5,
