@@ -85,8 +85,8 @@ def test_adapters_are_counted_and_the_frozen_base_has_no_gradients(tmp_path: Pat
     real = Backbone(AutoModelForCausalLM.from_config(CONFIGS["llama"]()), None, lora)
     of_two_layers = size(real.trainable().values())
     outline = Outline(path, torch.bfloat16, lora)
-    assert outline.adapters == of_two_layers * LAYERS // 2  # in fp32 on a base in bfloat16
-    assert (outline.masters, outline.gradients) == (0, outline.adapters)
+    assert outline.adapters == of_two_layers * LAYERS // 2 // 2  # in bfloat16, as the base
+    assert (outline.masters, outline.gradients) == (4 * outline.trained, 6 * outline.trained)
     full = Outline(path, torch.bfloat16)
     assert (full.masters, full.gradients) == (4 * full.trained, 6 * full.trained)
 

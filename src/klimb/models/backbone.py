@@ -50,6 +50,7 @@ class Backbone(nn.Module):
             self.peft = _new_adapter(model, lora)
         self._used: str | None = _UNKNOWN
         self.model = model
+        self._adapters_in_its_precision()
         self.started_from_adapter = adapter is not None and self.peft is not None
         self.context = context_length(model.config)
         skip_unread(model)
@@ -122,12 +123,20 @@ class Backbone(nn.Module):
     def add_adapter(self, name: str, source: str) -> None:
         """A further adapter, of the same shape as `source` and with the same numbers."""
         self.peft.add_adapter(name, self.peft.peft_config[source])
+        self._adapters_in_its_precision()
         self._used = _UNKNOWN
         numbers = dict(self.model.named_parameters())
         with torch.no_grad():
             for path, parameter in numbers.items():
                 if f".{source}." in path and "lora_" in path:
                     numbers[path.replace(f".{source}.", f".{name}.")].copy_(parameter)
+
+    def _adapters_in_its_precision(self) -> None:
+        """peft makes them in float32, and each would keep its layer's input in float32 a second time. What training
+        needs in float32 are the masters, and those the learner has."""
+        for name, parameter in self.model.named_parameters():
+            if "lora_" in name:
+                parameter.data = parameter.data.to(self.model.dtype)
 
     def named_weights(self, adapter: str | None) -> dict[str, Tensor]:
         """All weights, or an adapter's, whether they are trained or not."""
