@@ -1,9 +1,10 @@
 """Mini-countdown in two steps: "3 4 7 > 25 >" is answered by "7 * 4 = 28 ; 28 - 3 = 25", each step to be judged alone.
 
-A step takes two of the numbers that are left and puts their result in their place; all numbers are from 0 to 50. A step
-is right when it calculates rightly with numbers that are there and the target can still be reached (for the last step:
-is reached). So there is an exact judge of every step, to train a model of steps with and to hold it against, and a
-verifier of the whole. The split by triples is that of `klimb.lab.countdown`.
+A step takes two of the numbers that are left and puts their result in their place. Targets and results are from 0 to
+30: fewer sums to know by heart than in `klimb.lab.countdown`, whose split by triples this is. A step is right when it
+calculates rightly with numbers that are there and the target can still be reached (for the last step: is reached). So
+there is an exact judge of every step, to train a model of steps with and to hold it against, and a verifier of the
+whole.
 
 Process against outcome supervision: Uesato et al. (2022), arXiv 2211.14275; Lightman et al. (2023), arXiv 2305.20050.
 """
@@ -16,17 +17,9 @@ from itertools import combinations_with_replacement, permutations
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from klimb.lab.countdown import (
-    LARGEST_NUMBER,
-    LARGEST_TARGET,
-    OPERATIONS,
-    Question,
-    calculated,
-    part_of,
-    question_of,
-    write,
-)
+from klimb.lab.countdown import LARGEST_NUMBER, OPERATIONS, Question, calculated, part_of, question_of, write
 
+LARGEST_TARGET = 30
 WORDS = (*(str(number) for number in range(LARGEST_TARGET + 1)), *OPERATIONS, ">", "=", ";")
 SEPARATOR = " ; "
 MAX_REPLY = 12
@@ -117,8 +110,9 @@ def solutions() -> dict[Question, list[tuple[Step, Step]]]:
 
 
 def demonstrations(n: int, seed: int, known: dict[Question, list[tuple[Step, Step]]]) -> list[dict[str, str]]:
-    """`n` times two steps that calculate rightly with the numbers of a training question: half of them to its target,
-    half to some target of these numbers. So calculating is learnt better than choosing, which is left to be trained.
+    """`n` times two steps that calculate rightly with the numbers of a training question: three of four to its target,
+    the others to some target of these numbers. So calculating is learnt better than choosing, which is left to be
+    trained.
     """
     stream = random.Random(f"countdown steps {seed}")
     questions = [question for question in known if part_of(question.numbers) == "train"]
@@ -127,7 +121,7 @@ def demonstrations(n: int, seed: int, known: dict[Question, list[tuple[Step, Ste
         alike.setdefault(question.numbers, []).append(question)
     rows = []
     for question in stream.choices(questions, k=n):
-        reached = question if stream.random() < 0.5 else stream.choice(alike[question.numbers])
+        reached = question if stream.random() < 0.75 else stream.choice(alike[question.numbers])
         steps = stream.choice(known[reached])
         rows.append({"prompt": question.prompt, "completion": SEPARATOR.join(map(str, steps))})
     return rows
@@ -136,7 +130,7 @@ def demonstrations(n: int, seed: int, known: dict[Question, list[tuple[Step, Ste
 def prepare(out: Path, *, seed: int) -> dict[str, str]:
     """Writes the task into `out`: data of every part and an untrained model of 0.4 M parameters.
 
-    Returns the paths "model", "demonstrations" (24,000, half of them right), "prompts" (all training
+    Returns the paths "model", "demonstrations" (24,000, three quarters of them right), "prompts" (all training
     questions, to be asked), "validation" and "test", and as FILE.py:NAME "reward", the verifier, and "judge", that of
     steps. The split does not depend on `seed`.
     """
