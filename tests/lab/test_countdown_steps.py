@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from klimb.lab.countdown import LARGEST_TARGET, calculated, part_of, question_of
+from klimb.lab.countdown import Question, calculated, part_of, question_of
 from klimb.lab.countdown_steps import (
+    LARGEST_TARGET,
     SEPARATOR,
     Step,
-    attempts,
+    demonstrations,
     labels,
+    on_track,
     prepare,
     read_step,
     solutions,
@@ -83,13 +85,43 @@ def test_what_is_no_step() -> None:
     assert [read_step(text) for text in ("7 * 4", "7 * 4 = 2 8", "7 / 4 = 1", "-7 * 4 = 28", "a + b = c")] == [None] * 5
 
 
-def test_the_parts_share_no_triple_and_labels_are_of_all_kinds(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("text", "right", "answered"),
+    [
+        ("7 * 4 = 28 ; 28 - 3 = 25", True, True),
+        ("7 * 4 = 28 ; ", True, False),  # it goes on
+        ("7 * 4 = 28", False, False),  # a whole that ends too early
+        ("7 * 4 = 28 ; 28 - 3 = 25 ;", True, True),  # nothing behind a separator is no step
+        ("; 7 * 4 = 28 ; ; 28 - 3 = 25", True, True),
+        ("7 * 4 = 28 ; 28 - 3 = 26", False, False),
+        ("7 + 4 = 11 ; ", False, False),  # calculated rightly, and 25 is out of reach
+        ("7 * 4 = 28 ; 28 - 3 = 25 ; 25 + 0 = 25", False, False),
+        ("7 * 4 = 28 ; 28 - 3 = 25 ; 25 + 0 = 25 ; ", False, False),
+        (" ; ", False, False),
+        ("", False, False),
+    ],
+)
+def test_the_judge_of_steps_tells_a_beginning_from_a_whole(text: str, right: bool, answered: bool) -> None:
+    assert on_track(["3 4 7 > 25 >"], [text]) == [float(right)]
+    assert solved(["3 4 7 > 25 >"], [text]) == [float(answered)]
+
+
+def test_the_parts_share_no_triple(tmp_path: Path) -> None:
     made = prepare(tmp_path, seed=0)
     rows = {name: [json.loads(line) for line in Path(made[name]).read_text().splitlines()]
-            for name in ("demonstrations", "steps", "prompts", "validation", "test")}  # fmt: skip
-    for name, part in (("demonstrations", "train"), ("steps", "train"), ("prompts", "train"), ("test", "test")):
+            for name in ("demonstrations", "prompts", "validation", "test")}  # fmt: skip
+    for name, part in (("demonstrations", "train"), ("prompts", "train"), ("validation", "validation"),
+                       ("test", "test")):  # fmt: skip
         assert {part_of(question_of(row["prompt"])[0]) for row in rows[name]} == {part}
-    kinds = [tuple(row["labels"]) for row in rows["steps"]]
-    assert {(True, True), (True, False), (False, False)} == {*kinds}
-    assert all(kinds.count(kind) > len(kinds) / 20 for kind in {*kinds})
-    assert attempts(50, 3, KNOWN) == attempts(50, 3, KNOWN) != attempts(50, 4, KNOWN)
+
+
+def test_demonstrations_calculate_rightly_and_three_of_four_reach_the_target() -> None:
+    shown = demonstrations(400, 3, KNOWN)
+    right = 0
+    for row in shown:
+        steps = [step for step in map(read_step, row["completion"].split(SEPARATOR)) if step is not None]
+        reached = Question(question_of(row["prompt"])[0], steps[-1].result)  # type: ignore[arg-type]
+        assert tuple(steps) in KNOWN[reached]
+        right += solved([row["prompt"]], [row["completion"]]) == [1.0]
+    assert 275 <= right <= 350  # three of four, and some of the others by chance; four standard deviations are 35
+    assert shown == demonstrations(400, 3, KNOWN) != demonstrations(400, 4, KNOWN)

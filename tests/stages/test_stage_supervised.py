@@ -157,6 +157,27 @@ def test_sample_writes_scored_replies_and_comparisons(world: World, tmp_path: Pa
     assert all(scores[p["prompt"], p["chosen"]] > scores[p["prompt"], p["rejected"]] for p in pairs)
 
 
+def test_sample_labels_steps_by_what_stands_up_to_their_end(world: World, tmp_path: Path) -> None:
+    """ "so" stands between steps; `settled` tells a beginning, behind which a separator stands, from a whole."""
+    done = play("sample", tmp_path / "run", model=world.model, data=world.prompts, samples_per_prompt=20, max_tokens=6,
+                reward=world.reward("settled"), steps=" so ")  # fmt: skip
+    rows = lines(Path(done.result["steps"]))
+    texts = [row["completion"] for row in lines(Path(done.result["samples"]))]
+    split = [[part.strip() for part in text.split("so") if part.strip()] for text in texts]
+    assert [row["completions"] for row in rows] == [steps for steps in split if steps]
+    for row in rows:
+        *begun, last = row["completions"]
+        assert row["labels"] == [*("no" not in " ".join(begun[: n + 1]).split() for n in range(len(begun))),
+                                 last.endswith("yes")]  # fmt: skip
+    labels = [label for row in rows for label in row["labels"]]
+    assert done.result["steps_right"] == sum(labels) / len(labels)
+    assert {len(row["labels"]) for row in rows} >= {1, 2}
+    assert {*labels} == {True, False}
+    learnt = play("reward", tmp_path / "rm", model=world.model, data=done.result["steps"], kind="process",
+                  separator=" so ", steps=2, batch_size=8)  # fmt: skip
+    assert learnt.result["std"] > 0
+
+
 def test_evaluate_gives_intervals_kl_and_best_of_n(world: World, tmp_path: Path) -> None:
     measure = {
         "data": world.prompts,

@@ -56,6 +56,10 @@ def slow(completions, **_):
     time.sleep(0.03)
     return count(completions)
 
+def settled(completions, **_):
+    """Of a beginning, behind which "so" stands: 1 without a "no"; of a whole: 1 where it ends with "yes"."""
+    return [float("no" not in c.split() if c.endswith(" so ") else c.endswith("yes")) for c in completions]
+
 def rare(completions, **_):
     """1 where a reply has at least two "yes", so that most groups of an untrained model are all zero."""
     return [float(c.split().count("yes") >= 2) for c in completions]

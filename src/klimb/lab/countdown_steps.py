@@ -1,9 +1,10 @@
 """Mini-countdown in two steps: "3 4 7 > 25 >" is answered by "7 * 4 = 28 ; 28 - 3 = 25", each step to be judged alone.
 
-A step takes two of the numbers that are left and puts their result in their place; all numbers are from 0 to 50. A step
-is right when it calculates rightly with numbers that are there and the target can still be reached (for the last step:
-is reached). So there is an exact judge of every step, to train a model of steps with and to hold it against, and a
-verifier of the whole. The split by triples is that of `klimb.lab.countdown`.
+A step takes two of the numbers that are left and puts their result in their place. Targets and results are from 0 to
+30: fewer sums to know by heart than in `klimb.lab.countdown`, whose split by triples this is. A step is right when it
+calculates rightly with numbers that are there and the target can still be reached (for the last step: is reached). So
+there is an exact judge of every step, to train a model of steps with and to hold it against, and a verifier of the
+whole.
 
 Process against outcome supervision: Uesato et al. (2022), arXiv 2211.14275; Lightman et al. (2023), arXiv 2305.20050.
 """
@@ -16,22 +17,14 @@ from itertools import combinations_with_replacement, permutations
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from klimb.lab.countdown import (
-    LARGEST_NUMBER,
-    LARGEST_TARGET,
-    OPERATIONS,
-    Question,
-    calculated,
-    part_of,
-    question_of,
-    write,
-)
+from klimb.lab.countdown import LARGEST_NUMBER, OPERATIONS, Question, calculated, part_of, question_of, write
 
+LARGEST_TARGET = 30
 WORDS = (*(str(number) for number in range(LARGEST_TARGET + 1)), *OPERATIONS, ">", "=", ";")
 SEPARATOR = " ; "
 MAX_REPLY = 12
 """Two steps of five words, what stands between them, and the end token."""
-SHOWN, LABELLED = 2_000, 6_000
+SHOWN = 24_000
 
 
 class Step(NamedTuple):
@@ -73,12 +66,28 @@ def labels(prompt: str, steps: Sequence[str]) -> list[bool]:
 
 
 def solved(prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list[float]:
-    """1 for two right steps, else 0. A reward function."""
+    """1 for two right steps, else 0. A reward function. Nothing behind a separator is no step."""
     found = []
     for prompt, completion in zip(prompts, completions, strict=True):
-        steps = completion.split(SEPARATOR.strip())
+        steps = steps_of(completion)
         found.append(float(len(steps) == 2 and labels(prompt, steps)[-1]))
     return found
+
+
+def on_track(prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list[float]:
+    """1 where all steps so far are right, else 0; where no separator stands behind the last one, it has to be the
+    answer. A reward function: the exact judge of steps.
+    """
+    found = []
+    for prompt, completion in zip(prompts, completions, strict=True):
+        steps, goes_on = steps_of(completion), completion.rstrip().endswith(SEPARATOR.strip())
+        right = bool(steps) and labels(prompt, steps)[-1]
+        found.append(float(right and (goes_on or len(steps) == 2)))
+    return found
+
+
+def steps_of(completion: str) -> list[str]:
+    return [step for step in completion.split(SEPARATOR.strip()) if step.strip()]
 
 
 def steps_from(numbers: Sequence[int]) -> Iterator[Step]:
@@ -100,33 +109,30 @@ def solutions() -> dict[Question, list[tuple[Step, Step]]]:
     return found
 
 
-def attempts(n: int, seed: int, known: dict[Question, list[tuple[Step, Step]]]) -> list[dict[str, Any]]:
-    """`n` solutions of training questions with a label for each step: a third of them right, the others of any first
-    step, with a second one to the target or anywhere, and with slips in the calculation."""
+def demonstrations(n: int, seed: int, known: dict[Question, list[tuple[Step, Step]]]) -> list[dict[str, str]]:
+    """`n` times two steps that calculate rightly with the numbers of a training question: three of four to its target,
+    the others to some target of these numbers. So calculating is learnt better than choosing, which is left to be
+    trained.
+    """
     stream = random.Random(f"countdown steps {seed}")
     questions = [question for question in known if part_of(question.numbers) == "train"]
+    alike: dict[tuple[int, ...], list[Question]] = {}
+    for question in questions:
+        alike.setdefault(question.numbers, []).append(question)
     rows = []
     for question in stream.choices(questions, k=n):
-        steps = list(stream.choice(known[question]))
-        if stream.random() < 2 / 3:
-            steps[0] = stream.choice(list(steps_from(question.numbers)))
-            follows = [*steps_from(_after(question.numbers, steps[0]))]
-            right = [step for step in follows if step.result == question.target] if stream.random() < 0.5 else []
-            steps[1] = stream.choice(right or follows or steps)
-            for i in range(2):
-                if stream.random() < 0.2:
-                    steps[i] = steps[i]._replace(result=stream.randrange(LARGEST_TARGET + 1))
-        texts = [str(step) for step in steps]
-        rows.append({"prompt": question.prompt, "completions": texts, "labels": labels(question.prompt, texts)})
+        reached = question if stream.random() < 0.75 else stream.choice(alike[question.numbers])
+        steps = stream.choice(known[reached])
+        rows.append({"prompt": question.prompt, "completion": SEPARATOR.join(map(str, steps))})
     return rows
 
 
 def prepare(out: Path, *, seed: int) -> dict[str, str]:
     """Writes the task into `out`: data of every part and an untrained model of 0.4 M parameters.
 
-    Returns the paths "model", "demonstrations" (a random answer to 2,000 training questions, to learn the form by),
-    "steps" (6,000 solutions with a label for each step), "prompts" (all training questions, to be asked), "validation"
-    and "test", and the verifier "reward" as FILE.py:NAME. The split does not depend on `seed`.
+    Returns the paths "model", "demonstrations" (24,000, three quarters of them right), "prompts" (all training
+    questions, to be asked), "validation" and "test", and as FILE.py:NAME "reward", the verifier, and "judge", that of
+    steps. The split does not depend on `seed`.
     """
     from klimb.lab.scratch import make_model, word_tokenizer
 
@@ -139,18 +145,13 @@ def prepare(out: Path, *, seed: int) -> dict[str, str]:
     parts: dict[str, list[Question]] = {"test": [], "validation": [], "train": []}
     for question in known:
         parts[part_of(question.numbers)].append(question)
-    stream = random.Random(f"countdown steps demonstrations {seed}")
-    shown = [
-        {"prompt": question.prompt, "completion": SEPARATOR.join(map(str, stream.choice(known[question])))}
-        for question in stream.sample(parts["train"], SHOWN)
-    ]
     return {
         "model": str(model),
-        "demonstrations": write(out, "demonstrations", shown),
-        "steps": write(out, "steps", attempts(LABELLED, seed, known)),
+        "demonstrations": write(out, "demonstrations", demonstrations(SHOWN, seed, known)),
         **{name: write(out, name, [{"prompt": question.prompt} for question in parts[part]])
            for name, part in (("prompts", "train"), ("validation", "validation"), ("test", "test"))},
         "reward": f"{__file__}:solved",
+        "judge": f"{__file__}:on_track",
         "summary": ", ".join(f"{len(items):,} {part} questions" for part, items in parts.items()),
     }  # fmt: skip
 

@@ -200,6 +200,9 @@ def _part(spec: Any, kind: str, model_loader: ModelLoader | None, running: list[
     within = isinstance(spec["reward"], dict) and "reward" in spec["reward"]
     if within or (kind == "sum" and isinstance(spec["reward"], list | tuple)):
         raise RewardError("a sum within a sum", where="reward", fix="put all parts into one list")
+    if kind != "sum" and asks_for_steps(spec["reward"]):
+        raise RewardError(f"dense: true within a {_KINDS[kind]}", where=where, why="that gives whole scores, no steps",
+                          fix="leave dense out, or give a sum alone")  # fmt: skip
     weight, clip = spec.get("weight", 1.0), spec.get("clip")
     if not _is_number(weight):
         raise RewardError(f"weight is {weight!r}", where=where, fix="give a finite number")

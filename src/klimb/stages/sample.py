@@ -1,4 +1,4 @@
-"""Sampling: completions of a model to a file, scored if wanted, and made into comparisons or demonstrations."""
+"""Sampling: completions to a file, scored if wanted, and made into comparisons, demonstrations or labelled steps."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from typing import Any
 from pydantic import Field
 
 from klimb.config import StageConfig
+from klimb.data.judged import reply_to
 from klimb.data.load import load_prompts
 from klimb.errors import RewardError
+from klimb.rewards.rules import plain_text
 from klimb.rewards.scorer import Scorer
 from klimb.rollout.engine import Request, generate
 from klimb.rollout.sampling import SamplingParams
@@ -26,7 +28,7 @@ from klimb.stages.evaluate import local_engine, open_reward
 from klimb.stages.given import Data, Given
 from klimb.stages.memory import of_measuring
 from klimb.stages.models import load_policy, prompt_room
-from klimb.types import Group
+from klimb.types import Group, Sample, Text
 
 
 class Keep(StageConfig):
@@ -49,6 +51,10 @@ class SampleConfig(RunConfig):
     reward: Given = None
     pairs: bool = False
     keep: Keep | None = Field(None, description="write the best completions as demonstrations")
+    steps: str | None = Field(
+        None, min_length=1, description="what stands between two steps: write a label for each, to learn kind=process "
+        "from; a step is right where `reward` gives what stands up to its end more than 0",
+    )  # fmt: skip
     label_noise: float = Field(0.0, ge=0, lt=0.5, description="share of comparisons turned round, as by erring people")
 
     def work(self, context: int) -> Work:
@@ -60,6 +66,8 @@ class SampleConfig(RunConfig):
             yield "pairs: comparing needs a reward, and samples_per_prompt of 2 or more"
         if self.keep is not None and self.reward is None:
             yield "keep: a reward has to say which completions are the best; give one"
+        if self.steps is not None and self.reward is None:
+            yield "steps: a reward has to say which of them are right; give one"
 
 
 def train(config: SampleConfig, run: Run, interrupt: Interrupt, say: Any) -> dict[str, Any]:
@@ -77,9 +85,16 @@ def train(config: SampleConfig, run: Run, interrupt: Interrupt, say: Any) -> dic
     with session.sampling("sample", [Request(p, config.samples_per_prompt, params, seed) for p in data.items]) as asked:
         groups = generate(engine, asked)
         if config.reward is not None:
-            reward = open_reward(config.reward, session, loaded.renderer)
-            Scorer(reward, min_scored=1, on_event=lambda event: run.event(**event)).score(groups)
+            # What stands up to the end of a step was not sampled as a whole: it is scored as a text.
+            reward = open_reward(config.reward, session, loaded.renderer if config.steps is None else None)
+            scorer = Scorer(reward, min_scored=1, on_event=lambda event: run.event(**event))
+            scorer.score(groups)
     result: dict[str, Any] = {"samples": write_rows(run.path / "samples.jsonl", _rows(groups))}
+    if config.steps is not None:
+        labelled = list(labelled_steps(groups, config.steps, scorer))
+        right, count = (sum(map(of, (row["labels"] for row in labelled))) for of in (sum, len))
+        say(f"{right:,} of {count:,} steps are right, in {len(labelled):,} completions")
+        result |= {"steps": write_rows(run.path / "steps.jsonl", labelled), "steps_right": right / max(count, 1)}
     if config.pairs:
         pairs = list(comparisons(groups, config.label_noise, random.Random(stream_seed(config.seed, "labels"))))
         compared = sum(len(g.samples) // 2 for g in groups)
@@ -127,6 +142,31 @@ def comparisons(groups: Sequence[Group], noise: float, stream: random.Random) ->
                 continue  # unscored, a tie, or nothing said: a comparison needs two texts
             chosen, rejected = (a, b) if (a.score > b.score) != (stream.random() < noise) else (b, a)
             yield {"prompt": group.prompt.text, "chosen": chosen.text, "rejected": rejected.text}
+
+
+def labelled_steps(groups: Sequence[Group], separator: str, scorer: Scorer) -> Iterator[dict[str, Any]]:
+    """Rows for a model of steps: of each step, whether the reward of what stands up to its end is above 0.
+
+    Behind a step that another follows stands the separator, so that the reward can tell a beginning from a whole.
+    """
+    solutions = [(g.prompt, steps) for g in groups for s in g.samples if (steps := split_steps(s.text, separator))]
+    begun = []
+    for prompt, steps in solutions:
+        texts = [separator.join([*steps[:n], ""]) for n in range(1, len(steps))] + [separator.join(steps)]
+        parts = [Sample(prompt.id, n, [], "stop", reply_to(prompt.text, text)) for n, text in enumerate(texts)]
+        begun.append(Group(prompt, parts))
+    scorer.score(begun)
+    for (prompt, steps), group in zip(solutions, begun, strict=True):
+        scores = [sample.score for sample in group.samples if sample.score is not None]
+        if len(scores) == len(steps):
+            yield {"prompt": prompt.text, "completions": steps, "labels": [score > 0 for score in scores]}
+
+
+def split_steps(text: Text, separator: str) -> list[str]:
+    """As a model of steps reads them: white space around a separator of words does not count, an empty step neither."""
+    mark = separator.strip()
+    parts = plain_text(text).split(mark or separator)
+    return [part.strip() if mark else part for part in parts if part.strip()]
 
 
 def _rows(groups: Sequence[Group]) -> Iterator[dict[str, Any]]:
