@@ -289,7 +289,7 @@ CASES: dict[str, list[Bad]] = {
         Bad("evaluation of nothing", "SFT eval_every=3", ("eval_every",)),
         Bad("an accuracy of nothing", "REWARD min_accuracy=0.6", ("min_accuracy",)),
         Bad("to train until nothing is right", "REWARD until_accuracy=0.9", ("until_accuracy", "eval_data")),
-        Bad("steps that nothing judges", "SAMPLE steps=x", ("steps", "reward")),
+        Bad("steps that nothing judges", "SAMPLE separator=x", ("separator", "reward")),
         Bad("pairs without a reward", "SAMPLE pairs=true samples_per_prompt=2", ("pairs", "reward")),
         Bad("centering of what is not compared", "REWARD kind=labels centering=0.1", ("centering", "kind=labels", "kind=bradley_terry")),
         Bad("attributes of another kind", "REWARD 'attributes={helpfulness: 1}'", ("attributes", "kind=attributes")),

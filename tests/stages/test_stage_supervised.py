@@ -160,7 +160,7 @@ def test_sample_writes_scored_replies_and_comparisons(world: World, tmp_path: Pa
 def test_sample_labels_steps_by_what_stands_up_to_their_end(world: World, tmp_path: Path) -> None:
     """ "so" stands between steps; `settled` tells a beginning, behind which a separator stands, from a whole."""
     done = play("sample", tmp_path / "run", model=world.model, data=world.prompts, samples_per_prompt=20, max_tokens=6,
-                reward=world.reward("settled"), steps=" so ")  # fmt: skip
+                reward=world.reward("settled"), separator=" so ")  # fmt: skip
     rows = lines(Path(done.result["steps"]))
     texts = [row["completion"] for row in lines(Path(done.result["samples"]))]
     split = [[part.strip() for part in text.split("so") if part.strip()] for text in texts]

@@ -51,7 +51,7 @@ class SampleConfig(RunConfig):
     reward: Given = None
     pairs: bool = False
     keep: Keep | None = Field(None, description="write the best completions as demonstrations")
-    steps: str | None = Field(
+    separator: str | None = Field(
         None, min_length=1, description="what stands between two steps: write a label for each, to learn kind=process "
         "from; a step is right where `reward` gives what stands up to its end more than 0",
     )  # fmt: skip
@@ -66,8 +66,8 @@ class SampleConfig(RunConfig):
             yield "pairs: comparing needs a reward, and samples_per_prompt of 2 or more"
         if self.keep is not None and self.reward is None:
             yield "keep: a reward has to say which completions are the best; give one"
-        if self.steps is not None and self.reward is None:
-            yield "steps: a reward has to say which of them are right; give one"
+        if self.separator is not None and self.reward is None:
+            yield "separator: a reward has to say which of them are right; give one"
 
 
 def train(config: SampleConfig, run: Run, interrupt: Interrupt, say: Any) -> dict[str, Any]:
@@ -86,12 +86,12 @@ def train(config: SampleConfig, run: Run, interrupt: Interrupt, say: Any) -> dic
         groups = generate(engine, asked)
         if config.reward is not None:
             # What stands up to the end of a step was not sampled as a whole: it is scored as a text.
-            reward = open_reward(config.reward, session, loaded.renderer if config.steps is None else None)
+            reward = open_reward(config.reward, session, loaded.renderer if config.separator is None else None)
             scorer = Scorer(reward, min_scored=1, on_event=lambda event: run.event(**event))
             scorer.score(groups)
     result: dict[str, Any] = {"samples": write_rows(run.path / "samples.jsonl", _rows(groups))}
-    if config.steps is not None:
-        labelled = list(labelled_steps(groups, config.steps, scorer))
+    if config.separator is not None:
+        labelled = list(labelled_steps(groups, config.separator, scorer))
         right, count = (sum(map(of, (row["labels"] for row in labelled))) for of in (sum, len))
         say(f"{right:,} of {count:,} steps are right, in {len(labelled):,} completions")
         result |= {"steps": write_rows(run.path / "steps.jsonl", labelled), "steps_right": right / max(count, 1)}
