@@ -17,14 +17,19 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BartConfig,
     BertConfig,
+    EncoderDecoderConfig,
     PreTrainedTokenizerFast,
     T5Config,
 )
 from world import LETTERS, SMALL_RL, WORDS, Played, World, klimb, play, write
 
+from klimb.batch import Row, TokenBatch
 from klimb.data.render import Renderer
 from klimb.errors import ConfigError, KlimbError
+from klimb.models.backbone import Backbone
+from klimb.models.encoder import EncoderReward, is_encoder, load_encoder
 from klimb.models.load import load_classifier
 from klimb.models.place import load_tokenizer
 from klimb.rewards.model import ModelReward
@@ -346,7 +351,54 @@ def test_what_an_encoder_cannot_do(world: World, tmp_path: Path, settings: dict[
         play("reward", tmp_path / "run", model=bert(tmp_path / "bert"), data=data, steps=1, **settings)
 
 
-def test_an_encoder_with_a_decoder_is_refused(world: World, tmp_path: Path) -> None:
-    config = T5Config(vocab_size=40, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
-    with pytest.raises(KlimbError, match="an encoder with a decoder is not supported"):
-        play("reward", tmp_path / "run", model=bert(tmp_path / "t5", config), data=world.preferences, steps=1)
+SEQ2SEQ = {
+    "t5": lambda end: T5Config(
+        vocab_size=64, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=2, eos_token_id=end,
+        pad_token_id=0, decoder_start_token_id=0,
+    ),
+    "bart": lambda end: BartConfig(
+        vocab_size=64, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=64, decoder_ffn_dim=64, max_position_embeddings=32, eos_token_id=end,
+        pad_token_id=0, decoder_start_token_id=end,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", SEQ2SEQ)
+def test_an_encoder_with_a_decoder_is_trained_and_scores_as_transformers_does(
+    world: World, tmp_path: Path, family: str
+) -> None:
+    end = len(WORDS) + 3  # [SEP]
+    model = bert(tmp_path / family, SEQ2SEQ[family](end))
+    assert AutoTokenizer.from_pretrained(model).sep_token_id == end
+    done = play("reward", tmp_path / "run", model=model, data=world.preferences, steps=80, batch_size=9,
+                eval_fraction=0.4, optimizer={"lr": 1e-3})  # fmt: skip
+    assert done.result["accuracy"] > 0.95
+    scored = play("sample", tmp_path / "s", model=world.model, data=world.prompts, reward=done.model, max_tokens=3)
+    found = [json.loads(line) for line in Path(scored.result["samples"]).read_text().splitlines()]
+    raw = by_transformers(done.model, [f"{row['prompt']} {row['completion']}" for row in found])[:, 0]
+    expected = (raw - done.result["mean"]) / done.result["std"]
+    assert [row["score"] for row in found] == pytest.approx(expected.tolist(), abs=1e-4)
+
+
+def test_end_tokens_within_a_text(world: World, tmp_path: Path) -> None:
+    """Texts with one and with two of them, and one without, in a batch and alone."""
+    end = len(WORDS) + 3
+    network = load_encoder(bert(tmp_path / "t5", SEQ2SEQ["t5"](end)), torch.device("cpu"), torch.float32, 0, 1)
+    model = EncoderReward(Backbone(network))
+    rows = [[Row(list(prompt), [3, end], [True] * 2)] for prompt in ([1, 2], [1, end, 2], [2, end, end])]
+    rows.append([Row([4, 5], [6], [True])])
+    together = model(TokenBatch.from_rows(rows, [0, 1, 2, 3], ["row"] * 4))
+    alone = torch.cat([model(TokenBatch.from_rows([row], [0], ["row"])) for row in rows])
+    assert torch.allclose(together, alone, atol=1e-6)
+    assert len(set(together.tolist())) == 4
+    ended = [Row([4, 5], [6, end], [True] * 2)]
+    assert torch.allclose(model(TokenBatch.from_rows([ended], [0], ["row"])), alone[3:], atol=1e-6)
+
+
+def test_an_encoder_that_gives_no_score_is_refused(world: World, tmp_path: Path) -> None:
+    small = BertConfig(vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    (tmp_path / "pair").mkdir()
+    EncoderDecoderConfig.from_encoder_decoder_configs(small, small).save_pretrained(tmp_path / "pair")
+    with pytest.raises(KlimbError, match="no sequence classifier for encoder-decoder"):
+        is_encoder(str(tmp_path / "pair"))

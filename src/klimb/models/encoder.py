@@ -1,4 +1,4 @@
-"""Reward models on encoders (BERT and its relatives), which see a text from both sides.
+"""Reward models on encoders, which see a text from both sides (BERT), also with a decoder behind them (T5, BART).
 
 klimb's packed attention is causal, so these are called as transformers calls them: rows padded to each other, with a
 mask. That is the one padded path in klimb; nothing but a score at the end of a whole text is read from it.
@@ -12,7 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+)
 
 from klimb.batch import TokenBatch
 from klimb.errors import KlimbError
@@ -22,14 +25,16 @@ from klimb.models.logprobs import precision
 
 
 def is_encoder(model: str) -> bool:
-    """Raises KlimbError of an encoder with a decoder. What cannot be read is for the loader to say."""
+    """Alone or with a decoder. Raises KlimbError where that gives no score; what cannot be read the loader tells."""
     try:
         config = AutoConfig.from_pretrained(model, **code.loading(model))
     except (OSError, ValueError, KeyError):
         return False
     if getattr(config, "is_encoder_decoder", False):
-        raise KlimbError(f"model={model}: a reward model on an encoder with a decoder is not supported",
-                         fix="use a decoder (Llama, Qwen, …) or an encoder (BERT, RoBERTa, ModernBERT, …)")  # fmt: skip
+        if config.model_type in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES:
+            return True
+        raise KlimbError(f"model={model}: transformers has no sequence classifier for {config.model_type}",
+                         fix="use a decoder (Llama, Qwen, …), an encoder (BERT, …) or both (T5, BART)")  # fmt: skip
     return config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
 
 
@@ -61,9 +66,23 @@ class EncoderReward(nn.Module):
 
     def outputs(self, batch: TokenBatch) -> Tensor:
         """What the head says of each sample's only row: [B, K]."""
-        texts = [torch.tensor([*row.prompt, *row.completion]) for [row] in batch.rows]
-        tokens = nn.utils.rnn.pad_sequence(texts, batch_first=True, padding_value=self._pad)
-        seen = nn.utils.rnn.pad_sequence([torch.ones_like(text) for text in texts], batch_first=True)
+        texts = [[*row.prompt, *row.completion] for [row] in batch.rows]
+        config = self.backbone.model.config
+        if not config.is_encoder_decoder:
+            return self._called(texts)
+        # It is read at the last end token, and called on texts that have equally many.
+        end, room = config.eos_token_id, self.backbone.context
+        texts = [text if text[-1] == end else [*text[: room - 1], end] for text in texts]
+        found: dict[int, Tensor] = {}
+        for count in sorted({text.count(end) for text in texts}):
+            places = [i for i, text in enumerate(texts) if text.count(end) == count]
+            found |= zip(places, self._called([texts[i] for i in places]), strict=True)
+        return torch.stack([found[i] for i in range(len(texts))])
+
+    def _called(self, texts: Sequence[Sequence[int]]) -> Tensor:
+        rows = [torch.tensor(text) for text in texts]
+        tokens = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self._pad)
+        seen = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
         device = self.backbone.device
         logits: Tensor = self.backbone.model(input_ids=tokens.to(device), attention_mask=seen.to(device)).logits
         return logits.to(precision(logits))
