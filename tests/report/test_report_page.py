@@ -254,6 +254,16 @@ def test_several_seeds(tmp_path: Path) -> None:
     assert "not summarised yet" in write_report(tmp_path).read_text(encoding="utf-8")
 
 
+def test_stages_that_have_seeds_of_their_own(tmp_path: Path) -> None:
+    fake_run.pipeline(tmp_path)
+    for name in ("result", "manifest"):
+        file = tmp_path / "reward" / f"{name}.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"seed": 7}))
+    page = write_report(tmp_path).read_text(encoding="utf-8")
+    seeds = dict(re.findall(r'<tr><td>(\w+)</td><td class="num">(\w*)</td>', page))
+    assert (seeds["sft"], seeds["reward"]) == ("0", "7")
+
+
 def test_a_single_run_and_one_that_is_still_going(tmp_path: Path) -> None:
     fake_run.pipeline(tmp_path)
     page = write_report(tmp_path / "grpo").read_text(encoding="utf-8")
