@@ -467,7 +467,7 @@ CASES: dict[str, list[Bad]] = {
         Bad("a number for all", "GRPO reward=bad.py:score", ("score", "1.0"), reward("return 1.0")),
         Bad("None for all", "GRPO reward=bad.py:score", ("score", "None"), reward("return [None] * len(completions)")),
         Bad("it raises", "GRPO reward=bad.py:score", ("score", "ZeroDivisionError", "bad.py:3"), reward("return [1 / 0 for _ in completions]")),
-        Bad("it hangs", "GRPO 'reward={bad.py:score: {timeout: 0.2}}'", ("score", "no answer within"), reward("time.sleep(999)")),
+        Bad("it hangs", "GRPO 'reward={bad.py:score: {timeout: 2}}'", ("score", "no answer within"), reward("time.sleep(999)")),
         Bad("it ends its process", "GRPO reward=bad.py:score", ("score", "exit code 7"), reward("os._exit(7)")),
         Bad("it fails on what the policy writes", "GRPO reward=bad.py:score", ("score", "failure_limit"), reward("return [float('nan') if c != p[0] else 1.0 for p, c in zip(prompts, completions)]")),
         Bad("unknown option", "GRPO 'reward={rewards.py:count: {patience: 3}}'", ("'patience'", "timeout")),
