@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import toy_tokenizers as toy
 from world import World, klimb, write
 
 from klimb.commands.check_text import Stretch, in_colour, shown
+from klimb.data import cache
 from klimb.lab.scratch import make_model
 
 
@@ -147,6 +149,42 @@ def test_what_was_looked_at_once_is_found_again(world: World, here: Path) -> Non
     assert first.pop("cache").startswith("miss")
     assert again.pop("cache").startswith("hit")
     assert first == again
+    words = ["check", "bad.jsonl", f"model={world.model}", "on_bad=drop"]
+    code = "import sys, klimb.cli\ntry: klimb.cli.main()\nfinally: assert 'torch' not in sys.modules"
+    anew = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
+    assert (anew.returncode, anew.stderr) == (0, "")
+    assert anew.stdout == klimb(*words).out
+
+
+def test_what_was_found_holds_for_the_same_rows_model_and_options_only(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(here / "cache"))
+    model = Path(model_of(here / "model", toy.chatml(toy.QWEN3)))
+    turns = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "a ?"}]
+    write(here / "data.jsonl", [{"prompt": turns, "completion": [{"role": "assistant", "content": "b"}]}])
+    words = ["data.jsonl", f"model={model}"]
+    first = looked(*words)[1]
+    [kept] = cache.folder().with_name("checks").iterdir()
+    assert looked(*words)[1] == {**first, "cache": first["cache"].replace("miss, kept", "hit")}
+    assert looked(*words, "max_tokens=3")[0] == 1
+    (model / "chat_template.jinja").write_text(toy.CHATML)
+    assert looked(*words)[1]["template"] != first["template"]
+    write(here / "data.jsonl", [{"prompt": "a ?", "completion": "b"}])
+    assert looked(*words)[1]["type"] == "prompt-completion (standard)"
+    assert len([*kept.parent.iterdir()]) == 4
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"facts": {}, "problems": [], "rows": "/nowhere"}'])
+def test_what_was_kept_and_is_damaged_is_looked_at_anew(content: str, world: World, here: Path) -> None:
+    write(here / "data.jsonl", [{"prompt": "a ?", "completion": "b"}])
+    first = looked("data.jsonl", f"model={world.model}")[1]
+    for kept in cache.folder().with_name("checks").iterdir():
+        kept.write_text(content)
+    assert looked("data.jsonl", f"model={world.model}")[1] == {
+        **first,
+        "cache": first["cache"].replace("miss, kept", "hit"),
+    }
 
 
 # Text -----------------------------------------------------------------------------------------------------------------

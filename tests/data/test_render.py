@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
+from klimb.data.encode import Encoded
 from klimb.data.render import Renderer
-from klimb.data.template import RenderError
+from klimb.data.template import Content, RenderError, Written
 from klimb.types import Message
 
 FUZZ = settings(max_examples=60, deadline=None, derandomize=True, database=None)
@@ -57,6 +58,21 @@ def assistant(content: str, **further: Any) -> Message:
 def control_ids(renderer: Renderer) -> set[int]:
     added = renderer.tokenizer.added_tokens_encoder
     return {added[literal] for literal in renderer.template.control}
+
+
+@every
+@FUZZ
+@given(st.lists(hostile | harmless, min_size=1, max_size=4))
+def test_reading_without_offsets_gives_the_same_tokens_at_the_same_places(name: str, texts: list[str]) -> None:
+    encoder = RENDERERS[name]._encoder
+    written = [Written(text, [Content(0, len(text), True)], cuts=[len(text) // 2]) for text in texts]
+    with_offsets, without = (
+        encoder.encode(written, encoder.special, frozenset(), offsets) for offsets in (True, False)
+    )
+    for one, other in zip(with_offsets, without, strict=True):
+        assert isinstance(one, Encoded) == isinstance(other, Encoded)
+        if isinstance(one, Encoded) and isinstance(other, Encoded):
+            assert (one.ids, one.spans) == (other.ids, other.spans)
 
 
 # --- conversations -------------------------------------------------------------------------------------

@@ -7,22 +7,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from klimb.commands import check_kept
 from klimb.commands.check_data import (
     SHOWN,
     CheckConfig,
     Held,
     bad_lines,
-    balance,
     first_good,
     holds_transcripts,
     in_characters,
     in_tokens,
     line_of,
-    quantiles,
     write_problems,
 )
 from klimb.config import load_config, shipped_recipes
-from klimb.data.formats import BadRows
+from klimb.data.formats import BadRows, Problem
 from klimb.errors import ConfigError, did_you_mean
 
 
@@ -59,23 +58,19 @@ def _is_job(word: str) -> bool:
 
 
 def _check_data(config: CheckConfig, as_json: bool) -> int:
-    from klimb.stages.progress import Preparing, live_line
-
-    live = live_line("check")
-    try:
-        held, further = _looked(config, Preparing("check", live, _aside))
-    except BadRows as error:  # and no good one
-        held, further = Held(config.data, "none", error.rows, 0, error.problems, 0, 0, "characters", {}), {}
-    finally:
-        if live is not None:
-            live.close()
-    fit = held.used > 0 and (not held.problems or config.on_bad == "drop")
-    file = write_problems(held.problems, held.source) if len(held.problems) > SHOWN else None
+    place = check_kept.place_of(config)
+    found = check_kept.find(place) if place is not None else None
+    if found is None:
+        found = _looked(config)
+        if place is not None:
+            check_kept.keep(place, *found)
+    facts, problems = found
+    fit = facts["used"] > 0 and (not problems or config.on_bad == "drop")
+    file = write_problems(problems, facts["source"]) if len(problems) > SHOWN else None
     if as_json:
-        facts = {**held.facts(), **further, "fit": fit, "bad_rows_file": file and str(file)}
-        print(json.dumps(facts, indent=1, ensure_ascii=False))
+        print(json.dumps({**facts, "fit": fit, "bad_rows_file": file and str(file)}, indent=1, ensure_ascii=False))
     else:
-        print("\n".join([*_lines(held, file), *_text_lines(further), _verdict(held, fit)]))
+        print("\n".join([*_lines(facts, problems, file), *_text_lines(facts), _verdict(facts, problems, fit)]))
     return int(not fit)
 
 
@@ -85,7 +80,22 @@ def _aside(line: str) -> None:
     say_aside(line)
 
 
-def _looked(config: CheckConfig, progress: Any) -> tuple[Held, dict[str, Any]]:
+def _looked(config: CheckConfig) -> tuple[dict[str, Any], list[Problem]]:
+    """What it holds as JSON, and every bad row."""
+    from klimb.stages.progress import Preparing, live_line
+
+    live = live_line("check")
+    try:
+        held, further = _at(config, Preparing("check", live, _aside))
+    except BadRows as error:  # and no good one
+        held, further = Held(config.data, "none", error.rows, 0, error.problems, 0, 0, "characters", {}), {}
+    finally:
+        if live is not None:
+            live.close()
+    return {**held.facts(), **further}, held.problems
+
+
+def _at(config: CheckConfig, progress: Any) -> tuple[Held, dict[str, Any]]:
     kind, first = first_good(config)
     further: dict[str, Any] = {"transcripts": holds_transcripts(first)}
     if config.model is None:
@@ -111,32 +121,33 @@ def _looked(config: CheckConfig, progress: Any) -> tuple[Held, dict[str, Any]]:
 # In lines -------------------------------------------------------------------------------------------------------------
 
 
-def _lines(held: Held, file: Path | None) -> Iterator[str]:
-    yield f"{held.source}: {held.rows:,} rows, {held.type}; {held.used:,} can be read"
-    yield from bad_lines(held.problems, file)
-    if held.used:
+def _lines(found: Mapping[str, Any], problems: Sequence[Problem], file: Path | None) -> Iterator[str]:
+    yield f"{found['source']}: {found['rows']:,} rows, {found['type']}; {found['used']:,} can be read"
+    yield from bad_lines(problems, file)
+    if found["used"]:
         yield line_of(
-            "repeats", f"{held.repeats:,} rows repeat an earlier one exactly; {held.prompts:,} prompts differ"
+            "repeats", f"{found['repeats']:,} rows repeat an earlier one exactly; {found['prompts']:,} prompts differ"
         )
-    if held.columns:
-        yield line_of("columns", f"{', '.join(held.columns)}: reach a reward function by their names")
-    if held.lengths:
-        yield from _table(held)
-    for what, (over, most) in held.limits.items():
-        share = over / max(held.used, 1)
-        yield line_of("over the limit", f"{over:,} {what} ({share:.2%}) have more than {most:,} tokens")
-    if shares := balance(held):
-        yield line_of("balance", ", ".join(f"{what}: {share:.1%}" for what, share in shares.items()))
-    yield from (line_of("note", note) for note in held.notes)
-    if held.cache:
-        yield line_of("cache", held.cache)
+    if found["columns"]:
+        yield line_of("columns", f"{', '.join(found['columns'])}: reach a reward function by their names")
+    yield from _table(**found["lengths"])
+    for what, over in found["over"].items():
+        share = over["rows"] / max(found["used"], 1)
+        yield line_of(
+            "over the limit", f"{over['rows']:,} {what} ({share:.2%}) have more than {over['at_most']:,} tokens"
+        )
+    if found["balance"]:
+        yield line_of("balance", ", ".join(f"{what}: {share:.1%}" for what, share in found["balance"].items()))
+    yield from (line_of("note", note) for note in found["notes"])
+    if found["cache"]:
+        yield line_of("cache", found["cache"])
 
 
-def _table(held: Held) -> Iterator[str]:
-    rows = {part: quantiles(lengths) for part, lengths in held.lengths.items() if len(lengths)}
+def _table(unit: str, **lengths: Mapping[str, int]) -> Iterator[str]:
+    rows = {part: values for part, values in lengths.items() if values}
     for number, (part, values) in enumerate(rows.items()):
         if number == 0:
-            yield line_of(held.unit, "  ".join(f"{name:>7}" for name in values))
+            yield line_of(unit, "  ".join(f"{name:>7}" for name in values))
         yield line_of(f"  {part}", "  ".join(f"{value:>7,}" for value in values.values()))
 
 
@@ -157,18 +168,18 @@ def _text_lines(found: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _example_lines(examples: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    from klimb.commands.check_text import in_colour, shown
+    from klimb.commands.check_text import Stretch, in_colour, shown
 
     colour = in_colour()
     yield line_of("examples", "what is trained on is green" if colour else "what is trained on stands between ⟦ and ⟧")
     for example in examples:
         yield f"── {example['row']}"
-        yield from (f"  {line}" for line in shown(example["text"], colour).split("\n"))
+        yield from (f"  {line}" for line in shown([Stretch(*each) for each in example["text"]], colour).split("\n"))
 
 
-def _verdict(held: Held, fit: bool) -> str:
+def _verdict(found: Mapping[str, Any], problems: Sequence[Problem], fit: bool) -> str:
     if fit:
-        return f"fit to train on{f', {len(held.problems):,} rows left out' if held.problems else ''}"
-    if not held.used:
+        return f"fit to train on{f', {len(problems):,} rows left out' if problems else ''}"
+    if not found["used"]:
         return "not fit to train on: no row can be used"
-    return f"not fit to train on: {len(held.problems):,} bad rows stop a run; mend them, or set on_bad=drop"
+    return f"not fit to train on: {len(problems):,} bad rows stop a run; mend them, or set on_bad=drop"

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import contextlib
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence, Set
-from functools import cached_property
+from collections.abc import Callable, Iterator, Sequence, Set
+from functools import cached_property, partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -40,10 +40,13 @@ class Piece(NamedTuple):
 
 
 class Encoded:
-    """The ids of a text, and where in it they come from."""
+    """The ids of a text, and where in it they come from.
 
-    def __init__(self, pieces: Sequence[Piece]) -> None:
-        self._pieces = pieces
+    again: reads the text once more, where the tokenizer was not asked for its offsets.
+    """
+
+    def __init__(self, pieces: Sequence[Piece], again: Callable[[], Encoded] | None = None) -> None:
+        self._pieces, self._again = pieces, again
         self._borders: dict[int, int] = {}
         self.ids: list[int] = []
         for piece in pieces:
@@ -54,6 +57,8 @@ class Encoded:
     @cached_property
     def spans(self) -> list[tuple[int, int]]:
         """The characters [start, end) of each token."""
+        if self._again is not None:
+            return self._again().spans
         return [span for piece in self._pieces for span in piece.spans()]
 
     def index(self, character: int) -> int:
@@ -87,11 +92,14 @@ class Encoder:
         self._adds_space = _adds_space(tokenizer)
 
     def encode(
-        self, written: Sequence[Written], control: frozenset[int], reserved: frozenset[int]
+        self, written: Sequence[Written], control: frozenset[int], reserved: frozenset[int], offsets: bool
     ) -> list[Encoded | RenderError]:
-        """control: ids that no content may become; reserved: further ones that only the assistant's may."""
+        """control: ids that no content may become; reserved: further ones that only the assistant's may.
+
+        offsets: they will be asked for, as where a template's control tokens stand between contents.
+        """
         cuts = [{0, *text.cuts, len(text.text)} for text in written]
-        read = self._attempt_all([text.text for text in written], cuts)
+        read = self._attempt_all([text.text for text in written], cuts, offsets or self._adds_space)
         return [self._mended(*each, control, reserved) for each in zip(written, cuts, read)]
 
     def _readable(self, texts: Sequence[str]) -> str:
@@ -102,14 +110,16 @@ class Encoder:
                     return text
         raise RenderError("the tokenizer reads nothing at all")
 
-    def _attempt_all(self, texts: Sequence[str], cuts: Sequence[set[int]]) -> list[Encoded | RenderError]:
+    def _attempt_all(
+        self, texts: Sequence[str], cuts: Sequence[set[int]], offsets: bool
+    ) -> list[Encoded | RenderError]:
         """As `_read_all`, with an error in the place of each text that the tokenizer cannot read."""
         try:
-            return self._read_all(texts, cuts)
+            return self._read_all(texts, cuts, offsets)
         except Exception as error:  # tokenizers raises nothing narrower
             if len(texts) == 1:
                 return [RenderError("the tokenizer cannot read this text", why=error)]
-            return [self._attempt_all([text], [cut])[0] for text, cut in zip(texts, cuts)]
+            return [self._attempt_all([text], [cut], offsets)[0] for text, cut in zip(texts, cuts)]
 
     def _mended(
         self,
@@ -148,17 +158,25 @@ class Encoder:
             ):
                 yield start, end
 
-    def _read_all(self, texts: Sequence[str], cuts: Sequence[Set[int]]) -> list[Encoded | RenderError]:
-        """Each text read in pieces, from cut to cut, in one call for all."""
+    def _read_all(
+        self, texts: Sequence[str], cuts: Sequence[Set[int]], offsets: bool = True
+    ) -> list[Encoded | RenderError]:
+        """Each text read in pieces, from cut to cut, in one call for all; a quarter faster without offsets."""
         borders = [list(pairwise(sorted(positions))) for positions in cuts]
         spans = [(text, *span) for text, pairs in zip(texts, borders) for span in pairs]
         anchors = ["" if start == 0 or not self._adds_space else ANCHORS[0] for _, start, _ in spans]
-        read = self._read([anchor + text[start:end] for anchor, (text, start, end) in zip(anchors, spans)])
+        read = self._read([anchor + text[start:end] for anchor, (text, start, end) in zip(anchors, spans)], offsets)
         pieces = (
             self._without_anchor(*span, encoding) if anchor else Piece(encoding, *span[1:], base=span[1])
             for encoding, anchor, span in zip(read, anchors, spans)
         )
-        return [_joined([next(pieces) for _ in pairs]) for pairs in borders]
+        again = [None if offsets else partial(self._reread, *each) for each in zip(texts, cuts)]
+        return [_joined([next(pieces) for _ in pairs], each) for pairs, each in zip(borders, again)]
+
+    def _reread(self, text: str, cuts: Set[int]) -> Encoded:
+        [read] = self._read_all([text], [cuts])
+        assert isinstance(read, Encoded)  # it could be read before
+        return read
 
     def _without_anchor(self, text: str, start: int, end: int, read: Encoding) -> Piece | RenderError:
         """A piece from within a text gets no space before it: read behind an anchor, which is taken off."""
@@ -171,12 +189,13 @@ class Encoder:
                 return Piece(read, start, end, skip, start - len(anchor))
         return RenderError(f"the tokenizer puts a space before {text[start:end][:20]!r} that is not there")
 
-    def _read(self, texts: Sequence[str]) -> list[Encoding]:
+    def _read(self, texts: Sequence[str], offsets: bool = True) -> list[Encoding]:
         backend = self._tokenizer.backend_tokenizer
         backend.no_padding()
         backend.no_truncation()
         backend.encode_special_tokens = False
-        return backend.encode_batch(list(texts), add_special_tokens=False)
+        read = backend.encode_batch if offsets else backend.encode_batch_fast
+        return read(list(texts), add_special_tokens=False)
 
     def decode(self, ids: Sequence[int]) -> str:
         """As it would read behind other text: without what a tokenizer drops or adds at the start of one."""
@@ -187,9 +206,9 @@ class Encoder:
         return text.removeprefix(ANCHORS[1]) if anchor else text
 
 
-def _joined(pieces: list[Piece | RenderError]) -> Encoded | RenderError:
+def _joined(pieces: list[Piece | RenderError], again: Callable[[], Encoded] | None) -> Encoded | RenderError:
     errors = [piece for piece in pieces if isinstance(piece, RenderError)]
-    return errors[0] if errors else Encoded([piece for piece in pieces if isinstance(piece, Piece)])
+    return errors[0] if errors else Encoded([piece for piece in pieces if isinstance(piece, Piece)], again)
 
 
 def _adds_space(tokenizer: PreTrainedTokenizerBase) -> bool:

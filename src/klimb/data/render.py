@@ -195,7 +195,7 @@ class Renderer:
         good = [item for item in written if isinstance(item, Written)]
         if not good:
             return [item for item in written if isinstance(item, RenderError)]
-        encoded = iter(self._encoder.encode(good, *self._control(conversational)))
+        encoded = iter(self._encoder.encode(good, *self._control(conversational), offsets=conversational))
         return [next(encoded) if isinstance(item, Written) else item for item in written]
 
     def _tokens(self, written: Sequence[Written | RenderError], conversational: bool) -> list[Tokens | RenderError]:
