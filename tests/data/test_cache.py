@@ -13,8 +13,9 @@ import pytest
 import toy_tokenizers as toy
 
 from klimb.data import cache, load
-from klimb.data.load import load_examples, load_preferences, load_prompts, split_by_prompt
+from klimb.data.load import load_examples, load_preferences, load_prompts
 from klimb.data.render import Renderer
+from klimb.data.split import split_by_prompt
 from klimb.data.store import occurrences
 from klimb.errors import DataError
 

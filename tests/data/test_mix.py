@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import toy_tokenizers as toy
 
-from klimb.data.load import load_examples, load_prompts, split_by_prompt
+from klimb.data.load import load_examples, load_prompts
 from klimb.data.render import Renderer
+from klimb.data.split import split_by_prompt
 from klimb.errors import DataError
 
 CHAT = Renderer(toy.chatml())

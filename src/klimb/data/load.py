@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -25,9 +25,8 @@ from klimb.data.readers import open_source
 from klimb.data.render import Renderer, Tokens
 from klimb.data.report import Loaded, Report
 from klimb.data.source import BadRow, Opened, Source
-from klimb.data.store import Base, Chosen, Held, Item, Stored, Writer, occurrences, prompt_tokens
+from klimb.data.store import Base, Chosen, Held, Item, Stored, Writer, occurrences
 from klimb.data.template import RenderError
-from klimb.errors import DataError
 from klimb.types import Example, Preference, Prompt, Text
 
 CHUNK = 1024
@@ -410,32 +409,3 @@ def _loaded(base: Base[Item], note: Mapping[str, Any], source: str, cache: str =
 def _hash(content: Any) -> str:
     canonical = json.dumps(content, sort_keys=True, ensure_ascii=False, default=str)
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
-
-
-# --- evaluation part -----------------------------------------------------------------------------------
-
-
-def split_by_prompt(items: Sequence[Item], eval_fraction: float, seed: int = 0) -> tuple[Chosen[Item], Chosen[Item]]:
-    """(train, eval), by a hash of each item's prompt: no prompt is on both sides, nor in any later file.
-
-    Raises DataError where a side would be empty.
-    """
-    whole = items if isinstance(items, Chosen) else Chosen(Held(list(items)), np.arange(len(items)))
-    if eval_fraction == 0:
-        return whole, whole.part(np.zeros(0, np.int64))
-    if not 0 < eval_fraction < 1:
-        raise DataError(f"eval_fraction is {eval_fraction}", fix="choose one between 0 and 1")
-    out = np.array([_draw(prompt_tokens(item), seed) < eval_fraction for item in items], bool)
-    if out.all() or not out.any():
-        raise DataError(
-            f"no prompt of {len(items)} items falls into the {'training' if out.any() else 'evaluation'} part",
-            why=f"eval_fraction is {eval_fraction}",
-            fix="choose another, or give eval_data",
-        )
-    return whole.part(np.flatnonzero(~out)), whole.part(np.flatnonzero(out))
-
-
-def _draw(key: list[int], seed: int) -> float:
-    """Uniform in [0, 1), from the content alone."""
-    digest = hashlib.sha256(json.dumps([seed, key]).encode()).digest()
-    return int.from_bytes(digest[:7], "big") / 2**56

@@ -15,8 +15,8 @@ from klimb import metrics
 from klimb.batch import BatchTotals, TokenBatch
 from klimb.config import find_references
 from klimb.data.feedback import load_feedback
-from klimb.data.load import split_by_prompt
 from klimb.data.sampler import Sampler
+from klimb.data.split import split_by_prompt
 from klimb.errors import DataError, KlimbError
 from klimb.metrics import Metrics
 from klimb.models.faces import Policy, policy_log_collisions, policy_logps

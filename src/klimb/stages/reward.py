@@ -10,9 +10,9 @@ from pydantic import Field
 
 from klimb import metrics
 from klimb.data.judged import StepEnds
-from klimb.data.load import split_by_prompt
 from klimb.data.render import Renderer
 from klimb.data.sampler import Sampler
+from klimb.data.split import split_by_prompt
 from klimb.errors import RewardError
 from klimb.models.faces import Verdicts, reward_scores
 from klimb.models.load import check_vocabulary, save_causal, save_classifier, save_facts

@@ -12,8 +12,9 @@ from torch import Tensor
 from klimb import metrics
 from klimb.batch import BatchTotals, Row, TokenBatch
 from klimb.config import StageConfig
-from klimb.data.load import load_examples, load_prompts, split_by_prompt
+from klimb.data.load import load_examples, load_prompts
 from klimb.data.sampler import Sampler
+from klimb.data.split import split_by_prompt
 from klimb.metrics import Metrics
 from klimb.models.faces import Policy, policy_logps
 from klimb.models.packing import Budget
