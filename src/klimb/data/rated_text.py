@@ -34,7 +34,7 @@ class Spelling:
     def end(self, conversational: bool) -> int:
         """The token that ends a reply."""
         asked: Text = [{"role": "user", "content": self._instruction}] if conversational else self._instruction
-        return self._renderer.completion(asked, reply_to(asked, self.names[0])).completion[-1]
+        return self._renderer.completion(asked, reply_to(asked, f"{self.names[0]}:")).completion[-1]
 
     def answer(self, values: Sequence[float], conversational: bool) -> list[int]:
         said = [[*self.name(place), *self.rating(value)] for place, value in enumerate(values)]
