@@ -15,7 +15,7 @@ from klimb.models.faces import Policy, reward_scores
 from klimb.models.load import load_causal
 from klimb.models.rated import Place, WrittenRatings
 
-NAMES = {"a:": (1.0, [1.0, 3.0, 10.0]), ", b:": (-0.5, [0.0, 1.0, 7.0, 100.0])}
+NAMES = {"a:": (1.0, [0.0, 1.0, 10.0]), ", b:": (-0.5, [0.0, 1.0, 7.0, 100.0])}
 TEXTS = ["what? it is", "why? no", "what? yes and no", "whose? yours", "who? you", "which? 7"]
 
 
@@ -80,7 +80,7 @@ def test_the_score_is_what_is_expected_of_the_ratings(directory: str, model: Wri
         score, written = by_hand(directory, model, text)
         assert scores[row].item() == pytest.approx(score, rel=1e-9)
         assert likeliest[row].tolist() == written
-    assert len({tuple(line) for line in likeliest.tolist()}) > 1
+    assert (likeliest[:, 0] > 0).any()  # what stands before the second rating is not always the first one of the list
     assert not torch.allclose(expected, likeliest, atol=1e-3)  # finer than the rating that is written
 
 
