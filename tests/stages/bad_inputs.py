@@ -301,7 +301,6 @@ CASES: dict[str, list[Bad]] = {
         Bad("a level that is not there", "REWARD kind=ordinal data=demonstrations.jsonl", ("demonstrations.jsonl", "has no rating rating")),
         Bad("a level in between", "REWARD kind=ordinal data=bad.jsonl", ("bad.jsonl:1", "not a whole number"), rows({"prompt": "a ?", "completion": "yes", "rating": 2.5})),
         Bad("one level only", "REWARD kind=ordinal data=bad.jsonl", ("rating is 3 in every row",), rows(*({"prompt": "a ?", "completion": word, "rating": 3} for word in ("yes", "no")))),
-        Bad("one rating only", "REWARD kind=attributes_text 'attributes={stars: 1}' 'instruction= so' data=bad.jsonl", ("stars is 1 in every row",), rows({"prompt": "a ?", "completion": "yes", "stars": 1})),
         Bad("an unknown kind of reward model", "REWARD kind=proces", ("kind", "process")),
         Bad("steps of pairs", "REWARD kind=process", ("preferences.jsonl", "completions, labels")),
         Bad("a separator of pairs", "REWARD separator=x", ("separator", "kind=process")),

@@ -98,7 +98,7 @@ def jobs(world: World) -> dict[str, Job]:
                     for word, rating in (("no", 1), ("it", 2), ("yes", 4))
                 ],
             ),
-        ),  # fmt: skip
+        ),
         "dpo": Job("preference", model=world.model, data=world.preferences, steps=7, batch_size=5, lora={"rank": 2}),
         # Failures are events and count against a limit: the count has to survive, too.
         "ppo": Job(
