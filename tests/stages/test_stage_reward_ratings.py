@@ -60,6 +60,7 @@ def test_levels_are_learnt_from_how_frequent_they_are(level_model: Played) -> No
     assert 0.2 < level_model.rows[-1]["loss"] < 0.6
     # Of the nine pairs of a prompt that have an order one is of the same word: 17 / 18 is the most.
     assert level_model.result["accuracy"] == pytest.approx(17 / 18, abs=0.03)
+    assert any(line.startswith("  rating exactly right: ") for line in level_model.said)
     assert level_model.result["exact"]["rating"] > level_model.result["exact_if_constant"]["rating"] == 0.4
 
 

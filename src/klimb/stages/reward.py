@@ -173,6 +173,9 @@ def train(config: RewardConfig, run: Run, interrupt: Interrupt, say: Any) -> dic
         right = kind.rightness(model, held_out, session.scoring)
         outcome = _compared(right, config, renderer, data.conversational, training, held_out, say)
         outcome |= kind.figures(model, held_out, session.scoring)
+        for name, share in outcome.get("exact", {}).items():
+            constant = outcome["exact_if_constant"][name]
+            say(f"  {name} exactly right: {share:.3f} (always the most frequent: {constant:.3f})")
     if held_out and outcome["accuracy"] < config.min_accuracy:
         raise RewardError(
             f"held-out accuracy is {outcome['accuracy']:.3f}, below min_accuracy={config.min_accuracy}", where=run.path,
