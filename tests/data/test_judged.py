@@ -11,7 +11,7 @@ import pytest
 from tokenizers import normalizers
 
 from klimb.commands.new import TEMPLATE
-from klimb.data.judged import StepEnds, load_judged, rankings, ratings, steps, verdicts
+from klimb.data.judged import StepEnds, levels, load_judged, rankings, ratings, steps, verdicts
 from klimb.data.load import load_preferences
 from klimb.data.render import Renderer
 from klimb.errors import DataError
@@ -84,6 +84,16 @@ def test_ratings_come_from_their_columns(renderer: Renderer) -> None:
         load_judged(ratings(["length", "clarity"]), rows, renderer)
     with pytest.raises(DataError, match="is True, not a number"):
         load_judged(ratings(["length"]), [{**rows[0], "length": True}], renderer)
+
+
+def test_levels_are_whole_numbers(renderer: Renderer) -> None:
+    rows = [{"prompt": "a ?", "completion": "yes", "stars": 4.0}, {"prompt": "a ?", "completion": "no", "stars": -1}]
+    assert [item.values for item in load_judged(levels("stars"), rows, renderer).items] == [[4.0], [-1.0]]
+    for wrong, complaint in ((3.5, r"stars is 3\.5, not a whole number"), (None, "has no rating stars"),
+                             ("4", "is '4', not a number"), (float("nan"), "not a number")):  # fmt: skip
+        with pytest.raises(DataError, match=complaint):
+            load_judged(levels("stars"), [{**rows[0], "stars": wrong}], renderer)
+    assert load_judged(ratings(["stars"]), [{**rows[0], "stars": 3.5}], renderer).items[0].values == [3.5]
 
 
 def test_a_preference_has_a_strength(renderer: Renderer) -> None:

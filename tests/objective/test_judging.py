@@ -6,6 +6,7 @@ import itertools
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
@@ -17,6 +18,9 @@ from klimb.objective import ALGORITHMS, assign_credit, bradley_terry, parse_algo
 from klimb.objective.judging import (
     combined,
     label_loss,
+    level_logps,
+    ordered,
+    ordinal_loss,
     ranking_loss,
     rating_loss,
     so_far,
@@ -107,6 +111,74 @@ def test_steps_are_classified_one_by_one_and_each_weighs_the_same():
 def test_ratings_by_hand():
     loss, _ = rating_loss(torch.tensor([[1.0, 2.0], [0.0, 4.0]]), torch.tensor([[3.0, 2.0], [1.0, 1.0]]), samples=2)
     assert loss.item() == pytest.approx((4 + 0 + 1 + 9) / 4)
+
+
+# Levels -----------------------------------------------------------------------------------------------------------
+
+RAW = tensor(-1.3, 0.4, -0.7)  # θ = −1.3, 0.19, 0.69: four levels
+LEVELS = torch.tensor([0, 3, 2, 1, 3, 0, 2])
+
+
+def ordinal_by_hand(scores, raw):
+    """Mean −log(σ(θ_k − s) − σ(θ_{k−1} − s)) with θ_0 = −∞ and θ_K = ∞, in numpy."""
+    theta = np.concatenate([[-np.inf], raw[:1], raw[0] + np.cumsum(np.exp(raw[1:])), [np.inf]])
+    below = 1 / (1 + np.exp(-(theta[None] - scores[:, None])))
+    return -np.log(np.diff(below, axis=1)[np.arange(len(scores)), LEVELS.numpy()]).mean()
+
+
+def slope(function, values):
+    """Central differences."""
+    found = np.zeros_like(values)
+    for place in range(len(values)):
+        step = np.zeros_like(values)
+        step[place] = 1e-6
+        found[place] = (function(values + step) - function(values - step)) / 2e-6
+    return found
+
+
+def test_levels_are_differences_of_sigmoids_and_so_is_the_gradient():
+    scores, raw = SCORES.clone().requires_grad_(), RAW.clone().requires_grad_()
+    loss, found = ordinal_loss(scores, LEVELS, ordered(raw), samples=len(scores))
+    loss.backward()
+    s, r = SCORES.numpy(), RAW.numpy()
+    assert loss.item() == pytest.approx(ordinal_by_hand(s, r), rel=1e-12)
+    assert results(found)["loss"] == pytest.approx(loss.item(), rel=1e-12)
+    # Central differences of 1e-6 are right to about 1e-9.
+    assert scores.grad.numpy() == pytest.approx(slope(lambda x: ordinal_by_hand(x, r), s), abs=1e-8)
+    assert raw.grad.numpy() == pytest.approx(slope(lambda x: ordinal_by_hand(s, x), r), abs=1e-8)
+
+
+def test_levels_are_all_there_is_also_far_out():
+    theta = ordered(RAW)
+    logps = level_logps(tensor(-700.0, -3.0, 0.2, 5.0, 700.0), theta)
+    assert logps.exp().sum(dim=1).tolist() == pytest.approx([1.0] * 5, rel=1e-12)
+    assert logps.isfinite().all()
+    assert logps[0, 3].item() == pytest.approx(-700 - theta[-1].item(), rel=1e-12)  # log σ(−x) = −x out there
+    assert logps.argmax(dim=1).tolist() == [0, 0, 3, 3, 3]
+
+
+def test_of_two_levels_it_is_logistic_regression():
+    labels = (WORTH > 1).long()
+    loss, found = ordinal_loss(SCORES, labels, tensor(0.25), samples=len(SCORES))
+    expected = binary_cross_entropy_with_logits(SCORES - 0.25, labels.double())
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
+    right = ((SCORES > 0.25) == (labels > 0)).double().mean().item()
+    assert results(found)["accuracy"] == pytest.approx(right)
+
+
+def test_levels_in_parts_are_the_levels():
+    whole, figures = ordinal_loss(SCORES, LEVELS, ordered(RAW), samples=7)
+    parts = [ordinal_loss(SCORES[p], LEVELS[p], ordered(RAW), samples=7) for p in (slice(0, 3), slice(3, 7))]
+    assert sum(loss for loss, _ in parts).item() == pytest.approx(whole.item(), rel=1e-12)
+    assert results(merge([found for _, found in parts])) == pytest.approx(results(figures))
+
+
+def test_thresholds_rise_whatever_is_learnt():
+    raw = 4 * torch.randn(100, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    assert all((ordered(line).diff() > 0).all() for line in raw)
+
+
+# Steps ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

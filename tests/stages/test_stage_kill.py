@@ -29,7 +29,8 @@ from kills import (
     remains,
     start,
 )
-from world import FAST, World, klimb, lines, play
+from tiny import chat_model
+from world import FAST, LETTERS, World, klimb, lines, play, write
 
 from klimb.errors import Interrupted
 
@@ -66,6 +67,38 @@ def jobs(world: World) -> dict[str, Job]:
             "sft", model=world.model, data=world.demonstrations, steps=10, batch_size=5, eval_fraction=0.3, eval_every=4
         ),
         "reward": Job("reward", model=world.model, data=world.preferences, steps=7, batch_size=5),
+        "ordinal": Job(
+            "reward",
+            kind="ordinal",
+            model=world.model,
+            steps=7,
+            batch_size=5,
+            data=write(
+                world.folder / "levels.jsonl",
+                [
+                    {"prompt": f"{letter} ?", "completion": word, "rating": rating}
+                    for letter in LETTERS
+                    for word, rating in (("no", 1), ("it", 2), ("yes", 4))
+                ],
+            ),
+        ),
+        "ratings": Job(
+            "reward",
+            kind="attributes_text",
+            attributes={"first": 1.0, "second": 0.5},
+            steps=7,
+            batch_size=5,
+            lora={"rank": 2},
+            model=chat_model(world.folder / "chat", "llama", 128),
+            data=write(
+                world.folder / "ratings.jsonl",
+                [
+                    {"prompt": f"{letter}?", "completion": word, "first": rating, "second": -rating}
+                    for letter in LETTERS
+                    for word, rating in (("no", 1), ("it", 2), ("yes", 4))
+                ],
+            ),
+        ),
         "dpo": Job("preference", model=world.model, data=world.preferences, steps=7, batch_size=5, lora={"rank": 2}),
         # Failures are events and count against a limit: the count has to survive, too.
         "ppo": Job(
@@ -161,6 +194,9 @@ INSTANTS: list[tuple[str, str, Trap]] = [
     ("sft", "before the result", partial(at_call, "klimb.runtime.run.Run.write_result", 1)),
     ("reward", "between a step and its checkpoint", partial(at_call, CHECKPOINT, 2)),
     ("reward", "while scores are normalised", partial(at_call, "klimb.stages.reward.save_classifier", 1)),
+    ("ordinal", "between a step and its checkpoint", partial(at_call, CHECKPOINT, 2)),
+    ("ratings", "between a step and its checkpoint", partial(at_call, CHECKPOINT, 2)),
+    ("ratings", "while ratings in words are saved", partial(at_call, "klimb.stages.reward.save_causal", 1)),
     ("dpo", "between a step and its checkpoint", partial(at_call, CHECKPOINT, 2)),
     ("dpo", "while the adapter is saved", partial(at_call, "klimb.models.load._end_generation", 1)),
     ("ppo", "while the critic warms up", partial(at_call, STEP, 3)),  # two updates a step, of the critic alone

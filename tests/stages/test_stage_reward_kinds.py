@@ -322,13 +322,13 @@ def bert(folder: Path, config: Any = None) -> str:
     return str(folder)
 
 
-@pytest.mark.parametrize("kind", ["bradley_terry", "attributes"])
+@pytest.mark.parametrize("kind", ["bradley_terry", "attributes", "ordinal"])
 def test_an_encoder_is_trained_and_scores_as_transformers_does(world: World, tmp_path: Path, kind: str) -> None:
     rows = [
         {"prompt": ask, "completion": word, "first": worth} for ask in ASK for word, worth in (("yes", 1), ("no", -1))
     ]
     data = world.preferences if kind == "bradley_terry" else write(tmp_path / "a.jsonl", rows)
-    given = {"attributes": {"first": 2.0}} if kind == "attributes" else {}
+    given = {"attributes": {"attributes": {"first": 2.0}}, "ordinal": {"rating": "first"}}.get(kind, {})
     done = play("reward", tmp_path / "run", model=bert(tmp_path / "bert"), data=data, kind=kind, steps=80, batch_size=9,
                 eval_fraction=0.4, optimizer={"lr": 5e-4}, **given)  # fmt: skip
     assert done.result["accuracy"] > 0.95

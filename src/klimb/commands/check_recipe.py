@@ -18,7 +18,7 @@ from klimb.config import load_recipe, load_yaml, shipped_recipes
 from klimb.data.feedback import load_feedback
 from klimb.data.formats import BadRows
 from klimb.data.kinds import Detector
-from klimb.data.load import load_examples, load_preferences, load_prompts
+from klimb.data.load import load_examples, load_prompts
 from klimb.data.report import Loaded
 from klimb.errors import ConfigError, KlimbError
 from klimb.objective.algorithms import ALGORITHMS
@@ -35,6 +35,7 @@ from klimb.stages.models import load_texts, prompt_room
 from klimb.stages.pipeline import check_recipe, with_overrides
 from klimb.stages.progress import Preparing
 from klimb.stages.registry import STAGES, preview
+from klimb.stages.reward import kind_of
 from klimb.stages.seeds import configs_by_seed
 from klimb.types import Prompt
 
@@ -190,7 +191,9 @@ def sources_of(stage: str, config: Any) -> Iterator[Source]:
     typed = {key: getattr(config, key) for key in ("columns", "on_bad", "transcripts")} | {"renderer": renderer}
     if stage in ("sft", "reward", "preference"):
         limit = min(config.max_tokens or context, context)
-        load: Callable[..., Loaded[Any]] = load_examples if stage == "sft" else load_preferences
+        load: Callable[..., Loaded[Any]] = load_examples
+        if stage == "reward":
+            load = kind_of(config).load
         if stage == "preference":
             load = partial(load_feedback, needs_of(parse_preference(config.loss)).data)
         for key in ("data", "eval_data"):

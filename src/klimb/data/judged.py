@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from klimb.data.checks import CHECKS
@@ -69,23 +70,48 @@ def reply_to(prompt: Text, completion: str) -> Text:
 # --- attributes -------------------------------------------------------------------------------------------
 
 
+RATED: tuple[Kind, ...] = ("prompt-completion", "labelled")
+
+
 def ratings(names: Sequence[str]) -> Callable[[Renderer], Task[Judged]]:
     """A completion with a number in a column for each of the names."""
 
     def build(record: Record, tokens: Tokens, id: str, limit: int | None) -> Judged:
         check_length("the row", len(tokens.prompt) + len(tokens.completion), limit)
-        given = {**record.columns, **record.values}
-        if missing := [name for name in names if given.get(name) is None]:
-            raise BadRow(f"has no rating {missing[0]} (it has: {', '.join(map(str, given))})")
-        values = CHECKS["scores"]([given[name] for name in names], "ratings")
+        values = ratings_of(record, names)
         return Judged(id, tokens.prompt, tokens.completion, [len(tokens.completion)], values)
 
-    def content(record: Record) -> Any:
-        return [content_of(record), [record.columns.get(name) for name in names]]
+    content = rated_content(names)
+    return lambda renderer: Task(Judged, RATED, _render_replies, content, build, details=("ratings", *names))
 
-    return lambda renderer: Task(
-        Judged, ("prompt-completion", "labelled"), _render_replies, content, build, details=("ratings", *names)
-    )
+
+def levels(name: str) -> Callable[[Renderer], Task[Judged]]:
+    """A completion with a whole number in the column, the better the higher."""
+
+    def task(renderer: Renderer) -> Task[Judged]:
+        rated = ratings([name])(renderer)
+
+        def build(record: Record, tokens: Tokens, id: str, limit: int | None) -> Judged:
+            item = rated.build(record, tokens, id, limit)
+            assert isinstance(item, Judged)
+            if not item.values[0].is_integer():
+                raise BadRow(f"{name} is {item.values[0]:g}, not a whole number: it has to be one of ordered levels")
+            return item
+
+        return replace(rated, build=build, details=("levels", name))
+
+    return task
+
+
+def ratings_of(record: Record, names: Sequence[str]) -> list[float]:
+    given = {**record.columns, **record.values}
+    if missing := [name for name in names if given.get(name) is None]:
+        raise BadRow(f"has no rating {missing[0]} (it has: {', '.join(map(str, given))})")
+    return list(CHECKS["scores"]([given[name] for name in names], "ratings"))
+
+
+def rated_content(names: Sequence[str]) -> Callable[[Record], Any]:
+    return lambda record: [content_of(record), [record.columns.get(name) for name in names]]
 
 
 def _render_replies(renderer: Renderer, kind: Kind, records: list[Record]) -> list[Any]:

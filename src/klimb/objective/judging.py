@@ -6,7 +6,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
+from torch.nn.functional import logsigmoid, pad
 
 from klimb import metrics
 from klimb.batch import BatchTotals
@@ -75,6 +75,34 @@ def rating_loss(predicted: Tensor, ratings: Tensor, *, samples: int) -> tuple[Te
     return pair_mean(per_sample, samples), {
         "loss": metrics.mean(per_sample),
         "score/mean": metrics.mean(predicted),
+    }
+
+
+def ordered(raw: Tensor) -> Tensor:
+    """The first threshold and the logs of the steps between them → thresholds [K − 1], rising whatever is learnt."""
+    return torch.cat([raw[:1], raw[:1] + raw[1:].exp().cumsum(0)])
+
+
+def level_logps(scores: Tensor, thresholds: Tensor) -> Tensor:
+    """log P(level) of K ordered levels, [B], [K − 1] → [B, K]: P(above level k) = σ(score − θ_k).
+
+    The proportional odds of McCullagh (1980), with P(level k) = σ(θ_k − s) − σ(θ_{k−1} − s) written as the product
+    σ(θ_k − s) · σ(s − θ_{k−1}) · (1 − e^{θ_{k−1} − θ_k}): no difference of two numbers near 1 is taken.
+    """
+    apart = thresholds - scores[:, None]
+    between = torch.log(-torch.expm1(-thresholds.diff()))
+    return pad(logsigmoid(apart), (0, 1)) + pad(logsigmoid(-apart), (1, 0)) + pad(between, (1, 1))
+
+
+def ordinal_loss(scores: Tensor, levels: Tensor, thresholds: Tensor, *, samples: int) -> tuple[Tensor, Metrics]:
+    """−log P(level), mean over the update's samples. scores [B]; levels [B] are the places 0 … K − 1 of the right ones;
+    thresholds [K − 1], rising."""
+    logps = level_logps(scores, thresholds)
+    per_sample = -logps.gather(1, levels[:, None]).squeeze(1)
+    return pair_mean(per_sample, samples), {
+        "loss": metrics.mean(per_sample),
+        "accuracy": metrics.mean((logps.detach().argmax(dim=1) == levels).to(scores.dtype)),
+        "score/mean": metrics.mean(scores),
     }
 
 

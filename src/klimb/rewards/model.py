@@ -10,10 +10,10 @@ from klimb.batch import Row, TokenBatch
 from klimb.data.judged import StepEnds, question, up_to_verdict
 from klimb.data.render import Renderer, Tokens
 from klimb.errors import RewardError
-from klimb.models.encoder import EncoderReward
 from klimb.models.faces import RewardModel, Verdicts, reward_scores, step_logits
 from klimb.models.load import reward_facts
 from klimb.models.packing import Budget
+from klimb.models.rated import Judge
 from klimb.objective.judging import so_far, step_rewards
 from klimb.rewards.protocol import Columns, Scores, Values
 from klimb.rewards.rules import plain_text
@@ -24,13 +24,13 @@ class ModelReward:
     """(raw score − mean) / std of the reference samples, so that β means "standard deviations per nat" for any model.
 
     same_tokenizer: the policy speaks the model's tokens, so its completions are read as sampled, never encoded anew
-    (but by a model that is asked for a verdict, in a text of its own). dense: of a model of steps, each step is paid
+    (but by a model that is asked for words, in a text of its own). dense: of a model of steps, each step is paid
     where it ends; together they are the score.
     """
 
     def __init__(
         self,
-        model: RewardModel | EncoderReward | Verdicts,
+        model: Judge,
         renderer: Renderer,
         directory: str,
         *,
@@ -72,13 +72,13 @@ class ModelReward:
         return rows_of([(text.prompt, text.completion) for text in texts], self.marks)
 
     def _asked(self, prompts: Sequence[Text], completions: Sequence[Text], instruction: str) -> TokenBatch:
-        """Whether each is right; marked is the place of the answer."""
-        assert isinstance(self.model, Verdicts)
+        """What each is asked; marked is the place of a verdict."""
+        verdict = [self.model.yes] if isinstance(self.model, Verdicts) else []
         rows = []
         for prompt, completion in zip(prompts, completions, strict=True):
             tokens = self.renderer.completion(*question(prompt, completion, instruction))
-            asked = [*up_to_verdict(tokens, not isinstance(prompt, str)), self.model.yes]
-            rows.append([Row(tokens.prompt, asked, [False] * (len(asked) - 1) + [True])])
+            asked = up_to_verdict(tokens, not isinstance(prompt, str))
+            rows.append([Row(tokens.prompt, [*asked, *verdict], [False] * len(asked) + [True] * len(verdict))])
         return TokenBatch.from_rows(rows, range(len(rows)), [str(i) for i in range(len(rows))])
 
     def _by_steps(self, batch: TokenBatch) -> Scores:

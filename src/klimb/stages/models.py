@@ -30,6 +30,7 @@ from klimb.models.load import (
 )
 from klimb.models.place import declared_context, load_tokenizer
 from klimb.models.probe import probed_policy
+from klimb.models.rated import Judge, Ordinal, WrittenRatings
 from klimb.runtime import durable
 from klimb.runtime.ranks import rank
 from klimb.stages.common import Session
@@ -157,12 +158,14 @@ def load_critic(session: Session, policy: Loaded, model: str | None) -> Critic:
 
 def load_reward_model(
     session: Session, model: str, lora: LoRA | None = None, seed: int = 0, facts: Mapping[str, Any] | None = None
-) -> RewardModel | EncoderReward | Verdicts:
+) -> Judge:
     """facts: how it is read; by default what is noted in its directory."""
     facts = reward_facts(model) if facts is None else facts
     if facts.get("kind") == "generative":
         loaded = load_policy(session, model, lora, seed)
         return Verdicts(loaded.policy, facts["yes"], facts["no"])
+    if facts.get("kind") == "attributes_text":
+        return WrittenRatings.of(load_policy(session, model, lora, seed).policy, facts)
     ratings: Mapping[str, float] | None = facts.get("attributes")
     weights = [*ratings.values()] if ratings else None
     encoder = is_encoder(model)
@@ -174,9 +177,11 @@ def load_reward_model(
         classifier.config.problem_type = "regression"
     if encoder:
         _check_encoder(model, lora, facts)
-        return EncoderReward(_trained(session, Backbone(classifier)), weights=weights)
-    backbone = _trained(session, Backbone(classifier, None, lora))
-    return RewardModel(backbone, weights=weights, combine=facts.get("combine"))
+        found: RewardModel | EncoderReward = EncoderReward(_trained(session, Backbone(classifier)), weights=weights)
+    else:
+        backbone = _trained(session, Backbone(classifier, None, lora))
+        found = RewardModel(backbone, weights=weights, combine=facts.get("combine"))
+    return Ordinal(found, facts["levels"], facts["thresholds"]) if facts.get("kind") == "ordinal" else found
 
 
 def _check_encoder(model: str, lora: LoRA | None, facts: Mapping[str, Any]) -> None:

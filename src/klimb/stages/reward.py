@@ -16,6 +16,7 @@ from klimb.data.split import split_by_prompt
 from klimb.errors import RewardError
 from klimb.models.faces import Verdicts, reward_scores
 from klimb.models.load import check_vocabulary, save_causal, save_classifier, save_facts
+from klimb.models.rated import Judge, WrittenRatings
 from klimb.objective.judging import Combine
 from klimb.rewards.model import rows_of
 from klimb.rewards.rules import plain_text
@@ -30,29 +31,34 @@ from klimb.stages.given import Given
 from klimb.stages.memory import of_pairs
 from klimb.stages.models import load_reward_model, load_texts, model_folder
 from klimb.stages.reward_kinds import (
-    Judge,
     Kind,
     Right,
     attributes,
+    attributes_text,
     comparisons,
     generative,
     labels,
+    ordinal,
     process,
     rankings,
 )
 
-RewardKind = Literal["bradley_terry", "rankings", "labels", "attributes", "generative", "process"]
+RewardKind = Literal[
+    "bradley_terry", "rankings", "labels", "attributes", "attributes_text", "ordinal", "generative", "process"
+]
 INSTRUCTION = "\nIs this right? Answer Yes or No.\n"
 _BELONGS: Mapping[str, tuple[str, ...]] = {
-    "centering": ("bradley_terry", "rankings"), "baselines": ("bradley_terry",), "attributes": ("attributes",),
-    "separator": ("process",), "combine": ("process",), "instruction": ("generative",),
-    "reference": ("bradley_terry", "rankings", "labels", "attributes", "process"),
+    "centering": ("bradley_terry", "rankings"), "baselines": ("bradley_terry",),
+    "attributes": ("attributes", "attributes_text"), "instruction": ("generative", "attributes_text"),
+    "rating": ("ordinal",), "separator": ("process",), "combine": ("process",),
+    "reference": ("bradley_terry", "rankings", "labels", "attributes", "ordinal", "process"),
 }  # fmt: skip
 """Which kinds look at a setting."""
 _RIGHT: Mapping[str, str] = {
     "bradley_terry": "held-out pairs in the right order", "rankings": "held-out pairs in the right order",
     "labels": "held-out labels", "generative": "held-out verdicts", "process": "held-out steps",
-    "attributes": "held-out completions in the right order",
+    "attributes": "held-out completions in the right order", "ordinal": "held-out completions in the right order",
+    "attributes_text": "held-out completions in the right order",
 }  # fmt: skip
 
 
@@ -69,11 +75,14 @@ class RewardConfig(SupervisedConfig):
         None, gt=0.5, le=1, description="training ends when held-out accuracy reaches it, every `eval_every` steps"
     )
     attributes: dict[str, float] = Field(
-        {}, description="kind attributes: columns with ratings, and what each weighs in the reward"
+        {}, description="kinds attributes, attributes_text: columns with ratings, and what each weighs in the reward"
     )
+    rating: str = Field("rating", min_length=1, description="kind ordinal: column with whole numbers, the best highest")
     separator: str = Field("\n", min_length=1, description="kind process: what stands between two steps")
     combine: Combine = Field("min", description="kind process: what the steps' P(right) make of a completion")
-    instruction: str = Field(INSTRUCTION, min_length=1, description="kind generative: asks for Yes or No")
+    instruction: str | None = Field(
+        None, min_length=1, description="kinds generative, attributes_text: asks for Yes or No, or for the ratings"
+    )
     baselines: list[Baseline] = Field(
         [], description="what to measure beside it, fitted and held out on the same pairs: length, bag_of_words"
     )
@@ -89,8 +98,9 @@ class RewardConfig(SupervisedConfig):
         for key, kinds in _BELONGS.items():
             if self.given(key) and self.kind not in kinds:
                 yield f"{key}: kind={self.kind} does not look at it; leave it out, or set kind={kinds[0]}"
-        if self.kind == "attributes" and not self.attributes:
-            yield "kind=attributes: say which columns are ratings and their weights, as in attributes={helpfulness: 1}"
+        if self.kind in ("attributes", "attributes_text") and not self.attributes:
+            yield (f"kind={self.kind}: say which columns are ratings and their weights, as in "
+                   "attributes={helpfulness: 1}")  # fmt: skip
         if self.lora is not None and self.lora.base == "4bit":
             yield ("lora.base=4bit: a reward model is saved merged, and its weights in 4 bits would be rounded again; "
                    "leave it out, checkpointing=on and a smaller token_budget save memory too")  # fmt: skip
@@ -103,10 +113,14 @@ def kind_of(config: RewardConfig) -> Kind:
         return labels.kind()
     if config.kind == "attributes":
         return attributes.kind(config.attributes)
+    if config.kind == "attributes_text":
+        return attributes_text.kind(config.attributes, config.instruction)
+    if config.kind == "ordinal":
+        return ordinal.kind(config.rating)
     if config.kind == "process":
         return process.kind(config.separator, config.combine)
     if config.kind == "generative":
-        return generative.kind(config.instruction)
+        return generative.kind(config.instruction or INSTRUCTION)
     return comparisons.kind(config.centering)
 
 
@@ -122,7 +136,7 @@ def train(config: RewardConfig, run: Run, interrupt: Interrupt, say: Any) -> dic
     training, held_out = split_by_prompt(data.items, config.eval_fraction, config.seed)
     if config.eval_data is not None:
         held_out = session.read(kind.load, config.eval_data, config, renderer, max_length, "eval_data").items
-    facts = kind.facts(renderer, data.conversational)
+    facts = kind.facts(renderer, data.conversational, training)
     model = load_reward_model(session, config.model, config.lora, config.seed, facts)
     check_vocabulary(model.backbone.model, tokenizer, config.model)
     steps = config.steps or max(1, round(config.epochs * len(training) / config.batch_size))
@@ -158,17 +172,22 @@ def train(config: RewardConfig, run: Run, interrupt: Interrupt, say: Any) -> dic
     if held_out:
         right = kind.rightness(model, held_out, session.scoring)
         outcome = _compared(right, config, renderer, data.conversational, training, held_out, say)
+        outcome |= kind.figures(model, held_out, session.scoring)
+        for name, share in outcome.get("exact", {}).items():
+            constant = outcome["exact_if_constant"][name]
+            say(f"  {name} exactly right: {share:.3f} (always the most frequent: {constant:.3f})")
     if held_out and outcome["accuracy"] < config.min_accuracy:
         raise RewardError(
             f"held-out accuracy is {outcome['accuracy']:.3f}, below min_accuracy={config.min_accuracy}", where=run.path,
             why="what climbs such a reward climbs noise", fix="more pairs, more epochs, or a larger model",
         )  # fmt: skip
     normalisation = _normalisation(session, model, kind, config, renderer, training, max_length)
+    facts |= kind.learned(model)
     if model.backbone.peft is not None:
         model.backbone.model = model.backbone.peft.merge_and_unload()
     if rank() == 0:
         with model_folder(run.model) as folder:
-            if isinstance(model, Verdicts):
+            if isinstance(model, Verdicts | WrittenRatings):
                 save_causal(model.backbone.model, tokenizer, folder, [*renderer.stop_tokens(data.conversational)])
                 save_facts(folder, normalisation | facts)
             else:

@@ -13,12 +13,11 @@ from klimb.batch import BatchTotals, Row, TokenBatch
 from klimb.data.render import Renderer
 from klimb.data.report import Loaded
 from klimb.metrics import Metrics
-from klimb.models.encoder import EncoderReward
-from klimb.models.faces import RewardModel, Verdicts, reward_scores
+from klimb.models.faces import reward_scores
 from klimb.models.packing import Budget
+from klimb.models.rated import Judge
 from klimb.objective.judging import right
 
-Judge = RewardModel | EncoderReward | Verdicts
 Right = list[list[float]]
 """Of each item and each thing that it asks: 1 right, ½ undecided, 0 wrong."""
 
@@ -29,14 +28,17 @@ class Kind:
 
     load: as those of `klimb.data.load`. batch_of: items → samples to learn from. loss: of the model, a part of an
     update, and the update's totals. rightness: of held-out items. facts: how the model is read, as it is kept beside
-    the weights, by its renderer and whether it was trained on messages.
+    the weights, by its renderer, whether it was trained on messages, and the items to learn from. learned: the facts
+    that training has changed. figures: what else is told of held-out items.
     """
 
     load: Callable[..., Loaded[Any]]
     batch_of: Callable[[Sequence[Any]], TokenBatch]
     loss: Callable[[Any, TokenBatch, BatchTotals], tuple[Tensor, Metrics]]
     rightness: Callable[[Any, Sequence[Any], Budget], Right]
-    facts: Callable[[Renderer, bool], dict[str, Any]] = lambda renderer, conversational: {}
+    facts: Callable[[Renderer, bool, Sequence[Any]], dict[str, Any]] = lambda *_: {}
+    learned: Callable[[Any], dict[str, Any]] = lambda model: {}
+    figures: Callable[[Any, Sequence[Any], Budget], dict[str, Any]] = lambda *_: {}
 
 
 def batch(rows: Sequence[Row], ids: Sequence[str]) -> TokenBatch:
@@ -48,3 +50,21 @@ def labelled_right(model: Judge, batch: TokenBatch, labels: Sequence[bool], budg
     """Does the score have the sign of the label?"""
     found = right(reward_scores(model, batch, budget=budget), torch.tensor(labels, dtype=torch.float64))
     return [[value] for value in found.tolist()]
+
+
+def in_order(scores: Tensor, worth: Tensor) -> Right:
+    """Of each completion: is it in the right order with every other one, of any prompt? scores, worth [N]."""
+    found = []
+    for score, value in zip(scores, worth):
+        others = worth != value
+        found.append((((score - scores).sign() * (value - worth).sign() + 1) / 2)[others].tolist())
+    return found
+
+
+def exactly(names: Sequence[str], found: Tensor, given: Tensor) -> dict[str, dict[str, float]]:
+    """Shares of exactly right ratings, and those of the most frequent one said of all. found, given [N, K]."""
+    constant = given.mode(dim=0).values
+    return {
+        "exact": dict(zip(names, (found == given).double().mean(dim=0).tolist(), strict=True)),
+        "exact_if_constant": dict(zip(names, (given == constant).double().mean(dim=0).tolist(), strict=True)),
+    }

@@ -14,7 +14,7 @@ from klimb.metrics import Metrics
 from klimb.models.faces import RewardModel, reward_scores
 from klimb.models.packing import Budget
 from klimb.objective.judging import rating_loss
-from klimb.stages.reward_kinds import Kind, Right, batch
+from klimb.stages.reward_kinds import Kind, Right, batch, in_order
 from klimb.types import Judged
 
 
@@ -23,14 +23,8 @@ def kind(weights: Mapping[str, float]) -> Kind:
     facts = {"kind": "attributes", "attributes": dict(weights)}
 
     def rightness(model: RewardModel, items: Sequence[Judged], budget: Budget) -> Right:
-        """Of each completion: is it in the right order with every other one, of any prompt?"""
-        scores = reward_scores(model, batch_of(items), budget=budget)
         worth = torch.tensor([item.values for item in items]).double() @ torch.tensor([*weights.values()]).double()
-        found = []
-        for score, value in zip(scores, worth):
-            others = worth != value
-            found.append((((score - scores).sign() * (value - worth).sign() + 1) / 2)[others].tolist())
-        return found
+        return in_order(reward_scores(model, batch_of(items), budget=budget), worth)
 
     return Kind(partial(load_judged, ratings([*weights])), batch_of, loss, rightness, lambda *_: facts)
 

@@ -25,7 +25,7 @@ from klimb.types import Labelled
 def kind(instruction: str) -> Kind:
     """Supervised fine-tuning on the verdict's token, under the whole vocabulary."""
 
-    def facts(renderer: Renderer, conversational: bool) -> dict[str, Any]:
+    def facts(renderer: Renderer, conversational: bool, items: Sequence[Labelled]) -> dict[str, Any]:
         yes, no = verdict_tokens(renderer, instruction, conversational)
         return {"kind": "generative", "instruction": instruction, "yes": yes, "no": no}
 
