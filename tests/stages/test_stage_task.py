@@ -182,7 +182,7 @@ def test_rows_and_functions_of_python_make_a_task(world: World, here: Path) -> N
     def short(completions: list[str], **_: Any) -> list[float]:
         return [-float(len(completion)) for completion in completions]
 
-    task = {"data": ({"prompt": f"{a} ?"} for a in "abc"), "eval_data": [{"prompt": "d ?"}], "reward": short,
+    task = {"data": [{"prompt": f"{a} ?"} for a in "abc"], "eval_data": [{"prompt": "d ?"}], "reward": short,
             "max_tokens": 3}  # fmt: skip
     found = library.run(recipe(world, task), say=lambda line: None)
     assert found["grpo"].evaluation["gold"] < 0
@@ -201,7 +201,7 @@ def test_references_in_a_task_are_those_of_its_recipe(task: str, world: World, h
 
 
 def test_a_run_knows_that_its_task_has_changed(task: str, world: World, here: Path) -> None:
-    few = {"model": world.model, "task": task, "out": None}
+    few = {"model": world.model, "task": task}
     first = play("evaluate", here / "run", **few)
     (here / task).write_text(dump_config(WORDS) + "# a remark\n")
     assert any("finished before" in line for line in play("evaluate", here / "run", **few).said)
@@ -210,6 +210,7 @@ def test_a_run_knows_that_its_task_has_changed(task: str, world: World, here: Pa
         play("evaluate", here / "run", **few)
     (here / task).unlink()
     kept = load_yaml(first.path / "config.yaml")
+    del kept["out"]
     again = play("evaluate", here / "run", **kept)
     assert any("finished before" in line for line in again.said)
     assert lines(again.path / "events.jsonl") == first.events

@@ -95,9 +95,12 @@ def with_task(cls: type[WithTask], values: Mapping[str, Any]) -> dict[str, Any]:
     task, where = _read(values["task"]), _name(values["task"])
     filled = {key: value for key, value in values.items() if key != "task"}
     held_out, typed = (described(data, "data") for data in (task.eval_data, filled.get("data")))
-    if issubclass(cls, TrainConfig) and held_out is not None and typed == held_out:
+    if TrainConfig in cls.__mro__ and held_out is not None and typed == held_out:
         why, fix = "it would be trained on what it is measured on", "leave data out, or give other prompts"
         raise ConfigError(f"data={held_out}: these are its held-out prompts", where=where, why=why, fix=fix)
+    if "data" in cls.from_task and task.data is None and "data" not in filled:
+        why, fix = "the prompts to draw for are those to train on", "give it some, or give data"
+        raise ConfigError("no data", where=where, why=why, fix=fix)
     if "measure" in cls.from_task and isinstance(asked := filled.get("measure", {}), Mapping):
         if "data" in (measure := task.measured() | dict(asked)):
             filled["measure"] = measure
