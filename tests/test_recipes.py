@@ -103,6 +103,9 @@ def tiny(name: str, folder: Path) -> dict[str, Any]:
         if stage in WHOLE_REPLIES or settings["stage"] in ("sft", "reward", "preference"):
             kept.pop("max_tokens", None)
         settings |= kept
+        if "task" in settings:
+            settings["measure"] = {"data": data, "samples_per_prompt": 4, "max_tokens": 4}
+            settings |= {"max_tokens": 8} if settings["stage"] == "rl" else {}
         settings |= {"steps": 2} if settings["stage"] in ("sft", "reward", "preference", "rl") else {}
         settings |= {"model": model} if "Qwen" in settings.get("model", "") else {}
         settings |= {"eval_data": data} if ":test" in settings.get("eval_data", "") else {}

@@ -212,25 +212,26 @@ class Recipe(NamedTuple):
     values: dict[str, Any]
 
 
-def load_recipe(name: str) -> Recipe:
-    """A recipe by its path, or by its name when klimb ships it; a path that exists wins."""
+def load_recipe(name: str, kind: str = "recipe") -> Recipe:
+    """A recipe (or kind="task") by its path, or by its name when klimb ships it; a path that exists wins."""
     path = Path(name)
     if not path.is_file():
-        shipped = shipped_recipes()
+        shipped = shipped_recipes(kind)
         if name not in shipped and path.suffix in (".yaml", ".yml"):
             load_yaml(path)  # says what is wrong with the path
         if name not in shipped:
-            raise ConfigError(f"no recipe {name!r}", fix=did_you_mean(name, shipped))
+            raise ConfigError(f"no {kind} {name!r}", fix=did_you_mean(name, shipped))
         path = shipped[name]
     return Recipe(path.stem, path, load_yaml(path))
 
 
-def shipped_recipes() -> dict[str, Path]:
-    """The recipes that come with klimb: in an installed package, else in a source tree."""
+def shipped_recipes(kind: str = "recipe") -> dict[str, Path]:
+    """The recipes (or kind="task") that come with klimb: in an installed package, else in a source tree."""
     package = Path(__file__).parent
     for folder in (package / "recipes", package.parent.parent / "recipes"):
         if folder.is_dir():
-            return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+            files = (folder / "tasks" if kind == "task" else folder).glob("*.yaml")
+            return {path.stem: path for path in sorted(files)}
     return {}
 
 

@@ -1,12 +1,14 @@
 """Rounds written out, against the same stages written by hand; and run."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from world import World, lines
+from world import World, klimb, lines
 
 from klimb import run
+from klimb.config import dump_config
 from klimb.errors import ConfigError
 from klimb.stages.rounds import unroll
 
@@ -55,6 +57,19 @@ def test_each_round_starts_from_what_the_one_before_made() -> None:
 def test_a_block_that_cannot_be_written_out(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         unroll({**BLOCK, "rounds": {**BLOCK["rounds"], **change}}, "recipe")
+
+
+def test_rounds_are_tried_before_they_run(world: World, here: Path) -> None:
+    stage = {"stage": "sft", "data": world.demonstrations, "steps": 1, "batch_size": 4}
+    rounds = {"repeat": 2, "first": {"model": world.model}, "then": {"model": "${learn.model}"}}
+    recipe = {"threads": 1, "device": "cpu", "stages": {
+        "rounds": {**rounds, "stages": {"learn": {**stage, "model": "${rounds.model}"}}},
+    }}  # fmt: skip
+    (here / "two.yaml").write_text(dump_config(recipe))
+    said = klimb("run", "two.yaml", "--dry-run", "--json")
+    assert said.code == 0, said.err
+    assert [tried["name"] for tried in json.loads(said.out)["stages"]] == ["learn-1", "learn-2"]
+    assert klimb("check", "two.yaml", "--json").code == 0
 
 
 def test_rejection_sampling_in_rounds(world: World, tmp_path: Path) -> None:

@@ -52,9 +52,11 @@ def new(name: Annotated[str, typer.Argument(help="folder to make")]) -> None:
 
 
 def schema(
-    kind: Annotated[str, typer.Argument(metavar="[recipe|STAGE|ALGORITHM]", help="what the file holds")] = "recipe",
+    kind: Annotated[
+        str, typer.Argument(metavar="[recipe|task|STAGE|ALGORITHM]", help="what the file holds")
+    ] = "recipe",
 ) -> None:
-    """JSON schema of a recipe, or of one stage's keys, for editors."""
+    """JSON schema of a recipe, of a task, or of one stage's keys, for editors."""
     from klimb.commands.schema import schema as schema_of
 
     print(json.dumps(schema_of(kind), indent=1, ensure_ascii=False))

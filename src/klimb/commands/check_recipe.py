@@ -97,7 +97,7 @@ def _check_stage(
 
 
 def _check_pipeline(name: str, values: Mapping[str, Any], found: dict[str, Any], write: Write) -> None:
-    check_recipe(name, values)
+    values = check_recipe(name, values)
     found["stages"] = {}
 
     def each(stage: str, kind: str, config: Any) -> None:
@@ -123,7 +123,8 @@ def _guessed(values: Mapping[str, Any], overrides: Sequence[str], where: str) ->
     wrong = {}
     for stage in STAGES:
         fields = config_class(stage).model_fields
-        missing = [name for name, field in fields.items() if field.is_required() and name not in keys]
+        brought = getattr(config_class(stage), "from_task", ()) if "task" in keys else ()
+        missing = [name for name, field in fields.items() if field.is_required() and name not in {*keys, *brought}]
         wrong[stage] = len(keys - fields.keys()) + len(missing)
     fewest = [stage for stage in wrong if wrong[stage] == min(wrong.values())]
     if len(fewest) > 1 and isinstance(values.get("data"), str):
@@ -210,7 +211,8 @@ def sources_of(stage: str, config: Any) -> Iterator[Source]:
     for key in ("measure", "until"):
         if (holder := getattr(config, key, None)) is not None:
             room = prompt_room(context, holder.max_tokens)
-            yield Source(f"{key}.data", load_prompts, holder.data, {"renderer": renderer, "max_length": room})
+            named = {"columns": getattr(holder, "columns", {}), "renderer": renderer}
+            yield Source(f"{key}.data", load_prompts, holder.data, {**named, "max_length": room})
 
 
 def _look_at(

@@ -37,7 +37,7 @@ def dry_stage(
 
 def dry_recipe(name: str, values: Mapping[str, Any], say: Say, as_json: bool) -> None:
     """Raises what the recipe would raise, as far as two steps of each stage tell."""
-    check_recipe(name, values)
+    values = check_recipe(name, values)
     estimates, place = rehearse_recipe(name, values, say=say)
     if rank() != 0:
         return

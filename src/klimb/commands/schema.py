@@ -10,6 +10,7 @@ from klimb.errors import ConfigError, did_you_mean
 from klimb.objective.algorithms import ALGORITHMS
 from klimb.objective.preference import PREFERENCE_LOSSES
 from klimb.stages.registry import STAGES
+from klimb.stages.task import Task
 
 _REFERENCE = {"type": "string", "pattern": r"\$\{[^{}]+\}", "description": "the result of an earlier stage"}
 _SEEDS = {
@@ -21,16 +22,16 @@ _METHODS: Mapping[str, Mapping[str, Any]] = {"algorithm": ALGORITHMS, "loss": PR
 
 
 def schema(kind: str = "recipe") -> dict[str, Any]:
-    """The schema of a recipe (what `klimb run` reads), or of the config of a stage, an algorithm's or a loss's too.
+    """The schema of a recipe (what `klimb run` reads), of a task, or of the config of a stage, an algorithm or a loss.
 
     Raises ConfigError for any other name.
     """
     if kind == "recipe":
         return _recipe()
-    stage = stage_of(kind)
+    found = Task.model_json_schema() if kind == "task" else _stage(stage_of(kind))
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
-        **_stage(stage),
+        **found,
         "title": f"klimb {kind}",
     }
 
@@ -41,7 +42,7 @@ def stage_of(command: str) -> str:
         return command
     if command in ALGORITHMS or command in PREFERENCE_LOSSES:
         return "rl" if command in ALGORITHMS else "preference"
-    known = ["recipe", *STAGES, *ALGORITHMS, *PREFERENCE_LOSSES]
+    known = ["recipe", "task", *STAGES, *ALGORITHMS, *PREFERENCE_LOSSES]
     raise ConfigError(f"no schema of {command!r}", where="command line", fix=did_you_mean(command, known))
 
 
@@ -58,6 +59,11 @@ def _stage(stage: str) -> dict[str, Any]:
         if key in properties and "enum" not in properties[key]:  # a name, a name with changes, my_file.py:NAME
             properties[key]["anyOf"] = [{"enum": [*known]}, {"type": ["string", "object"]}]
     properties["seed"] = _SEEDS
+    if "task" in properties:  # it may bring what has to be there
+        found.get("$defs", {}).get("Measurement", {}).pop("required", None)
+        if brought := sorted({*config_class(stage).from_task} & {*found["required"]}):
+            found["required"] = [key for key in found["required"] if key not in brought]
+            found["anyOf"] = [{"required": ["task"]}, {"required": brought}]
     return found
 
 

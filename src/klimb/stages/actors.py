@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -28,6 +28,7 @@ from klimb.stages.evaluate import Measurement
 from klimb.stages.given import Given
 from klimb.stages.memory import of_rl
 from klimb.stages.models import Loaded
+from klimb.stages.task import WithTask
 from klimb.types import Prompt
 
 
@@ -39,8 +40,10 @@ class CriticConfig(StageConfig):
     warmup_steps: int = Field(0, ge=0, description="first steps in which only the critic learns (arXiv 2307.04964)")
 
 
-class RlConfig(TrainConfig):
+class RlConfig(WithTask, TrainConfig):
     """Batch numbers: `prompts_per_step` × `samples_per_prompt` samples, learnt from in `updates_per_step` parts."""
+
+    from_task: ClassVar = ("data", "columns", "reward", "max_tokens", "measure")
 
     reward: Given
     gold: Given = Field(None, description="held-out judge of the same completions; training never sees it")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import Field
 from torch import Tensor
@@ -32,11 +32,14 @@ from klimb.stages.evaluate import Judges, Measurement, local_engine
 from klimb.stages.experience import requests
 from klimb.stages.memory import of_distilling
 from klimb.stages.models import load_policy, load_reference, load_texts, prompt_room
+from klimb.stages.task import WithTask
 from klimb.types import Example, Group
 
 
-class DistillConfig(TrainConfig):
+class DistillConfig(WithTask, TrainConfig):
     """Both models need the same tokenizer. beta names the divergence, on_policy says whose texts it is taken on."""
+
+    from_task: ClassVar = ("data", "columns", "max_tokens", "measure")
 
     teacher: str = Field(description="the model to follow: directory or hub name")
     beta: float = Field(

@@ -31,10 +31,11 @@ from klimb.rollout.sampling import SamplingParams
 from klimb.runtime.plan import Work
 from klimb.runtime.run import Run
 from klimb.runtime.signals import Interrupt
-from klimb.stages.common import RunConfig, Session, stream_seed
+from klimb.stages.common import Session, stream_seed
 from klimb.stages.given import Data, Given
 from klimb.stages.memory import of_measuring
 from klimb.stages.models import Loaded, load_policy, load_reference, load_reward_model, prompt_room
+from klimb.stages.task import WithTask
 from klimb.types import Group, Prompt, Sample
 from klimb.watch.statistics import best_of_n, best_of_n_kl, mean_interval
 
@@ -55,7 +56,7 @@ class Measurement(StageConfig):
     by: str | None = Field(None, description="column of the prompts to report the gold by")
 
 
-class EvaluateConfig(RunConfig):
+class EvaluateConfig(WithTask):
     """Measure a model; `reference` is what its KL is taken to."""
 
     measure: Measurement

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -38,11 +38,14 @@ from klimb.stages.given import Given
 from klimb.stages.memory import of_online_pairs
 from klimb.stages.models import load_policy, load_reference, load_texts, prompt_room
 from klimb.stages.preference import Update, pairs_of
+from klimb.stages.task import WithTask
 from klimb.types import Group, Preference, Prompt
 
 
-class OnlinePreferenceConfig(TrainConfig):
+class OnlinePreferenceConfig(WithTask, TrainConfig):
     """Two completions of each prompt a step; a tie teaches nothing and is left out."""
+
+    from_task: ClassVar = ("data", "columns", "reward", "max_tokens", "measure")
 
     reward: Given
     gold: Given = Field(None, description="held-out judge of the same completions; training never sees it")

@@ -20,7 +20,7 @@ from klimb.runtime.run import Fresh, OtherRun
 from klimb.stages.common import say_aside
 from klimb.stages.given import described, with_known_rows
 from klimb.stages.progress import notebook
-from klimb.stages.registry import code_files, run_stage, stage_config
+from klimb.stages.registry import code_files, run_stage, stage_config, written_out
 from klimb.stages.results import Result, result_of
 from klimb.stages.rounds import unroll
 from klimb.stages.seeds import accuracies_of, keep_config, open_root, over_seeds, rows_of
@@ -111,7 +111,7 @@ def _run(
 
 
 def check_recipe(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The recipe with its rounds written out, after what can be said before anything runs: keys, stages, configs."""
+    """The recipe, its rounds and tasks written out, after what can be said before it runs: keys, stages, configs."""
     for key in values:
         if key not in _KEYS:
             known = [*_KEYS, *(values.get("stages") or {})]
@@ -124,6 +124,7 @@ def check_recipe(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
         if not isinstance(settings, Mapping) or "stage" not in settings:
             raise ConfigError("which kind of stage is it?", where=f"{name}: stages.{stage}",
                               fix="add stage: sft, reward, rl, preference, sample or evaluate")  # fmt: skip
+        stages[stage] = settings = written_out(settings["stage"], settings, f"{name}: stages.{stage}")
         code_files(
             _stage_config(name, stage, settings, values, seed=0)
         )  # refuses a key in a judge before it is written

@@ -41,6 +41,7 @@ from klimb.stages.given import Given
 from klimb.stages.memory import of_pairs
 from klimb.stages.models import Loaded, load_policy, load_reference
 from klimb.stages.reference import ReferenceLogps, reference_facts, reference_logps
+from klimb.stages.task import WithTask
 from klimb.types import Labelled
 from klimb.watch.displacement import Displacement
 
@@ -48,7 +49,7 @@ _START_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.
 """Relative: how far the first loss may be from the value that π = π_ref has. 16 bits round sums of log-probs."""
 
 
-class PreferenceConfig(SupervisedConfig):
+class PreferenceConfig(WithTask, SupervisedConfig):
     """β, and one epoch at a low rate, as in the paper (arXiv 2305.18290, appendix B)."""
 
     loss: Given = "dpo"

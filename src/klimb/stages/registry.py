@@ -17,6 +17,7 @@ from klimb.runtime.run import Fresh, Run
 from klimb.runtime.signals import interruptible
 from klimb.stages.common import inputs_of, say_aside, target_of
 from klimb.stages.memory import admitted
+from klimb.stages.task import WithTask, with_task
 
 STAGES: Mapping[str, tuple[str, str]] = {
     "sft": ("klimb.stages.sft", "SftConfig"),
@@ -36,11 +37,21 @@ STAGES: Mapping[str, tuple[str, str]] = {
 
 def stage_config(stage: str, values: Mapping[str, Any], overrides: Sequence[str] = (), where: str = "config") -> Any:
     """The typed config of a stage. Raises ConfigError that names every problem."""
+    return load_config(_config_class(stage, where), values, overrides, where)
+
+
+def written_out(stage: str, values: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    """`values` of a stage with what their task says in its place; references stay. Raises ConfigError."""
+    cls = _config_class(stage, where)
+    return with_task(cls, values) if issubclass(cls, WithTask) and values.get("task") is not None else values
+
+
+def _config_class(stage: str, where: str) -> type[StageConfig]:
     if stage not in STAGES:
         raise ConfigError(f"unknown stage {stage!r}", where=where, fix=did_you_mean(stage, STAGES))
     module, name = STAGES[stage]
-    cls: type[StageConfig] = getattr(importlib.import_module(module), name)
-    return load_config(cls, values, overrides, where)
+    found: type[StageConfig] = getattr(importlib.import_module(module), name)
+    return found
 
 
 def preview(stage: str, config: Any) -> list[str]:

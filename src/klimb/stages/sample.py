@@ -6,7 +6,7 @@ import json
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import Field
 
@@ -23,11 +23,12 @@ from klimb.runtime.plan import Work
 from klimb.runtime.ranks import rank
 from klimb.runtime.run import Run
 from klimb.runtime.signals import Interrupt
-from klimb.stages.common import RunConfig, Session, stream_seed
+from klimb.stages.common import Session, stream_seed
 from klimb.stages.evaluate import local_engine, open_reward
 from klimb.stages.given import Data, Given
 from klimb.stages.memory import of_measuring
 from klimb.stages.models import load_policy, prompt_room
+from klimb.stages.task import WithTask
 from klimb.types import Group, Sample, Text
 
 
@@ -38,8 +39,10 @@ class Keep(StageConfig):
     at_least: float | None = Field(None, description="the score that a demonstration needs")
 
 
-class SampleConfig(RunConfig):
+class SampleConfig(WithTask):
     """`pairs`: samples 0 and 1 of a prompt, 2 and 3, … are compared by their scores; ties are left out."""
+
+    from_task: ClassVar = ("data", "columns", "reward", "max_tokens")
 
     data: Data
     samples_per_prompt: int = Field(1, ge=1)

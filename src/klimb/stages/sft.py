@@ -27,6 +27,7 @@ from klimb.stages.evaluate import Judges, Measurement, answer_score
 from klimb.stages.given import Data, Given
 from klimb.stages.memory import of_supervised
 from klimb.stages.models import Loaded, load_policy
+from klimb.stages.task import WithTask
 from klimb.types import Example
 
 
@@ -41,7 +42,7 @@ class Until(StageConfig):
     max_tokens: int = Field(64, ge=1)
 
 
-class SftConfig(SupervisedConfig):
+class SftConfig(WithTask, SupervisedConfig):
     """One pass over 10,000–100,000 demonstrations at the table's rate is usual (arXiv 2411.15124, section 4)."""
 
     loss: Literal["nll", "dft"] = Field("nll", description="dft: tokens weigh what the policy gives them")
