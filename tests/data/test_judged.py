@@ -80,7 +80,7 @@ def test_ratings_come_from_their_columns(renderer: Renderer) -> None:
     rows = [{"prompt": "a ?", "completion": "yes", "helpfulness": 4, "length": 2, "other": 9}]
     [item] = load_judged(ratings(["length", "helpfulness"]), rows, renderer).items
     assert item.values == [2.0, 4.0]
-    with pytest.raises(DataError, match="has no rating clarity"):
+    with pytest.raises(DataError, match="has no column of ratings clarity"):
         load_judged(ratings(["length", "clarity"]), rows, renderer)
     with pytest.raises(DataError, match="is True, not a number"):
         load_judged(ratings(["length"]), [{**rows[0], "length": True}], renderer)
@@ -89,7 +89,7 @@ def test_ratings_come_from_their_columns(renderer: Renderer) -> None:
 def test_levels_are_whole_numbers(renderer: Renderer) -> None:
     rows = [{"prompt": "a ?", "completion": "yes", "stars": 4.0}, {"prompt": "a ?", "completion": "no", "stars": -1}]
     assert [item.values for item in load_judged(levels("stars"), rows, renderer).items] == [[4.0], [-1.0]]
-    for wrong, complaint in ((3.5, r"stars is 3\.5, not a whole number"), (None, "has no rating stars"),
+    for wrong, complaint in ((3.5, r"stars is 3\.5, not a whole number"), (None, "has no column of ratings stars"),
                              ("4", "is '4', not a number"), (float("nan"), "not a number")):  # fmt: skip
         with pytest.raises(DataError, match=complaint):
             load_judged(levels("stars"), [{**rows[0], "stars": wrong}], renderer)

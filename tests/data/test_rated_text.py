@@ -72,7 +72,7 @@ def test_the_cache_knows_the_names_and_the_instruction(characters: Renderer, tmp
 
 
 def test_rows_without_ratings_are_refused(characters: Renderer) -> None:
-    for change, complaint in (({"correctness": None}, "has no rating correctness"),
+    for change, complaint in (({"correctness": None}, "has no column of ratings correctness"),
                               ({"correctness": "good"}, "is 'good', not a number")):  # fmt: skip
         with pytest.raises(DataError, match=complaint):
             load_judged(rated_text(NAMES, ASK), [{**ROW, **change}], characters)

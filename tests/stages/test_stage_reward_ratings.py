@@ -110,7 +110,7 @@ def test_an_adapter_learns_levels_and_is_saved_whole(world: World, tmp_path: Pat
     [
         ([{"rating": 3}] * 8, r"rating is 3 in every row to learn from: one level has no order"),
         ([{"rating": 3}, {"rating": 2.5}], r"rating is 2\.5, not a whole number"),
-        ([{"rating": 3}, {"stars": 3}], r"has no rating rating \(it has: "),
+        ([{"rating": 3}, {"stars": 3}], r"has no column of ratings rating \(it has: "),
     ],
 )
 def test_what_has_no_levels(world: World, tmp_path: Path, rows: list[dict[str, Any]], complaint: str) -> None:
@@ -191,7 +191,7 @@ def test_references_are_the_rows_themselves(chat: str, tmp_path: Path) -> None:
     ("change", "complaint"),
     [
         ({"second": 1}, r"second is 1 in every row to learn from: .*leave it out of attributes"),
-        ({"second": None}, "has no rating second"),
+        ({"second": None}, "has no column of ratings second"),
         ({"second": "high"}, "is 'high', not a number"),
     ],
 )

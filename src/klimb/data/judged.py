@@ -106,7 +106,7 @@ def levels(name: str) -> Callable[[Renderer], Task[Judged]]:
 def ratings_of(record: Record, names: Sequence[str]) -> list[float]:
     given = {**record.columns, **record.values}
     if missing := [name for name in names if given.get(name) is None]:
-        raise BadRow(f"has no rating {missing[0]} (it has: {', '.join(map(str, given))})")
+        raise BadRow(f"has no column of ratings {missing[0]} (it has: {', '.join(map(str, given))})")
     return list(CHECKS["scores"]([given[name] for name in names], "ratings"))
 
 
