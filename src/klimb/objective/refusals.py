@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from klimb.objective.advantage import ADVANTAGES, discounted_return, gae, prompt_value
+from klimb.objective.advantage import ADVANTAGES, discounted_return, gae, preferred, prompt_value
 from klimb.objective.aggregate import sequence_mean, sequence_sum
 from klimb.objective.algorithm import Algorithm
 from klimb.objective.group_advantage import COMPARING, optimal_token_baseline, parts_zscore
@@ -81,6 +81,11 @@ def problems(algorithm: Algorithm, *, samples_per_prompt: int, updates_per_step:
             isinstance(a.advantage, parts_zscore) and priced,
             "advantage: parts_zscore looks at the parts of the score alone, a KL or a price on length in the reward is "
             "lost; set kl.where to loss and overlong to none",
+        ),
+        (
+            isinstance(a.advantage, preferred) and priced,
+            "advantage: preferred compares scores, and a KL or a price on length is only in one of the two; set kl to "
+            "{where: loss, estimator: k2, level: sequence} and overlong to none",
         ),
         (
             a.reference is not None and not a.needs.ref,

@@ -180,8 +180,7 @@ def baselines(actors: Actors, groups: Sequence[Group], draws: Draws, step: int) 
     params = SamplingParams(config.max_tokens, actors.loaded.stop_tokens(actors.prompts), temperature)
     seed = stream_seed(config.seed, "baseline", 0 if draws.of_reference else step)
     summary: Callable[[torch.Tensor], torch.Tensor] = cast(Any, actors.algorithm.advantage).summary
-    engine = actors.reference_engine if draws.of_reference else actors.engine
-    assert engine is not None
+    engine = actors.draws_engine or actors.engine
     with session.timed("rollout"):
         wanted = [Request(prompt, draws.samples, params, seed) for prompt in prompts]
         drawn = generate(engine, wanted, actors.scorer.begin)
