@@ -15,6 +15,7 @@ import torch
 from klimb.lab.bandit import TokenBandit, expected_gradient, total_variation
 from klimb.objective import ALGORITHMS
 from klimb.objective.advantage import preferred
+from klimb.objective.grouped import Rewards
 
 BANDIT = TokenBandit.make(1)
 LOGITS = torch.randn(15, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
@@ -133,3 +134,12 @@ def test_the_equilibrium_that_it_is_held_against_is_nobodys_to_exploit():
         return policy @ against - tau * (policy * (policy / reference).log()).sum(-1)
 
     assert worth(grid).max() <= worth(equilibrium) + 1e-9
+
+
+def test_several_opponents_are_their_mean():
+    """A sample's advantage against three is the mean of those against each, and so is its expected update."""
+    scores, others = torch.tensor([0.3, -1.0]).double(), torch.tensor([[1.0, 0.0, 2.5], [-1.0, 0.5, 0.0]]).double()
+    given = Rewards(scores[:, None], torch.ones(2, 1, dtype=torch.bool), torch.arange(2))
+    each = [preferred()(replace(given, baseline=column)) for column in others.T]
+    assert torch.allclose(preferred()(replace(given, baseline=others)), torch.stack(each).mean(dim=0))
+    assert each[0][1] == 0  # a draw

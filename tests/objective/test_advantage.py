@@ -150,8 +150,8 @@ def test_optimal_value_is_the_soft_maximum_of_its_draws():
 def test_which_further_samples_a_baseline_wants():
     assert greedy_baseline().draws == Draws(1, greedy=True, of_reference=False)
     assert optimal_value(samples=3).draws == Draws(3, greedy=False, of_reference=True)
-    assert preferred(0.25).draws == Draws(1, mixture=0.25)
-    assert preferred().summary(torch.tensor([3.0])).item() == 3.0
+    assert preferred(0.25, samples=3).draws == Draws(3, mixture=0.25)
+    assert preferred(samples=3).summary(torch.tensor([3.0, 5.0])).tolist() == [3.0, 5.0, 3.0]
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.5, float("nan")])

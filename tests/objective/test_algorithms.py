@@ -69,7 +69,7 @@ def test_what_each_row_needs():
     assert DAPO.needs == Needs(ref=False, critic=False, old_logps=True, entropy=False)
     assert replace(GRPO, kl=replace(GRPO.kl, beta=0.0)).needs.ref is False
     nash = ALGORITHMS["nash_md"]
-    assert nash.needs == Needs(True, False, False, False, Draws(1, mixture=0.5))
+    assert nash.needs == Needs(True, False, False, False, Draws(8, mixture=0.5))
     assert replace(nash, kl=NO_KL).needs.ref  # it is drawn from
     assert not replace(nash, kl=NO_KL, advantage=preferred(0)).needs.ref
     assert replace(RLOO, importance=truncate(), entropy_bonus=0.1).needs == Needs(True, False, True, True)
@@ -112,7 +112,7 @@ def test_resolving_fills_the_constants_of_the_run_and_leaves_set_ones():
         (replace(RLOO, surrogate=product_clip(), aggregate=sequence_mean), 4, 1, "aggregate", "sequence_sum"),
         (REINFORCE, 1, 2, "surrogate", "clip"),
         (ALGORITHMS["nash_md"], 4, 2, "surrogate", "clip"),
-        (replace(ALGORITHMS["nash_md"], kl=REINFORCE.kl), 4, 1, "advantage", "level: sequence"),
+        (replace(ALGORITHMS["nash_md"], kl=REINFORCE.kl), 4, 1, "advantage", "kl.where to loss"),
         (replace(ALGORITHMS["nash_md"], overlong=length_penalty()), 4, 1, "advantage", "overlong to none"),
         (replace(GRPO, advantage=over_mean), 1, 1, "advantage", "running_mean"),
         (replace(ALGORITHMS["gmpo"], aggregate=token_mean), 4, 1, "aggregate", "sequence_mean"),

@@ -17,7 +17,7 @@ DEFAULTS = {
     "parts_zscore": (1e-4,),
     "leave_one_out_zscore": (1e-6,),
     "optimal_value": (0.5, 8),
-    "preferred": (0.5,),
+    "preferred": (0.5, 8),
     "discounted_return": (1.0,),
     "gae": (1.0, 0.95, None),
     "quadratic": (0.1,),

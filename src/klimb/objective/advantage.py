@@ -128,14 +128,16 @@ class optimal_value:
 class preferred:
     """A = P(y ≻ y') − ½, P = σ(R − R'), y' ~ π^(1−m) π_ref^m by token (Nash-MD-PG, arXiv 2312.00886, section 7.2).
 
-    The opponent y' is one further completion of the prompt, drawn anew each step. Subtracting ½ costs no bias. With
-    −β log π/π_ref of the whole completion training rests where π ∝ π_ref e^(P(y ≻ π_mix)/β); were π_mix a mixture of
-    whole completions, it would there be the Nash equilibrium of the preference game regularised by β/(1−m). P is of
-    two scores, hence transitive, and σ is flat beyond a few units of the reward. Fails where scores are so close that
-    every P is ½. Degrades to self-play at m = 0, to the best response to π_ref at m = 1.
+    Opponents y' are further completions of the prompt, drawn anew each step, and P is the mean over them: one would do,
+    and all samples of a group share its luck. Subtracting ½ costs no bias. With −β log π/π_ref of the whole completion
+    training rests where π ∝ π_ref e^(P(y ≻ π_mix)/β); were π_mix a mixture of whole completions, it would there be the
+    Nash equilibrium of the preference game regularised by β/(1−m). P is of two scores, hence transitive, and σ is flat
+    beyond a few units of the reward. Fails where scores are so close that every P is ½. Degrades to self-play at m = 0,
+    to the best response to π_ref at m = 1.
     """
 
     mixture: float = 0.5
+    samples: int = 8
 
     def __post_init__(self) -> None:
         if not 0 <= self.mixture <= 1:
@@ -145,14 +147,15 @@ class preferred:
 
     @property
     def draws(self) -> Draws:
-        return Draws(1, mixture=self.mixture)
+        return Draws(self.samples, mixture=self.mixture)
 
     def summary(self, scores: Tensor) -> Tensor:
-        """The score [1] of a prompt's opponent."""
-        return scores.mean()
+        """Scores [N] of a prompt's opponents, as many as are drawn: the first once more for one without a score."""
+        return scores.repeat(self.samples)[: self.samples]
 
     def __call__(self, rewards: Rewards) -> Tensor:
-        return (rewards.returns - _given_baseline(rewards, "preferred")).sigmoid() - 0.5
+        others = _given_baseline(rewards, "preferred").reshape(len(rewards.returns), -1)
+        return (rewards.returns[:, None] - others).sigmoid().mean(dim=1) - 0.5
 
 
 @dataclass(frozen=True)

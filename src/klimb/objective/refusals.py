@@ -78,14 +78,9 @@ def problems(algorithm: Algorithm, *, samples_per_prompt: int, updates_per_step:
             "set importance to none, or surrogate to clip",
         ),
         (
-            isinstance(a.advantage, parts_zscore) and priced,
-            "advantage: parts_zscore looks at the parts of the score alone, a KL or a price on length in the reward is "
-            "lost; set kl.where to loss and overlong to none",
-        ),
-        (
-            isinstance(a.advantage, preferred) and priced,
-            "advantage: preferred compares scores, and a KL or a price on length is only in one of the two; set kl to "
-            "{where: loss, estimator: k2, level: sequence} and overlong to none",
+            isinstance(a.advantage, parts_zscore | preferred) and priced,
+            f"advantage: {type(a.advantage).__name__} compares bare scores, a KL or a price on length in the reward is "
+            "no part of them; set kl.where to loss and overlong to none",
         ),
         (
             a.reference is not None and not a.needs.ref,

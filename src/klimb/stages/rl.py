@@ -20,6 +20,7 @@ from klimb.errors import RewardError
 from klimb.metrics import Metrics
 from klimb.models.faces import Policy, policy_logps
 from klimb.models.load import HALF
+from klimb.objective.advantage import Draws
 from klimb.objective.algorithm import Algorithm
 from klimb.objective.credit import assign_credit
 from klimb.objective.critic import critic_loss
@@ -139,11 +140,7 @@ def prepare(config: RlConfig, session: Session) -> Actors:
     def engine_of(policy: Policy | Mixture) -> RolloutEngine:
         return local_engine(policy, loaded, data.items, rows, session.on_tokens, session.say)
 
-    others: Policy | Mixture | None = None
-    if needs.draws is not None and reference is not None and needs.draws.of_reference:
-        others = reference
-    elif needs.draws is not None and reference is not None and needs.draws.mixture > 0:
-        others = Mixture(loaded.policy, reference, needs.draws.mixture)
+    others = who_draws(needs.draws, loaded.policy, reference)
     return Actors(
         config, session, algorithm, loaded, reference, critic, data.items,
         Sampler(len(data.items), config.prompts_per_step, config.seed),
@@ -153,6 +150,14 @@ def prepare(config: RlConfig, session: Session) -> Actors:
         running, gold, policy_learner, critic_learner,
         None if others is None else engine_of(others),
     )  # fmt: skip
+
+
+def who_draws(draws: Draws | None, policy: Policy, reference: Policy | None) -> Policy | Mixture | None:
+    """Who makes an advantage's further samples, where that is not the policy."""
+    if draws is None or reference is None:
+        return None
+    mixed = Mixture(policy, reference, draws.mixture) if draws.mixture else None
+    return reference if draws.of_reference else mixed
 
 
 # One step -----------------------------------------------------------------------------------------------------------
