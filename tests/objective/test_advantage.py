@@ -158,6 +158,8 @@ def test_which_further_samples_a_baseline_wants():
 def test_a_share_that_is_none(share):
     with pytest.raises(ValueError, match=r"advantage\.preferred\.mixture: .* no share of π_ref"):
         preferred(share)
+    with pytest.raises(ValueError, match=r"advantage\.preferred\.samples: 0 opponents"):
+        preferred(samples=0)
 
 
 def test_a_preference_needs_its_opponent():

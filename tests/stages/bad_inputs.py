@@ -304,7 +304,7 @@ CASES: dict[str, list[Bad]] = {
         Bad("unknown token filter", "GRPO algorithm.token_filter=top_entropi", ("algorithm.token_filter", "'top_entropy'")),
         Bad("a reference that nothing looks at", "GRPO algorithm.kl=none reference=base", ("reference", "measure_kl")),
         Bad("more updates than groups", "GRPO updates_per_step=3", ("updates_per_step=3",)),
-        Bad("a share of π_ref that is none", "NASH algorithm.advantage.preferred.mixture=1.5", ("algorithm.advantage", "mixture: 1.5", "0 (self-play)")),
+        Bad("a share of π_ref that is none", "NASH algorithm.advantage.preferred.mixture=1.5", ("advantage.preferred.mixture", "1.5", "0 (self-play)")),
         Bad("an opponent under another price", "NASH 'algorithm.kl={where: reward, estimator: k1, level: token}'", ("preferred", "kl.where to loss")),
         Bad("several updates against an opponent", "NASH updates_per_step=2", ("updates_per_step to 1",)),
         Bad("a mixture of two vocabularies", "NASH reference=other", ("reference", "family"), other_words),

@@ -144,6 +144,8 @@ class preferred:
             raise ValueError(
                 f"advantage.preferred.mixture: {self.mixture:g} is no share of π_ref; use 0 (self-play) to 1 (π_ref)."
             )
+        if self.samples < 1:
+            raise ValueError(f"advantage.preferred.samples: {self.samples:g} opponents of a prompt; use 1 or more.")
 
     @property
     def draws(self) -> Draws:
