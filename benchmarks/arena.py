@@ -145,10 +145,11 @@ def methods(contest: str) -> dict[str, dict[str, Any]]:
     for name in ALGORITHMS if contest == "countdown" else TEN:
         row = ALGORITHMS[name]
         # A verifier needs no leash; the clerk's proxy does, and there all have the same one. Where β is what the loss
-        # regresses on, it stays.
+        # regresses on, or regularises a game, it stays.
         kl: Any = {"where": "reward", "estimator": "k1", "beta": 0.15} if contest == "clerk" else "none"
         critic = {"critic": {"optimizer": {"lr": 1e-3}}} if row.critic else {}
-        found[name] = {"algorithm": name if row.regression else {"name": name, "kl": kl}, **critic, **OWN.get(name, {})}
+        algorithm = name if row.kl.level == "sequence" else {"name": name, "kl": kl}
+        found[name] = {"algorithm": algorithm, **critic, **OWN.get(name, {})}
     if contest == "digits":
         return found
     drawn = {"samples_per_prompt": None, "max_samples": None, "stage": "online_preference"}

@@ -19,6 +19,7 @@ from klimb.objective.advantage import (
     greedy_baseline,
     no_baseline,
     optimal_value,
+    preferred,
     running_mean,
     whiten,
 )
@@ -149,6 +150,21 @@ def test_optimal_value_is_the_soft_maximum_of_its_draws():
 def test_which_further_samples_a_baseline_wants():
     assert greedy_baseline().draws == Draws(1, greedy=True, of_reference=False)
     assert optimal_value(samples=3).draws == Draws(3, greedy=False, of_reference=True)
+    assert preferred(0.25, samples=3).draws == Draws(3, mixture=0.25)
+    assert preferred(samples=3).summary(torch.tensor([3.0, 5.0])).tolist() == [3.0, 5.0, 3.0]
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.5, float("nan")])
+def test_a_share_that_is_none(share):
+    with pytest.raises(ValueError, match=r"advantage\.preferred\.mixture: .* no share of π_ref"):
+        preferred(share)
+    with pytest.raises(ValueError, match=r"advantage\.preferred\.samples: 0 opponents"):
+        preferred(samples=0)
+
+
+def test_a_preference_needs_its_opponent():
+    with pytest.raises(ValueError, match="advantage preferred: no baseline was given"):
+        preferred()(outcomes([1.0]))
 
 
 @pytest.mark.parametrize("returns", [[1.0, 5.0, 2.5, 4.0], [1.0, 5.0, 2.5]])

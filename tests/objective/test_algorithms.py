@@ -14,6 +14,7 @@ from klimb.objective import (
     GRPO,
     GSPO,
     KL,
+    NO_KL,
     PPO,
     REINFORCE,
     RLOO,
@@ -29,7 +30,7 @@ from klimb.objective import (
     problems,
     validate,
 )
-from klimb.objective.advantage import gae, group_mean, group_zscore, leave_one_out, running_mean
+from klimb.objective.advantage import Draws, gae, group_mean, group_zscore, leave_one_out, preferred, running_mean
 from klimb.objective.aggregate import sequence_mean, sequence_sum, token_mean
 from klimb.objective.entropy import adaptive_entropy
 from klimb.objective.group_advantage import over_mean
@@ -45,9 +46,9 @@ NAMES = [
     *("reinforce", "rloo", "reinforce++", "ppo", "grpo", "dr_grpo", "dapo", "gspo", "cispo"),
     *("remax", "reinforce++_baseline", "opo", "gpg", "lite_ppo", "passk_grpo", "gdpo", "maxrl", "otb", "vapo"),
     *("intellect2", "sapo", "gmpo", "luspo", "vespo", "dppo", "dppo_kl", "clip_cov", "kl_cov", "m2po", "top_entropy"),
-    *("pf_ppo", "a_star_po", "dro", "dro_old"),
+    *("pf_ppo", "a_star_po", "dro", "dro_old", "nash_md"),
 ]
-ONCE = ("reinforce", "rloo", "remax", "opo", "gpg")  # no ratio, hence one update a batch
+ONCE = ("reinforce", "rloo", "remax", "opo", "gpg", "nash_md")  # no ratio, hence one update a batch
 
 
 def test_the_table_has_its_rows_and_each_has_a_source():
@@ -67,6 +68,10 @@ def test_what_each_row_needs():
     assert RLOO.needs == Needs(ref=True, critic=False, old_logps=False, entropy=False)
     assert DAPO.needs == Needs(ref=False, critic=False, old_logps=True, entropy=False)
     assert replace(GRPO, kl=replace(GRPO.kl, beta=0.0)).needs.ref is False
+    nash = ALGORITHMS["nash_md"]
+    assert nash.needs == Needs(True, False, False, False, Draws(8, mixture=0.5))
+    assert replace(nash, kl=NO_KL).needs.ref  # it is drawn from
+    assert not replace(nash, kl=NO_KL, advantage=preferred(0)).needs.ref
     assert replace(RLOO, importance=truncate(), entropy_bonus=0.1).needs == Needs(True, False, True, True)
 
 
@@ -106,6 +111,9 @@ def test_resolving_fills_the_constants_of_the_run_and_leaves_set_ones():
         (replace(GSPO, aggregate=token_mean), 4, 1, "aggregate", "sequence_mean"),
         (replace(RLOO, surrogate=product_clip(), aggregate=sequence_mean), 4, 1, "aggregate", "sequence_sum"),
         (REINFORCE, 1, 2, "surrogate", "clip"),
+        (ALGORITHMS["nash_md"], 4, 2, "surrogate", "clip"),
+        (replace(ALGORITHMS["nash_md"], kl=REINFORCE.kl), 4, 1, "advantage", "kl.where to loss"),
+        (replace(ALGORITHMS["nash_md"], overlong=length_penalty()), 4, 1, "advantage", "overlong to none"),
         (replace(GRPO, advantage=over_mean), 1, 1, "advantage", "running_mean"),
         (replace(ALGORITHMS["gmpo"], aggregate=token_mean), 4, 1, "aggregate", "sequence_mean"),
         (replace(ALGORITHMS["luspo"], aggregate=sequence_sum(8.0)), 4, 1, "aggregate", "luspo"),

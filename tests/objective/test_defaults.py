@@ -17,6 +17,7 @@ DEFAULTS = {
     "parts_zscore": (1e-4,),
     "leave_one_out_zscore": (1e-6,),
     "optimal_value": (0.5, 8),
+    "preferred": (0.5, 8),
     "discounted_return": (1.0,),
     "gae": (1.0, 0.95, None),
     "quadratic": (0.1,),
@@ -96,6 +97,7 @@ LEASHES = {
     "intellect2": KL("loss", k3, 0.001),
     "a_star_po": KL("loss", k2, 0.001, level="sequence"),
     "dro": KL("loss", k2, 1.0, level="sequence"),
+    "nash_md": KL("loss", k2, 0.1, level="sequence"),
 }
 
 

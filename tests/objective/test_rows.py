@@ -172,6 +172,9 @@ ADVANTAGES = {
     "pf_ppo": lambda given: reweighted(whitened(gae(given, 0.02, lambda n: 0.95)), given),
     "a_star_po": less(lambda i, given: given["baseline"][i].item()),
     "dro": less(lambda i, given: given["values"][i, 0].item()),
+    "nash_md": lambda given: per_sample(
+        {i: 1 / (1 + math.exp(given["baseline"][i].item() - r)) - 0.5 for i, r in scores(given).items()}
+    ),
 }
 
 
@@ -232,7 +235,7 @@ def pulled_back(new, old, a):
 
 
 TOKEN_LOSSES = {
-    **dict.fromkeys(("reinforce", "rloo", "remax", "opo", "gpg", "a_star_po", "dro"), plain),
+    **dict.fromkeys(("reinforce", "rloo", "remax", "opo", "gpg", "a_star_po", "dro", "nash_md"), plain),
     **dict.fromkeys(("dapo", "vapo", "top_entropy"), ppo_clip(0.2, 0.28)),
     **dict.fromkeys(("kl_cov", "m2po"), unbounded),
     "cispo": bounded_weight,
@@ -293,7 +296,7 @@ BY_TOKEN = (
     *("reinforce++", "ppo", "dapo", "cispo", "reinforce++_baseline", "lite_ppo", "vapo", "vespo"),
     *("clip_cov", "kl_cov", "m2po", "top_entropy", "pf_ppo"),
 )
-BY_ONE = ("reinforce", "rloo", "remax", "luspo", "a_star_po", "dro")
+BY_ONE = ("reinforce", "rloo", "remax", "luspo", "a_star_po", "dro", "nash_md")
 BY_CONSTANT = ("dr_grpo", "opo", "passk_grpo", "maxrl", "otb", "dro_old", "dppo", "dppo_kl")
 
 
@@ -324,9 +327,9 @@ def written_out(name, given, logps):
                 total = total + (0.001 if name == "intellect2" else 0.04) * (x.exp() - x - 1) / weight_of(name, i)
             if name == "reinforce++_baseline":
                 total = total + 0.01 / 2 * (logps[i, t] - given["ref_logps"][i, t]) ** 2 / weight_of(name, i)
-        if name in ("a_star_po", "dro"):  # β/2 (log π/π_ref)², of which the cross term is the loss above
+        if name in ("a_star_po", "dro", "nash_md"):  # β/2 (log π/π_ref)², of which the cross term is the loss above
             x = sum(logps[i, t] - given["ref_logps"][i, t] for t in span)
-            total = total + (1e-3 if name == "a_star_po" else 1.0) / 2 * x**2 / len(PRESENT)
+            total = total + {"a_star_po": 1e-3, "dro": 1.0, "nash_md": 0.1}[name] / 2 * x**2 / len(PRESENT)
     if name == "vapo":
         right = [(i, t) for i, t in TOKENS if given["scores"][i] > 0]
         total = total - 0.1 * sum(logps[key] for key in right) / len(right)

@@ -22,7 +22,7 @@ from pyarrow import parquet
 from transformers import AutoTokenizer
 from world import Said, World, klimb, make_world, write
 
-from klimb.lab.scratch import make_model
+from klimb.lab.scratch import make_model, word_tokenizer
 
 Prepare = Callable[[], object]
 
@@ -56,6 +56,7 @@ USUAL = {
     "REWARD": f"reward model=base data=preferences.jsonl batch_size=4 {_FEW}",
     "GRPO": f"grpo {_RL}",
     "PPO": f"ppo {_RL}",
+    "NASH": f"nash_md {_RL}",
     "SAMPLE": "sample model=base data=prompts.jsonl max_tokens=4 threads=1 device=cpu",
     "TRUST": "evaluate data=preferences.jsonl threads=1 device=cpu",
     "AVERAGE": "average threads=1 device=cpu",
@@ -174,6 +175,11 @@ def tied() -> None:
     tokenizer = AutoTokenizer.from_pretrained("base")
     make_model("tied", tokenizer=tokenizer, architecture="llama", hidden=16, layers=1, heads=2, mlp=32, context=24,
                seed=0, tie=True)  # fmt: skip
+
+
+def other_words() -> None:
+    make_model("other", tokenizer=word_tokenizer("abc"), architecture="llama", hidden=16, layers=1, heads=2, mlp=32,
+               context=24, seed=0)  # fmt: skip
 
 
 def reward_model() -> None:
@@ -298,6 +304,10 @@ CASES: dict[str, list[Bad]] = {
         Bad("unknown token filter", "GRPO algorithm.token_filter=top_entropi", ("algorithm.token_filter", "'top_entropy'")),
         Bad("a reference that nothing looks at", "GRPO algorithm.kl=none reference=base", ("reference", "measure_kl")),
         Bad("more updates than groups", "GRPO updates_per_step=3", ("updates_per_step=3",)),
+        Bad("a share of π_ref that is none", "NASH algorithm.advantage.preferred.mixture=1.5", ("advantage.preferred.mixture", "1.5", "0 (self-play)")),
+        Bad("an opponent under another price", "NASH 'algorithm.kl={where: reward, estimator: k1, level: token}'", ("preferred", "kl.where to loss")),
+        Bad("several updates against an opponent", "NASH updates_per_step=2", ("updates_per_step to 1",)),
+        Bad("a mixture of two vocabularies", "NASH reference=other", ("reference", "family"), other_words),
         Bad("several updates without a ratio", "reinforce model=base data=prompts.jsonl reward=exact updates_per_step=2", ("updates_per_step",)),
         Bad("two sources of evaluation", "SFT eval_data=demonstrations.jsonl eval_fraction=0.1", ("eval_data", "eval_fraction")),
         Bad("a reward model in 4 bits", "REWARD lora.base=4bit", ("lora.base=4bit", "merged")),

@@ -128,6 +128,7 @@ def jobs(world: World) -> dict[str, Job]:
             **rl,
         ),
         "a_star_po": Job("rl", algorithm="a_star_po", lora={"rank": 2}, **rl),
+        "nash_md": Job("rl", algorithm="nash_md", lora={"rank": 2}, **rl),
     }
 
 
@@ -208,6 +209,7 @@ INSTANTS: list[tuple[str, str, Trap]] = [
     ("running", "with a reward whose scale follows the training", partial(at_call, GENERATE, 6)),
     ("moving", "with a reference that moves, a steered entropy and prompts that rest", partial(at_call, GENERATE, 6)),
     ("a_star_po", "with values of the reference's samples", partial(at_call, GENERATE, 9)),
+    ("nash_md", "while opponents are drawn", partial(at_call, GENERATE, 10)),
     ("reinforce", "with a running mean and an adaptive β", partial(at_call, GENERATE, 6)),
 ]
 

@@ -60,8 +60,9 @@ def test_every_algorithm_climbs(world: World, tmp_path: Path, algorithm: str) ->
         model=world.model,
         data=world.prompts,
         reward=count,
-        # At its own β, of rewards in the hundreds, dro stays with the reference here.
-        algorithm={"name": "dro", "kl": {"beta": 0.02}} if algorithm == "dro" else algorithm,
+        # At its own β, of rewards in the hundreds, dro stays with the reference here; and between scores of 0 and 1 no
+        # preference is far from ½.
+        algorithm={"name": algorithm, "kl": {"beta": 0.02}} if algorithm in ("dro", "nash_md") else algorithm,
         steps=12,
         **SMALL_RL,
         **critic,
@@ -121,6 +122,43 @@ def test_greedy_baselines_and_values_of_the_reference(world: World, tmp_path: Pa
     assert asked[-4:] == [48, 6, 48, 6]
     play("rl", tmp_path / "values", algorithm="a_star_po", **common)
     assert asked[-3:] == [48, 48, 48]  # 6 prompts of 8 samples each, 8 draws for each of the 6 prompts, and again 48
+
+
+@pytest.mark.parametrize("lora", [None, {"rank": 4}])
+def test_the_opponent_stays_with_the_reference_or_moves_with_the_policy(
+    world: World, tmp_path: Path, lora: dict[str, int] | None
+) -> None:
+    """Four further completions of each prompt a step, drawn anew, by whom the mixture says."""
+    asked: list[list[float]] = []
+
+    def noted(completions: list[str]) -> list[float]:
+        asked.append([10 * text.split().count("yes") / max(len(text.split()), 1) for text in completions])
+        return asked[-1]
+
+    common = {"model": world.model, "data": world.prompts, "reward": noted, "lora": lora, "steps": 20, **SMALL_RL}
+    levels = []
+    for share in (0, 0.5, 1):
+        asked.clear()
+        algorithm = {"name": "nash_md", "advantage": {"preferred": [share, 4]}, "kl": {"beta": 0.02}}
+        done = play("rl", tmp_path / f"run-{share}", algorithm=algorithm, **common)
+        assert [len(scores) for scores in asked[-40:]] == [48, 24] * 20
+        assert len({tuple(scores) for scores in asked[-39::2]}) > 10
+        own, theirs = (statistics.mean(itertools.chain(*asked[-n::2])) for n in (12, 11))
+        assert done.rows[-1]["samples/drawn"] == 20 * 72
+        levels.append((own, theirs))
+    self_play, between, fixed = levels
+    assert min(own for own, _ in levels) > 5  # from 2 or so
+    assert self_play[1] == pytest.approx(self_play[0], abs=1)
+    assert fixed[1] < 2
+    assert fixed[1] + 1 < between[1] < between[0] - 2
+
+
+def test_without_a_kl_the_opponent_is_still_drawn_from_the_reference(world: World, tmp_path: Path) -> None:
+    common = {"model": world.model, "data": world.prompts, "reward": world.reward("count"), "steps": 2, **SMALL_RL}
+    done = play("rl", tmp_path / "run", algorithm={"name": "nash_md", "kl": "none"}, **common)
+    assert "kl" in done.rows[-1]
+    alone = {"name": "nash_md", "kl": "none", "advantage": {"preferred": 0}}
+    assert "kl" not in play("rl", tmp_path / "alone", algorithm=alone, **common).rows[-1]
 
 
 def test_nothing_is_learnt_from_shuffled_rewards(world: World, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from klimb.batch import TokenBatch
+from klimb.models.attention import AttentionPlan
 from klimb.models.backbone import Backbone
 from klimb.models.load import score_head
 from klimb.models.logprobs import Head, full_divergence, full_kl, log_collisions, precision, token_logps
@@ -38,18 +39,29 @@ class Policy(nn.Module):
         self.own_head = own_head or backbone.head() is None
 
     def forward(self, batch: TokenBatch, *, temperature: float = 1.0, entropy: bool = False) -> PolicyOutputs:
-        packed = pack(batch, self.backbone.device)
+        packed = pack(batch, self.device)
         head, states = self.predictions(packed)
         logps, entropies = token_logps(head, states, packed.targets, temperature=temperature, entropy=entropy)
         return PolicyOutputs(_scatter(logps, batch), None if entropies is None else _scatter(entropies, batch))
 
     def predictions(self, packed: Packed) -> tuple[Head, Tensor]:
         """The head and the states [M, d] that predict the marked tokens."""
+        return self.head(), self.states(packed.tokens, packed.positions, packed.plan, packed.predictors, packed.read)
+
+    def states(
+        self, tokens: Tensor, positions: Tensor, plan: AttentionPlan, keep: Tensor, read: Tensor | None
+    ) -> Tensor:
+        """What `head` makes logits of, at the flat places `keep` [K]; see `Backbone.states`."""
         self.backbone.use(self.adapter)
-        states = self.backbone.states(
-            packed.tokens, packed.positions, packed.plan, packed.predictors, packed.read, logits=self.own_head
-        )
-        return self.head(), states
+        return self.backbone.states(tokens, positions, plan, keep, read, logits=self.own_head)
+
+    @property
+    def device(self) -> torch.device:
+        return self.backbone.device
+
+    @property
+    def context(self) -> int:
+        return self.backbone.context
 
     def head(self) -> Head:
         """Identity when the model computes its own logits."""

@@ -70,12 +70,14 @@ class running_mean:
 class Draws:
     """Further samples of each prompt, which a baseline is made of and nothing is learnt from.
 
-    greedy: the likeliest token each time, else at the temperature of the run. of_reference: by π_ref instead of π.
+    greedy: the likeliest token each time, else at the temperature of the run. of_reference: by π_ref instead of π, once
+    for a prompt. mixture: π_ref's share in π^(1−share) π_ref^share, token by token, who then draws them.
     """
 
     samples: int
     greedy: bool = False
     of_reference: bool = False
+    mixture: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,42 @@ class optimal_value:
 
     def __call__(self, rewards: Rewards) -> Tensor:
         return rewards.returns - _given_baseline(rewards, "optimal_value")
+
+
+@dataclass(frozen=True)
+class preferred:
+    """A = P(y ≻ y') − ½, P = σ(R − R'), y' ~ π^(1−m) π_ref^m by token (Nash-MD-PG, arXiv 2312.00886, section 7.2).
+
+    Opponents y' are further completions of the prompt, drawn anew each step, and P is the mean over them: one would do,
+    and all samples of a group share its luck. Subtracting ½ costs no bias. With −β log π/π_ref of the whole completion
+    training rests where π ∝ π_ref e^(P(y ≻ π_mix)/β); were π_mix a mixture of whole completions, it would there be the
+    Nash equilibrium of the preference game regularised by β/(1−m). P is of two scores, hence transitive, and σ is flat
+    beyond a few units of the reward. Fails where scores are so close that every P is ½. Degrades to self-play at m = 0,
+    to the best response to π_ref at m = 1.
+    """
+
+    mixture: float = 0.5
+    samples: int = 8
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.mixture <= 1:
+            raise ValueError(
+                f"advantage.preferred.mixture: {self.mixture:g} is no share of π_ref; use 0 (self-play) to 1 (π_ref)."
+            )
+        if self.samples < 1:
+            raise ValueError(f"advantage.preferred.samples: {self.samples:g} opponents of a prompt; use 1 or more.")
+
+    @property
+    def draws(self) -> Draws:
+        return Draws(self.samples, mixture=self.mixture)
+
+    def summary(self, scores: Tensor) -> Tensor:
+        """Scores [N] of a prompt's opponents, as many as are drawn: the first once more for one without a score."""
+        return scores.repeat(self.samples)[: self.samples]
+
+    def __call__(self, rewards: Rewards) -> Tensor:
+        others = _given_baseline(rewards, "preferred").reshape(len(rewards.returns), -1)
+        return (rewards.returns[:, None] - others).sigmoid().mean(dim=1) - 0.5
 
 
 @dataclass(frozen=True)
@@ -205,6 +243,7 @@ ADVANTAGES: Mapping[str, Advantage | type] = {
     "optimal_token_baseline": optimal_token_baseline,
     "greedy_baseline": greedy_baseline,
     "optimal_value": optimal_value,
+    "preferred": preferred,
     "discounted_return": discounted_return,
     "gae": gae,
     "prompt_value": prompt_value,

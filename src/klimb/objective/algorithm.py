@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from klimb.objective.advantage import Advantage, Draws, Normalise
+from klimb.objective.advantage import Advantage, Draws, Normalise, preferred
 from klimb.objective.aggregate import Aggregate, sequence_sum
 from klimb.objective.critic import Critic
 from klimb.objective.entropy import adaptive_entropy
@@ -59,7 +59,7 @@ class Algorithm:
     def needs(self) -> Needs:
         draws: Draws | None = getattr(self.advantage, "draws", None)
         return Needs(
-            ref=self.kl.active or (draws is not None and draws.of_reference),
+            ref=self.kl.active or (draws is not None and (draws.of_reference or draws.mixture > 0)),
             critic=self.critic is not None,
             old_logps=self.surrogate is not reinforce or self.importance is not None,
             entropy=self.entropy_bonus != 0,
@@ -70,8 +70,11 @@ class Algorithm:
 
     @property
     def regression(self) -> bool:
-        """Is the loss (β log π/π_ref − A)² of whole completions, up to what has no gradient? Right on all samples."""
+        """Is the loss (β log π/π_ref − A)² of whole completions, up to what has no gradient? Right on all samples,
+        where A is a reward less a value: a preference over an opponent is not."""
         kl = self.kl
+        if isinstance(self.advantage, preferred):
+            return False
         squared = kl.in_loss and kl.level == "sequence" and kl.estimator is k2
         return squared and self.surrogate is reinforce and isinstance(self.aggregate, sequence_sum)
 

@@ -13,6 +13,7 @@ from klimb.objective.advantage import (
     gae,
     greedy_baseline,
     optimal_value,
+    preferred,
     prompt_value,
     running_mean,
     whiten,
@@ -267,12 +268,22 @@ DRO_OLD = replace(
     source="arXiv 2501.12599 and verl: pulled to π_old instead of π_ref (neither names a β: 0.1 is this table's)",
 )
 
+# Games ----------------------------------------------------------------------------------------------------------------
+
+NASH_MD = replace(
+    REINFORCE,
+    name="nash_md",
+    advantage=preferred(mixture=0.5),
+    kl=KL("loss", k2, beta=0.1, level="sequence"),
+    source="arXiv 2312.00886, section 7.2, its Nash-MD-PG (mixture and β are TRL's)",
+)
+
 ALGORITHMS: Mapping[str, Algorithm] = {
     algorithm.name: algorithm
     for algorithm in (
         REINFORCE, RLOO, REINFORCE_PP, PPO, GRPO, DR_GRPO, DAPO, GSPO, CISPO,
         REMAX, REINFORCE_PP_BASELINE, OPO, GPG, LITE_PPO, PASSK_GRPO, GDPO, MAXRL, OTB, VAPO,
         INTELLECT2, SAPO, GMPO, LUSPO, VESPO, DPPO, DPPO_KL, CLIP_COV, KL_COV, M2PO, TOP_ENTROPY, PF_PPO,
-        A_STAR_PO, DRO, DRO_OLD,
+        A_STAR_PO, DRO, DRO_OLD, NASH_MD,
     )
 }  # fmt: skip

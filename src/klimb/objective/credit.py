@@ -55,10 +55,10 @@ def assign_credit(
 
     scores [B]; mask [B, T] left aligned; group [B]; logps (as sampled), ref_logps, values [B, T]; interrupted
     [B] bool marks samples without a score whose end is bootstrapped (with `gae` only); parts [B, K] of a summed
-    score with part_weights [K], baseline [B], collisions [B, T]: see `Rewards`. step_rewards [B, T]: what of the
-    score is paid at its own token instead of the last one, zero elsewhere. A sample without a
-    policy token takes part in nothing and gets zeros. Raises ValueError: a score is not finite, or an input
-    that the algorithm needs is missing.
+    score with part_weights [K], baseline [B] or [B, N], collisions [B, T]: see `Rewards`. step_rewards [B, T]: what of
+    the score is paid at its own token instead of the last one, zero elsewhere. A sample without a policy token takes
+    part in nothing and gets zeros. Raises ValueError: a score is not finite, or an input that the algorithm needs is
+    missing.
     """
     state = dict(state or {})
     rows = mask.any(dim=1).nonzero().squeeze(1)

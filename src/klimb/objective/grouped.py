@@ -19,7 +19,7 @@ class Rewards:
     per_token [B, T] float64, zero where not masked; mask [B, T]; group [B] numbers the prompts; values [B, T]
     are V of the state *before* each token; interrupted [B] marks samples that were cut off and carry no
     score. Only for advantages that say so: parts [B, K], the components of the score before they are added up
-    with part_weights [K]; baseline [B], made of further samples of the prompt; leash [B], β · log π/π_ref of
+    with part_weights [K]; baseline [B] or [B, N], made of further samples of the prompt; leash [B], β · log π/π_ref of
     the sample where the loss is a regression on it; logps [B, T] as sampled and collisions [B, T], Σ_v π(v)².
     """
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from klimb.objective.advantage import ADVANTAGES, discounted_return, gae, prompt_value
+from klimb.objective.advantage import ADVANTAGES, discounted_return, gae, preferred, prompt_value
 from klimb.objective.aggregate import sequence_mean, sequence_sum
 from klimb.objective.algorithm import Algorithm
 from klimb.objective.group_advantage import COMPARING, optimal_token_baseline, parts_zscore
@@ -78,9 +78,9 @@ def problems(algorithm: Algorithm, *, samples_per_prompt: int, updates_per_step:
             "set importance to none, or surrogate to clip",
         ),
         (
-            isinstance(a.advantage, parts_zscore) and priced,
-            "advantage: parts_zscore looks at the parts of the score alone, a KL or a price on length in the reward is "
-            "lost; set kl.where to loss and overlong to none",
+            isinstance(a.advantage, parts_zscore | preferred) and priced,
+            f"advantage: {type(a.advantage).__name__} compares bare scores, a KL or a price on length in the reward is "
+            "no part of them; set kl.where to loss and overlong to none",
         ),
         (
             a.reference is not None and not a.needs.ref,

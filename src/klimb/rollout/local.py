@@ -20,6 +20,7 @@ from klimb.errors import KlimbError
 from klimb.models.cache import Decode, KVCache, Prefill, Seats
 from klimb.models.faces import Policy
 from klimb.rollout.engine import Request
+from klimb.rollout.mixture import Mixture
 from klimb.rollout.sampling import SamplingParams, draw, stream_key, uniforms
 from klimb.types import Finish, Sample, Segment, Text
 
@@ -84,7 +85,7 @@ class LocalEngine:
 
     def __init__(
         self,
-        policy: Policy,
+        policy: Policy | Mixture,
         view: Callable[[list[int]], Text],
         *,
         max_rows: int = 128,
@@ -113,10 +114,10 @@ class LocalEngine:
     def submit(self, requests: Sequence[Request]) -> None:
         for request in requests:
             needed = len(request.prompt.tokens) + request.params.max_tokens
-            if needed > self.policy.backbone.context:
+            if needed > self.policy.context:
                 raise KlimbError(
                     f"prompt {request.prompt.id}: {len(request.prompt.tokens)} tokens + max_tokens="
-                    f"{request.params.max_tokens} exceed the model's context of {self.policy.backbone.context}; "
+                    f"{request.params.max_tokens} exceed the model's context of {self.policy.context}; "
                     "lower max_tokens or max_prompt_tokens"
                 )
             self.queue.extend((request, request.first + i) for i in range(request.samples))
@@ -184,7 +185,7 @@ class LocalEngine:
         self.cache = self.cache or KVCache()
         self.cache.grow_slots(len(slots.owners) + len(new), min(_LENGTH, slots.tokens.shape[1]))
         self._store([prompt for prompt, _ in runs if prompt not in self.stored])
-        device = self.policy.backbone.device
+        device = self.policy.device
         rows = slice(len(slots.owners), len(slots.owners) + len(new))
         keys = [stream_key(request.seed, request.prompt.id, index) for request, index in new]
         slots.uniforms[rows] = uniforms(keys, slots.uniforms.shape[1]).to(device)
@@ -205,7 +206,7 @@ class LocalEngine:
             return
         assert self.slots is not None
         assert self.cache is not None
-        device = self.policy.backbone.device
+        device = self.policy.device
         first = max([*self.slots.prompts, *(place for place, _ in self.stored.values())], default=-1) + 1
         self.cache.grow_prompts(first + len(prompts), max(map(len, prompts)))
         for pieces in split_prompts([len(prompt) for prompt in prompts], self.prefill_tokens):
@@ -232,9 +233,7 @@ class LocalEngine:
         slots.longest += 1
 
     def _states(self, tokens: Tensor, positions: Tensor, plan: Prefill | Decode, keep: Tensor) -> Tensor:
-        self.policy.backbone.use(self.policy.adapter)
-        read = keep if isinstance(plan, Prefill) else None
-        return self.policy.backbone.states(tokens, positions, plan, keep, read, logits=self.policy.own_head)
+        return self.policy.states(tokens, positions, plan, keep, keep if isinstance(plan, Prefill) else None)
 
     def _logits(self, states: Tensor) -> Tensor:
         return self.policy.head().logits(states)
@@ -295,7 +294,7 @@ class LocalEngine:
         running = self.slots.owners if self.slots else []
         if len({request.params for request in [*new, *(request for request, _ in running)]}) > 1:
             raise KlimbError("requests that run side by side must share their sampling parameters")
-        self.slots = self.slots or _Slots.empty(self.max_rows, new[0].params, self.policy.backbone.device)
+        self.slots = self.slots or _Slots.empty(self.max_rows, new[0].params, self.policy.device)
         return self.slots
 
     def _take_finished(self) -> Iterator[tuple[Request, Sample]]:

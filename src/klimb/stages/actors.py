@@ -113,7 +113,8 @@ class Actors:
     gold: Reward | None
     policy_learner: Learner
     critic_learner: Learner | None
-    reference_engine: RolloutEngine | None = None
+    draws_engine: RolloutEngine | None = None
+    """Who draws an advantage's further samples, where that is not the policy."""
     known_values: dict[str, float] = field(default_factory=dict)
     """Baselines by prompt that were made of π_ref's samples."""
     resting: dict[str, int] = field(default_factory=dict)

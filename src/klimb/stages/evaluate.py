@@ -27,6 +27,7 @@ from klimb.rewards.scorer import Scorer
 from klimb.rewards.spec import parse_reward
 from klimb.rollout.engine import Request, generate
 from klimb.rollout.local import LocalEngine
+from klimb.rollout.mixture import Mixture
 from klimb.rollout.sampling import SamplingParams
 from klimb.runtime.plan import Work
 from klimb.runtime.run import Run
@@ -198,7 +199,7 @@ def open_reward(
 
 
 def local_engine(
-    policy: Policy, loaded: Loaded, prompts: Sequence[Prompt], max_rows: int = 128,
+    policy: Policy | Mixture, loaded: Loaded, prompts: Sequence[Prompt], max_rows: int = 128,
     on_tokens: Callable[[int], None] | None = None, say: Callable[[str], None] = lambda line: None,
 ) -> LocalEngine:  # fmt: skip
     like = prompts[0].text if prompts else ""

@@ -168,20 +168,20 @@ def _parts(rewards: dict[str, float | None], sample: str, weights: dict[str, flo
     return found
 
 
-def baselines(actors: Actors, groups: Sequence[Group], draws: Draws, step: int) -> list[float]:
-    """The baseline of each group's prompt, made of further samples. Those of π_ref are drawn once for a prompt.
+def baselines(actors: Actors, groups: Sequence[Group], draws: Draws, step: int) -> list[Any]:
+    """The baseline of each group's prompt, made of further samples: one number, or as many for each. Those of π_ref are
+    drawn once for a prompt.
 
     Where none of them has a score, the mean of the group's own samples stands in.
     """
     config, session = actors.config, actors.session
-    known = actors.known_values if draws.of_reference else {}
+    known: dict[str, Any] = actors.known_values if draws.of_reference else {}
     prompts = list({g.prompt.id: g.prompt for g in groups if g.prompt.id not in known}.values())
     temperature = 0.0 if draws.greedy else config.temperature
     params = SamplingParams(config.max_tokens, actors.loaded.stop_tokens(actors.prompts), temperature)
     seed = stream_seed(config.seed, "baseline", 0 if draws.of_reference else step)
     summary: Callable[[torch.Tensor], torch.Tensor] = cast(Any, actors.algorithm.advantage).summary
-    engine = actors.reference_engine if draws.of_reference else actors.engine
-    assert engine is not None
+    engine = actors.draws_engine or actors.engine
     with session.timed("rollout"):
         wanted = [Request(prompt, draws.samples, params, seed) for prompt in prompts]
         drawn = generate(engine, wanted, actors.scorer.begin)
@@ -191,8 +191,10 @@ def baselines(actors: Actors, groups: Sequence[Group], draws: Draws, step: int) 
     for group in drawn:
         scores = [s.score for s in group.samples if s.score is not None]
         if scores:
-            known[group.prompt.id] = float(summary(torch.tensor(scores, dtype=torch.float64)))
-    return [known.get(g.prompt.id, statistics.fmean(s.score or 0.0 for s in g.samples)) for g in groups]
+            known[group.prompt.id] = summary(torch.tensor(scores, dtype=torch.float64)).tolist()
+    own = [statistics.fmean(s.score or 0.0 for s in g.samples) for g in groups]
+    shape = summary(torch.zeros(1, dtype=torch.float64))
+    return [known.get(g.prompt.id, torch.full_like(shape, mean).tolist()) for g, mean in zip(groups, own, strict=True)]
 
 
 def is_stale(groups: Sequence[Group], version: int) -> bool:

@@ -20,6 +20,7 @@ from klimb.errors import RewardError
 from klimb.metrics import Metrics
 from klimb.models.faces import Policy, policy_logps
 from klimb.models.load import HALF
+from klimb.objective.advantage import Draws
 from klimb.objective.algorithm import Algorithm
 from klimb.objective.credit import assign_credit
 from klimb.objective.critic import critic_loss
@@ -30,6 +31,7 @@ from klimb.objective.spec import describe
 from klimb.rewards.normalise import Moments, Normalised
 from klimb.rewards.scorer import Scorer, dry_run
 from klimb.rollout.engine import RolloutEngine
+from klimb.rollout.mixture import Mixture
 from klimb.runtime.memory import give_back
 from klimb.runtime.run import Run
 from klimb.runtime.samples import sample_records
@@ -135,10 +137,10 @@ def prepare(config: RlConfig, session: Session) -> Actors:
     samples = config.prompts_per_step * config.samples_per_prompt
     rows = int(session.run.decide("rollout_rows", lambda: min(256, samples)))
 
-    def engine_of(policy: Policy) -> RolloutEngine:
+    def engine_of(policy: Policy | Mixture) -> RolloutEngine:
         return local_engine(policy, loaded, data.items, rows, session.on_tokens, session.say)
 
-    by_reference = needs.draws is not None and needs.draws.of_reference
+    others = who_draws(needs.draws, loaded.policy, reference)
     return Actors(
         config, session, algorithm, loaded, reference, critic, data.items,
         Sampler(len(data.items), config.prompts_per_step, config.seed),
@@ -146,8 +148,16 @@ def prepare(config: RlConfig, session: Session) -> Actors:
         Scorer(reward, failure_limit=config.failure_limit, min_scored=min(2, config.samples_per_prompt),
                on_event=lambda event: session.run.event(**event)),
         running, gold, policy_learner, critic_learner,
-        engine_of(reference) if by_reference and reference is not None else None,
+        None if others is None else engine_of(others),
     )  # fmt: skip
+
+
+def who_draws(draws: Draws | None, policy: Policy, reference: Policy | None) -> Policy | Mixture | None:
+    """Who makes an advantage's further samples, where that is not the policy."""
+    if draws is None or reference is None:
+        return None
+    mixed = Mixture(policy, reference, draws.mixture) if draws.mixture else None
+    return reference if draws.of_reference else mixed
 
 
 # One step -----------------------------------------------------------------------------------------------------------
