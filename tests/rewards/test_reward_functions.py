@@ -67,14 +67,14 @@ def test_functions_that_answer_are_believed(name: str) -> None:
 )
 def test_one_bad_row_is_found_and_the_others_are_scored(name: str, reason: str, details: str) -> None:
     started = time.monotonic()
-    scores = ask(name, timeout=1.4)
+    scores = ask(name, timeout=3.0)  # the last tries have an eighth of it, in which a busy machine has to answer
     assert scores.values == WITHOUT_BAD
     assert [failure.row for failure in scores.failures] == [BAD]
     assert re.search(reason, scores.failures[0].reason)
     assert re.search(details, scores.failures[0].details)
     late = name in ("sleeps", "stubborn")
     assert scores.endings() == {"scored": 7, "abstain": 0, "timeout": int(late), "error": int(not late)}
-    assert time.monotonic() - started < 10.0
+    assert time.monotonic() - started < 15.0
 
 
 @pytest.mark.parametrize("name", ["nothing", "empty", "only_one", "one_short", "one_more", "a_number", "a_string"])
