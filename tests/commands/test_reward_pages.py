@@ -10,8 +10,8 @@ import pytest
 from world import klimb
 
 from klimb.errors import RewardError
-from klimb.rewards import parse_reward
 from klimb.rewards.catalogue import NAMES, SOURCES, pages
+from klimb.rewards.spec import parse_reward
 
 DOCS = Path(__file__).parents[2] / "docs"
 

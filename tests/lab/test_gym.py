@@ -8,7 +8,7 @@ import pytest
 
 from klimb.errors import DataError, RewardError
 from klimb.lab.gym import part_of, prepare, refuse_constant
-from klimb.rewards import parse_reward
+from klimb.rewards.spec import parse_reward
 from klimb.rewards.verifiers.gym import gym, score
 
 pytestmark = pytest.mark.skipif(

@@ -13,11 +13,11 @@ import torch
 from judge_server import Behave, Handler, always, asked, block, honest, serving
 
 from klimb.errors import RewardError
-from klimb.rewards import parse_reward
 from klimb.rewards.judge.agreement import agreement, wilson
 from klimb.rewards.judge.judge import CANARIES, Judge
 from klimb.rewards.judge.question import Question, Unusable, messages_of, new_tag, read
 from klimb.rewards.judge.settings import parse_judge
+from klimb.rewards.spec import parse_reward
 
 TAG = "0123456789abcdef"
 

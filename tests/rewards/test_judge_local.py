@@ -11,11 +11,11 @@ from tiny import chat_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from klimb.data.render import Renderer
-from klimb.rewards import parse_reward
 from klimb.rewards.judge.judge import Judge
 from klimb.rewards.judge.local import FIXED_TAG
 from klimb.rewards.judge.question import FIRST_WINS, Question, messages_of
 from klimb.rewards.judge.settings import parse_judge
+from klimb.rewards.spec import parse_reward
 
 
 @pytest.fixture(scope="module")

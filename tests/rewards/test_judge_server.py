@@ -31,13 +31,13 @@ from judge_server import (
 )
 
 from klimb.errors import RewardError
-from klimb.rewards import parse_reward
 from klimb.rewards.judge.judge import Judge
 from klimb.rewards.judge.question import Question
 from klimb.rewards.judge.reward import keep_beside
 from klimb.rewards.judge.settings import parse_judge
 from klimb.rewards.post import NoReply, post
 from klimb.rewards.scorer import Scorer
+from klimb.rewards.spec import parse_reward
 from klimb.types import Group, Prompt, Sample, Segment
 
 

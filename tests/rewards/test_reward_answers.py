@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from klimb.rewards import parse_reward
 from klimb.rewards.rules import exact, normalised
+from klimb.rewards.spec import parse_reward
 from klimb.rewards.verifiers.answers import choice, chosen_letter, contains, f1
 
 TEXTS = st.text(alphabet="ab the.,AB\n", max_size=30)

@@ -17,12 +17,14 @@ import pytest
 from reward_processes import descendants
 
 from klimb.errors import RewardError
-from klimb.rewards import Reward, Scorer, Scores, parse_reward
 from klimb.rewards.code import CodeReward, Options, code_of, sandbox_tier
+from klimb.rewards.protocol import Reward, Scores
 from klimb.rewards.sandbox import Verdict, open_sandbox
 from klimb.rewards.sandbox.inside.confine import Confinement, Unconfined
 from klimb.rewards.sandbox.run import NotStarted
 from klimb.rewards.sandbox.tiers import TIERS, attacked
+from klimb.rewards.scorer import Scorer
+from klimb.rewards.spec import parse_reward
 from klimb.types import Group, Prompt, Sample
 
 HUMANEVAL = Path(__file__).parents[3] / "shared" / "data" / "humaneval" / "HumanEval.jsonl.gz"
@@ -254,7 +256,7 @@ code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line 
 program = ctypes.create_string_buffer(struct.pack("HxxxxxxQ", len(lines), ctypes.addressof(code)))
 libc = ctypes.CDLL(None)
 assert libc.prctl(38, 1, 0, 0, 0) == 0 and libc.prctl(22, 2, ctypes.byref(program), 0, 0) == 0
-from klimb.rewards import parse_reward
+from klimb.rewards.spec import parse_reward
 from klimb.errors import RewardError
 try:
     parse_reward("code")

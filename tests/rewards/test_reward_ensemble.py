@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from klimb.errors import RewardError
-from klimb.rewards import FakeReward, Reward, parse_reward, reward_files
 from klimb.rewards.ensemble import Ensemble, combined, spread
+from klimb.rewards.protocol import FakeReward, Reward
 from klimb.rewards.scorer import Scorer
+from klimb.rewards.spec import parse_reward, reward_files
 from klimb.types import Group, Prompt, Sample
 
 OPINIONS = {"a": {"x": 1.0, "y": -1.0}, "b": {"x": 3.0, "y": -1.0}, "c": {"x": 8.0, "y": 2.0}}

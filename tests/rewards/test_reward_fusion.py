@@ -12,8 +12,9 @@ import pytest
 from reward_server import Fault, RewardServer, answers, hangs_up
 
 from klimb.errors import RewardError
-from klimb.rewards import parse_reward, service
+from klimb.rewards import service
 from klimb.rewards.code import CodeReward
+from klimb.rewards.spec import parse_reward
 
 
 def run_code(asked: dict[str, Any]) -> dict[str, Any]:

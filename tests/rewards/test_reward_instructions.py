@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from klimb.rewards import parse_reward
+from klimb.rewards.spec import parse_reward
 from klimb.rewards.verifiers.instructions import CHECKS, checked, instructions, sentences_of
 
 CASES = {

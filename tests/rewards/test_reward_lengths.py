@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from klimb.errors import RewardError
-from klimb.rewards import parse_reward, reward_files
+from klimb.rewards.spec import parse_reward, reward_files
 from klimb.rewards.verifiers.lengths import cosine, repetition
 
 

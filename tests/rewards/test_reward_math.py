@@ -11,7 +11,7 @@ import pytest
 from math_pairs import DIFFERENT, EQUAL
 
 from klimb.errors import RewardError
-from klimb.rewards import parse_reward
+from klimb.rewards.spec import parse_reward
 from klimb.rewards.verifiers.symbolic import MAX_EXPRESSION, final_answer
 
 needs_math_verify = pytest.mark.skipif(
@@ -146,7 +146,7 @@ def test_a_megabyte_is_bounded_in_time() -> None:
 @needs_math_verify
 def test_the_trainer_never_loads_what_evaluates() -> None:
     script = (
-        "import sys; from klimb.rewards import parse_reward; r = parse_reward('math')\n"
+        "import sys; from klimb.rewards.spec import parse_reward; r = parse_reward('math')\n"
         "s = r(['p'], ['\\\\boxed{x+x}'], {'answer': ['2x']}); r.close()\n"
         "print(s.values, {'sympy', 'math_verify', 'latex2sympy2_extended'} & set(sys.modules))"
     )

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 
 from klimb.errors import RewardError
-from klimb.rewards import Failure, FakeReward, Scorer, Scores, parse_reward, reward_files
 from klimb.rewards.normalise import Normalised
+from klimb.rewards.protocol import Failure, FakeReward, Scores
+from klimb.rewards.scorer import Scorer
+from klimb.rewards.spec import parse_reward, reward_files
 from klimb.types import Group, Prompt, Sample, Segment
 
 

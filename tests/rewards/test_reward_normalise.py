@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from klimb.rewards import Failure, FakeReward, Part, Scores, WeightedSum
+from klimb.rewards.combine import Part, WeightedSum
 from klimb.rewards.normalise import Moments, Normalised
+from klimb.rewards.protocol import Failure, FakeReward, Scores
 
 
 @dataclass

@@ -24,8 +24,10 @@ from reward_server import (
 )
 
 from klimb.errors import RewardError
-from klimb.rewards import Scorer, parse_reward, post, service
+from klimb.rewards import post, service
 from klimb.rewards.remote import HttpReward
+from klimb.rewards.scorer import Scorer
+from klimb.rewards.spec import parse_reward
 from klimb.types import Group, Prompt, Sample, Segment
 
 

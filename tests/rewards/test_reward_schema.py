@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from klimb.errors import RewardError
-from klimb.rewards import parse_reward
+from klimb.rewards.spec import parse_reward
 from klimb.rewards.verifiers.schema import TYPES, fits, json_schema
 
 SCALARS = st.none() | st.booleans() | st.integers(-3, 3) | st.sampled_from([0.5, 1.0, -2.0]) | st.text("ab", max_size=3)

@@ -6,8 +6,10 @@ import pytest
 from reward_processes import POISON
 
 from klimb.errors import RewardError
-from klimb.rewards import FakeReward, Reward, WeightedSum, parse_reward, reward_files
+from klimb.rewards.combine import WeightedSum
 from klimb.rewards.normalise import Normalised
+from klimb.rewards.protocol import FakeReward, Reward
+from klimb.rewards.spec import parse_reward, reward_files
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
@@ -128,8 +130,14 @@ def test_files_for_hashes(tmp_path: Path) -> None:
     assert reward_files("nowhere.py:score") == []
 
 
-def test_nothing_heavy_is_imported() -> None:
-    heavy = "{'torch', 'transformers', 'numpy', 'pickle'} & set(sys.modules)"
-    script = f"import sys; import klimb.rewards, klimb.rewards.worker; print({heavy})"
+@pytest.mark.parametrize(
+    ("module", "heavy"),
+    [
+        ("klimb.rewards.spec", {"torch", "transformers", "numpy", "pickle"}),
+        ("klimb.rewards.worker", {"klimb.config", "klimb.rewards.spec", "pydantic", "numpy", "pickle"}),  # began often
+    ],
+)
+def test_nothing_heavy_is_imported(module: str, heavy: set[str]) -> None:
+    script = f"import sys; import {module}; print({heavy} & set(sys.modules))"
     printed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
     assert printed == "set()\n"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from klimb.rewards import parse_reward
+from klimb.rewards.spec import parse_reward
 from klimb.rewards.verifiers.sql import is_ordered, opened, rows_of, sql
 
 SHOP = """

@@ -6,18 +6,11 @@ from typing import Any
 import pytest
 
 from klimb.errors import RewardError
-from klimb.rewards import (
-    Failure,
-    FakeReward,
-    Part,
-    Scorer,
-    Scores,
-    WeightedSum,
-    dry_run,
-    from_callable,
-    parse_reward,
-)
-from klimb.rewards.scorer import RESERVED
+from klimb.rewards.combine import Part, WeightedSum
+from klimb.rewards.function import from_callable
+from klimb.rewards.protocol import Failure, FakeReward, Scores
+from klimb.rewards.scorer import RESERVED, Scorer, dry_run
+from klimb.rewards.spec import parse_reward
 from klimb.types import Group, Prompt, Sample, Segment
 
 
