@@ -19,10 +19,10 @@ quickstart: .venv
 
 # One thread a process: two processes with two threads each wait for one another on two cores.
 test: .venv/dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-fast: .venv/dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
 # One CUDA card, 12 GB, under 5 minutes; says why where it is skipped.
 test-gpu: .venv/dev

@@ -117,7 +117,8 @@ def tiny(name: str, folder: Path) -> dict[str, Any]:
         if "critic" in settings:
             settings["critic"].pop("warmup_steps", None)
         if settings["stage"] == "sample":  # enough that some replies are better than others
-            settings["samples_per_prompt"] = (2 if "pairs" in settings else 1) if name in COUNTDOWN else 40
+            thousands = name in COUNTDOWN or name == "countdown-steps"  # of prompts
+            settings["samples_per_prompt"] = (2 if "pairs" in settings else 1) if thousands else 40
             if name == "iterative-dpo":
                 settings["reward"] = "length"  # after two steps nothing is right, and all pairs are ties
         if name == "constitutional-ai":
