@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import string
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tokenizers import normalizers
 
-from klimb.commands.new import TEMPLATE
 from klimb.data.judged import StepEnds, levels, load_judged, rankings, ratings, steps, verdicts
 from klimb.data.load import load_preferences
 from klimb.data.render import Renderer
@@ -23,14 +21,6 @@ WORDS = ["a", "b", "c", "?", "yes", "no", "it", "is", "so", ";"]
 @pytest.fixture(scope="module")
 def renderer() -> Renderer:
     return Renderer(word_tokenizer(WORDS))
-
-
-@pytest.fixture(scope="module")
-def characters() -> Renderer:
-    tokenizer = character_tokenizer(string.printable[:95] + "\n")
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
-    tokenizer.chat_template = TEMPLATE
-    return Renderer(tokenizer)
 
 
 def read(renderer: Renderer, tokens: list[int]) -> str:

@@ -3,28 +3,18 @@
 from __future__ import annotations
 
 import json
-import string
 from pathlib import Path
 
 import pytest
 
-from klimb.commands.new import TEMPLATE
 from klimb.data.judged import load_judged
 from klimb.data.rated_text import Spelling, rated_text
 from klimb.data.render import Renderer
 from klimb.errors import DataError
-from klimb.lab.scratch import character_tokenizer, piece_tokenizer, word_tokenizer
+from klimb.lab.scratch import piece_tokenizer, word_tokenizer
 
 ASK, NAMES = "\nRate this.\n", ["helpfulness", "correctness"]
 ROW = {"prompt": "2+2=", "completion": "4", "helpfulness": 10, "correctness": 2.5, "other": None}
-
-
-@pytest.fixture(scope="module")
-def characters() -> Renderer:
-    tokenizer = character_tokenizer(string.printable[:95] + "\n")
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
-    tokenizer.chat_template = TEMPLATE
-    return Renderer(tokenizer)
 
 
 def read(renderer: Renderer, tokens: list[int]) -> str:

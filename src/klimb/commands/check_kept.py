@@ -25,8 +25,10 @@ def place_of(config: CheckConfig) -> Path | None:
     """Where the answer to this check is kept: under a hash of the rows, the model's files, the options and the code.
     None where they cannot be told from others, as those of a model on the hub."""
     model = Path(config.model or "")
+    if config.model is None or not model.is_dir():
+        return None
     identity = open_source(config.data).identity()
-    if config.model is None or identity is None or not model.is_dir():
+    if identity is None:
         return None
     facts = {"check": [identity, config.model_dump(), dict(_described(model))], "code": _hash(*_code())}
     return cache.folder().with_name("checks") / f"{cache.key_of(facts)}.json"
