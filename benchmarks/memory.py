@@ -1,6 +1,6 @@
 """The memory plan against what a run takes, on a CPU::
 
-    python benchmarks/memory.py [--sizes S M] [--stages sft reward dpo grpo ppo] [--json FILE]
+    python benchmarks/memory.py [--sizes S M] [--stages sft reward dpo grpo ppo] [--runs 5] [--json FILE]
 
 Each stage runs in a process of its own, with all weights and with LoRA, on rows that are as long as the plan takes them
 to be: 128 tokens of prompt, 128 of completion. Measured is the peak of the resident set during the run less what was
@@ -14,6 +14,8 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -80,6 +82,7 @@ def measure(stage: str, folder: Path, lora: bool) -> dict[str, Any]:
         kind, values = settings(stage, folder)
         values |= {"model": str(folder / model)} | ({"lora": {"rank": 16}} if lora else {})
         out = folder / f"{model}-{stage}-{lora}"
+        shutil.rmtree(out, ignore_errors=True)  # of the run before
         run_stage(kind, stage_config(kind, {**COMMON, **values}), name=kind, out=out, say=lambda line: None)
         return out
 
@@ -100,10 +103,26 @@ def resident(key: str) -> int:
     return int(next(line for line in lines if line.startswith(f"{key}:")).split()[1])
 
 
+def measured(stage: str, folder: Path, trained: str, runs: int) -> dict[str, Any]:
+    """Each run in a process of its own; what was planned is the same in all."""
+    peaks: list[float] = []
+    found: dict[str, Any] = {}
+    for _ in range(runs):
+        told = subprocess.run([sys.executable, __file__, "--one", stage, folder, trained],
+                              capture_output=True, text=True, check=False)  # fmt: skip
+        if told.returncode:
+            raise SystemExit(told.stderr)
+        found = json.loads(told.stdout.splitlines()[-1])
+        peaks.append(found["measured_mb"])
+    middle = statistics.median(peaks)
+    return {**found, "measured_mb": middle, "peaks_mb": sorted(peaks), "error": found["planned_mb"] / middle - 1}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", default=["S", "M"])
     parser.add_argument("--stages", nargs="+", default=STAGES, choices=STAGES)
+    parser.add_argument("--runs", type=int, default=5, help="of each row")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--one", nargs=3, metavar=("STAGE", "FOLDER", "LORA"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -112,21 +131,17 @@ def main() -> None:
         print(json.dumps(measure(stage, Path(folder), lora == "lora")))
         return
     rows = []
-    print("| stage | size | trained | planned MB | measured MB | error |\n|---|---|---|---|---|---|")
+    print("| stage | size | trained | planned MB | measured MB | from, to | error |\n|---|---|---|---|---|---|---|")
     for size in arguments.sizes:
         with tempfile.TemporaryDirectory(prefix="memory-") as folder:
             prepare(Path(folder), size)
             for stage in arguments.stages:
                 for trained in ("all weights", "lora"):
-                    told = subprocess.run([sys.executable, __file__, "--one", stage, folder, trained],
-                                          capture_output=True, text=True, check=False)  # fmt: skip
-                    if told.returncode:
-                        raise SystemExit(told.stderr)
-                    found = json.loads(told.stdout.splitlines()[-1])
-                    error = found["planned_mb"] / found["measured_mb"] - 1
-                    rows.append({"stage": stage, "size": size, "trained": trained, **found, "error": error})
-                    print(f"| {stage} | {size} | {trained} | {found['planned_mb']:.0f} | {found['measured_mb']:.0f} | "
-                          f"{error:+.0%} |", flush=True)  # fmt: skip
+                    row = measured(stage, Path(folder), trained, arguments.runs)
+                    rows.append({"stage": stage, "size": size, "trained": trained, **row})
+                    peaks = row["peaks_mb"]
+                    print(f"| {stage} | {size} | {trained} | {row['planned_mb']:.0f} | {row['measured_mb']:.0f} | "
+                          f"{peaks[0]:.0f}, {peaks[-1]:.0f} | {row['error']:+.0%} |", flush=True)  # fmt: skip
     if arguments.json:
         from machine import facts, keep
 

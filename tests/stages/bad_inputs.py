@@ -191,6 +191,12 @@ def two_reward_models() -> None:
     shutil.copytree("rm/model", "copy")
 
 
+def rated_model() -> None:
+    reward_model()
+    shutil.copytree("rm/model", "rated")
+    Path("rated/reward.json").write_text('{"kind": "ordinal"}')
+
+
 def unfinished() -> None:
     other_run()
     Path("run/result.json").unlink()
@@ -351,6 +357,7 @@ CASES: dict[str, list[Bad]] = {
         Bad("the average of a reward model and another", "AVERAGE models=[rm/model,base]", ("models", "one kind"), reward_model),
         Bad("reward models averaged without pairs", "AVERAGE models=[rm/model,copy]", ("data", "data=PAIRS"), two_reward_models),
         Bad("policies averaged with pairs", "AVERAGE models=[base,tied] data=preferences.jsonl", ("data", "leave it out"), tied),
+        Bad("the average of rated models", "AVERAGE models=[rated,rm/model] data=preferences.jsonl", ("model=rated", "kind=ordinal"), rated_model),
         Bad("the average of two shapes", "AVERAGE models=[base,tied]", ("model=tied", "differ in name or shape"), tied),
         Bad("unknown loss", "preference model=base data=preferences.jsonl loss=dpoo", ("loss", "'dpo'")),
         Bad("a loss with a wrong argument", "DPO loss.betta=0.1", ("loss.dpo", "'beta'")),

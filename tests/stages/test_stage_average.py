@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from world import WORDS, World, play
 
-from klimb.errors import KlimbError
+from klimb.errors import ConfigError, KlimbError
 from klimb.lab.scratch import make_model, word_tokenizer
 
 
@@ -75,3 +75,19 @@ def test_what_cannot_be_averaged(world: World, tmp_path: Path) -> None:
     refused(r"models: one is named twice", rm, rm)
     refused(r"give two or more", rm)
     refused(r"data would not be looked at.*leave it out", world.model, str(wide), data=world.preferences)
+
+
+@pytest.mark.parametrize("kind", ["attributes", "ordinal"])
+def test_ratings_are_neither_log_odds_nor_averaged(world: World, tmp_path: Path, kind: str) -> None:
+    """Their scores order replies; how much more probable the better one is they do not say."""
+    rows = [{"prompt": "a ?", "completion": word, "worth": worth} for worth, word in enumerate(("no", "so", "yes"))]
+    data = tmp_path / "rated.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = {"attributes": {"attributes": {"worth": 1.0}}, "ordinal": {"rating": "worth"}}[kind]
+    done = play("reward", tmp_path / "rm", model=world.model, data=str(data), kind=kind, steps=2, batch_size=3, **given)
+    found = play("evaluate_reward", tmp_path / "check", reward=done.model, data=world.preferences, probes=0).result
+    assert 0 <= found["accuracy"] <= 1
+    assert found["trust"]["calibration"] is None
+    with pytest.raises(ConfigError, match=f"kind={kind}"):
+        play("average", tmp_path / "mean", models=[done.model, reward_model(world, tmp_path / "one", 0)],
+             data=world.preferences)  # fmt: skip

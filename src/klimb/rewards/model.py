@@ -19,6 +19,10 @@ from klimb.rewards.protocol import Columns, Scores, Values
 from klimb.rewards.rules import plain_text
 from klimb.types import Text
 
+_NO_LOG_ODDS = frozenset({"attributes", "attributes_text", "ordinal", "process"})
+"""Kinds whose raw scores do not differ by the log-odds that one reply is better. Of verdicts and labels they do: where
+one of two is good, σ(a − b) is the probability that it is the first."""
+
 
 class ModelReward:
     """(raw score − mean) / std of the reference samples, so that β means "standard deviations per nat" for any model.
@@ -46,6 +50,7 @@ class ModelReward:
         facts = reward_facts(directory)
         self.mean, self.std = float(facts.get("mean", 0.0)), float(facts.get("std", 1.0))
         self.instruction: str | None = facts.get("instruction")
+        self.log_odds = facts.get("kind") not in _NO_LOG_ODDS
         self.marks = StepEnds(renderer, facts["separator"]) if facts.get("kind") == "process" else None
         self.dense = dense
         if dense and self.marks is None:

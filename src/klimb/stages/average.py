@@ -27,7 +27,7 @@ from klimb.data.render import Renderer
 from klimb.errors import ConfigError, KlimbError
 from klimb.models.backbone import Backbone
 from klimb.models.faces import RewardModel, reward_scores
-from klimb.models.load import load_causal, load_classifier, save_causal, save_classifier
+from klimb.models.load import load_causal, load_classifier, reward_facts, save_causal, save_classifier
 from klimb.models.place import context_length, load_tokenizer
 from klimb.runtime.plan import Learning, Work
 from klimb.runtime.ranks import rank
@@ -83,6 +83,8 @@ def train(config: AverageConfig, run: Run, interrupt: Interrupt, say: Any) -> di
     if not kinds[config.model] and config.data is not None:
         raise ConfigError("data would not be looked at", where="average", why="these are no reward models",
                           fix="leave it out")  # fmt: skip
+    for model in config.models if kinds[config.model] else []:
+        check_scalar(model)
     tokenizer = load_tokenizer(config.model)
     network, others = load(session, config.model), config.models[1:]
     total = {name: value.double() for name, value in network.state_dict().items()}
@@ -115,6 +117,13 @@ def add(total: dict[str, Tensor], network: PreTrainedModel, first: str, model: s
                          why=f"the first is {other[0]}", fix="average models that began from the same one")  # fmt: skip
     for name, value in weights.items():
         total[name] += value.double()
+
+
+def check_scalar(model: str) -> None:
+    if (kind := reward_facts(model).get("kind")) is not None:
+        raise ConfigError(f"a reward model of kind={kind}: the mean of several is not told from pairs alone",
+                          where=f"model={model}", why="how its head is read would have to be found anew, too",
+                          fix="average scalar reward models, or ask several as an ensemble")  # fmt: skip
 
 
 def check_tokenizer(

@@ -276,9 +276,9 @@ def by_columns(judged: Judged, config: EvaluateRewardConfig) -> Figures:
 
 def calibration(reward: Reward, judged: Judged) -> Figures | None:
     """On the scale of the raw scores, of which σ speaks: a normalised score times the std (of an ensemble's members the
-    mean one). None for what is no reward model: its scores are no log-odds."""
+    mean one). None for what is no reward model, and for ratings and steps: their differences are no log-odds."""
     models = models_of(reward)
-    if not models or isinstance(reward, WeightedSum):
+    if not models or isinstance(reward, WeightedSum) or not all(model.log_odds for model in models):
         return None
     scale = sum(model.std for model in models) / len(models)
     return trust.calibration([scale * difference for difference in judged.differences])
