@@ -157,6 +157,7 @@ ADVANTAGES = {
     "top_entropy": of_group(zscore, overlong=dapo_price),
     "dr_grpo": of_group(centred),
     "dro_old": of_group(centred),
+    "topr": of_group(centred),
     "dppo": of_group(centred),
     "dppo_kl": of_group(centred),
     "remax": less(lambda i, given: given["baseline"][i].item(), beta=0.05),
@@ -245,7 +246,7 @@ TOKEN_LOSSES = {
     "dppo_kl": binary_kl,
     "dro_old": pulled_back,
 }
-SAMPLED = ("vespo", "dppo", "dppo_kl")  # the ratio is to the policy that sampled
+SAMPLED = ("vespo", "topr", "dppo", "dppo_kl")  # the ratio is to the policy that sampled
 
 
 def sequence_losses(name, new, old, a):
@@ -263,6 +264,9 @@ def sequence_losses(name, new, old, a):
         return [
             -b * x * (w**2 * math.exp(3 * (1 - w)) if b >= 0 else w**3 * math.exp(2 * (1 - w))) for x, b in zip(new, a)
         ]
+    if name == "topr":
+        w = min(1.0, math.prod(math.exp(x.item() - y.item()) for x, y in zip(new, old)))
+        return [-b * x * (1.0 if b >= 0 else w) for x, b in zip(new, a)]
     return [TOKEN_LOSSES.get(name, ppo_clip(0.2, 0.2))(x, y, b) for x, y, b in zip(new, old, a)]
 
 
@@ -297,7 +301,7 @@ BY_TOKEN = (
     *("clip_cov", "kl_cov", "m2po", "top_entropy", "pf_ppo"),
 )
 BY_ONE = ("reinforce", "rloo", "remax", "luspo", "a_star_po", "dro", "nash_md")
-BY_CONSTANT = ("dr_grpo", "opo", "passk_grpo", "maxrl", "otb", "dro_old", "dppo", "dppo_kl")
+BY_CONSTANT = ("dr_grpo", "opo", "passk_grpo", "maxrl", "otb", "dro_old", "topr", "dppo", "dppo_kl")
 
 
 def weight_of(name, i):

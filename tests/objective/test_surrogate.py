@@ -20,6 +20,7 @@ from klimb.objective.surrogate import (
     reinforce,
     sapo,
     sequence_clip,
+    taper,
     tv_mask,
     vespo,
 )
@@ -138,7 +139,9 @@ def test_the_weight_of_a_sequence_is_bounded_before_it_is_shaped():
     assert not one(vespo(k_negative=30.0), 0.8, 0.0)[2]  # A = 0 counts as good
 
 
-@pytest.mark.parametrize("surrogate", [sequence_clip(0.9, 9.0), geometric_clip(9.0, 9.0), product_clip(), vespo()])
+@pytest.mark.parametrize(
+    "surrogate", [sequence_clip(0.9, 9.0), geometric_clip(9.0, 9.0), product_clip(), vespo(), taper()]
+)
 def test_a_ratio_of_a_sequence_is_made_of_its_own_tokens(surrogate):
     """Whatever stands beyond them; and a sample without a token leaves no NaN."""
     logps, old = moved(0.1)
@@ -191,6 +194,22 @@ def test_a_divergence_lets_go_on_the_outward_side_only(surrogate, old, new, adva
     (gradient,) = torch.autograd.grad(loss.sum(), logps)
     assert clipped.item() == killed
     assert gradient.item() == pytest.approx(0.0 if killed else -advantage * new / old)
+
+
+@pytest.mark.parametrize("ratio", [1e-6, 0.3, 1.0, 4.0])
+def test_a_taper_imitates_the_good_and_lets_go_of_the_bad(ratio):
+    """A good sample pulls alike however rare it is; a bad one by what is left of it, never by more than the bound."""
+    assert one(taper(), ratio, 2.0)[1:] == pytest.approx((-2.0, False))
+    assert one(taper(), ratio, -2.0)[1:] == pytest.approx((2.0 * min(ratio, 1.0), ratio > 1))
+    assert one(taper(bound=3.0), ratio, -2.0)[1:] == pytest.approx((2.0 * min(ratio, 3.0), ratio > 3))
+
+
+def test_a_taper_is_of_the_whole_completion():
+    """Weights of ½ and 1½ for its tokens are one of ¾ for both, 1 if it is good."""
+    log_ratios = [math.log(0.5), math.log(1.5)]
+    assert pair(taper(), log_ratios, -2.0)[1:] == (pytest.approx([1.5, 1.5]), [False, False])
+    assert pair(taper(), log_ratios, 2.0)[1:] == (pytest.approx([-2.0, -2.0]), [False, False])
+    assert pair(taper(), [math.log(0.5), math.log(2.5)], -2.0)[1:] == (pytest.approx([2.0, 2.0]), [True, True])
 
 
 def test_cispo_lower_bound():

@@ -46,6 +46,7 @@ from klimb.objective.surrogate import (
     reinforce,
     sapo,
     sequence_clip,
+    taper,
     tv_mask,
     vespo,
 )
@@ -211,6 +212,12 @@ VESPO = replace(
     kl=NO_KL,
     source="arXiv 2602.10693; denominator of TRL",
 )
+TOPR = replace(
+    DR_GRPO,
+    name="topr",
+    surrogate=taper(),
+    source="arXiv 2503.14286; its baseline is a constant, all else here is Dr. GRPO's",
+)
 DPPO = replace(
     DR_GRPO,
     name="dppo",
@@ -283,7 +290,7 @@ ALGORITHMS: Mapping[str, Algorithm] = {
     for algorithm in (
         REINFORCE, RLOO, REINFORCE_PP, PPO, GRPO, DR_GRPO, DAPO, GSPO, CISPO,
         REMAX, REINFORCE_PP_BASELINE, OPO, GPG, LITE_PPO, PASSK_GRPO, GDPO, MAXRL, OTB, VAPO,
-        INTELLECT2, SAPO, GMPO, LUSPO, VESPO, DPPO, DPPO_KL, CLIP_COV, KL_COV, M2PO, TOP_ENTROPY, PF_PPO,
+        INTELLECT2, SAPO, GMPO, LUSPO, VESPO, TOPR, DPPO, DPPO_KL, CLIP_COV, KL_COV, M2PO, TOP_ENTROPY, PF_PPO,
         A_STAR_PO, DRO, DRO_OLD, NASH_MD,
     )
 }  # fmt: skip

@@ -219,6 +219,27 @@ class vespo:
 
 
 @dataclass(frozen=True)
+class taper:
+    """−A log π of good samples, −sg[min(w, bound)] · A · log π of bad ones, w = Π_t r_t (TOPR, arXiv 2503.14286).
+
+    What is good is imitated however unlikely it has become, what is bad is pushed away only as far as the policy still
+    gives it: old samples of either kind can be learned from again and again, and no log π is driven to −∞. "Clipped"
+    counts bad samples that are likelier than when they were sampled, by more than `bound`. Fails to correct for what
+    the sampler preferred among good samples. Degrades to `reinforce` with one update a batch.
+    """
+
+    bound: float = 1.0
+    anchor: ClassVar[Anchor] = "behavior"
+
+    def __call__(self, logps: Tensor, old_logps: Tensor, advantages: Tensor, mask: Tensor) -> PerToken:
+        log_ratio = torch.where(mask, logps.detach() - old_logps, 0.0)
+        w = bounded_exp(log_ratio.sum(dim=1, keepdim=True))
+        bad = advantages < 0
+        weight = torch.where(bad, w.clamp(max=self.bound), torch.ones_like(w))
+        return PerToken(-weight * advantages * logps, bad & (w > self.bound))
+
+
+@dataclass(frozen=True)
 class tv_mask:
     """−A r while the token's probability has moved A's way by at most `low` (down) or `high` (up), else 0 (DPPO with
     binary total variation, arXiv 2602.04879, equation 13).
@@ -264,6 +285,7 @@ SURROGATES: Mapping[str, Surrogate | type] = {
     "cispo": cispo,
     "sapo": sapo,
     "vespo": vespo,
+    "taper": taper,
     "tv_mask": tv_mask,
     "kl_mask": kl_mask,
 }
