@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import random
 from pathlib import Path
 
 import pytest
 import torch
 from families import VOCABULARY
+from filelock import FileLock
 from processes import run_ranks
 from safetensors.torch import load_file
 from updates import BUDGETS, UPDATES, WHOLE, Update, outcome, policy_model, relative_error, rl_batch
@@ -73,9 +75,14 @@ def test_the_clip_is_at_work(name: str) -> None:
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[dict, dict]]:
-    """Of each rank: gradients and metrics by dtype, update and budget."""
-    folder = tmp_path_factory.mktemp("ranks")
-    run_ranks([Path(__file__).with_name("updates.py"), folder], ranks=2, timeout=600)
+    """Of each rank: gradients and metrics by dtype, update and budget. Computed once for all of pytest's workers."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "two-ranks"
+    with FileLock(f"{folder}.lock"):
+        if not folder.is_dir():
+            made = tmp_path_factory.mktemp("ranks")
+            run_ranks([Path(__file__).with_name("updates.py"), made], ranks=2, timeout=600)
+            made.rename(folder)
     return [
         (load_file(folder / f"gradients-{r}.safetensors"), json.loads((folder / f"metrics-{r}.json").read_text()))
         for r in range(2)
