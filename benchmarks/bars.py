@@ -25,6 +25,7 @@ from contest import (
     try_settings,
     work_of,
 )
+from jobs import JOBS
 from scaling import scale
 from worker import EndedEarly, Options
 
@@ -118,7 +119,7 @@ def contest_of(
     for job in jobs:
         if job not in agreed:
             agreed[job] = check({**options, "job": job}, environment)
-    options = {**options, "dtype": row.dtype}
+    options = {**options, "dtype": row.dtype, "token_budget": JOBS[row.job].budget(row.dtype)}
     candidates = settings(jobs, row.dtype, row.precisions)
     tried = try_settings(options, environment, candidates, min(row.box, until - time.monotonic()))
     steps = in_turn(options, tried[0]["settings"], environment, row.pairs, until)

@@ -32,9 +32,10 @@ from side_klimb import take_steps
 from work import SIZES, prepare
 from worker import Finished
 
-import klimb.models.faces
 import klimb.rollout.local
+import klimb.stages.experience
 import klimb.stages.rl
+from klimb.models.backbone import Backbone
 from klimb.models.cache import Decode
 from klimb.rewards.scorer import Scorer
 from klimb.rollout.local import LocalEngine
@@ -91,8 +92,8 @@ class Clock:
 
 
 def wrap_all(clock: Clock, drawn: list[Work]) -> None:
-    rl, local = klimb.stages.rl, klimb.rollout.local
-    clock.wrap(rl, "generate", "rollout: bookkeeping")
+    rl, local, experience = klimb.stages.rl, klimb.rollout.local, klimb.stages.experience
+    clock.wrap(experience, "generate", "rollout: bookkeeping")
     clock.wrap(
         LocalEngine, "_states",
         lambda engine, tokens, positions, plan, keep: (
@@ -104,7 +105,7 @@ def wrap_all(clock: Clock, drawn: list[Work]) -> None:
     clock.wrap(local, "draw", "rollout: sampling")
     clock.wrap(local, "uniforms", "rollout: sampling")
     clock.wrap(Scorer, "score", "reward")
-    clock.wrap(klimb.models.faces, "pack", "layout of rows")
+    clock.wrap(Backbone, "pack", "layout of rows")
     clock.wrap(Learner, "_accumulate", "layout of rows")
     clock.wrap(rl, "rl_loss", "forward")
     clock.wrap(torch.Tensor, "backward", "backward")
@@ -174,9 +175,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--steps", type=int, default=5, help="timed steps, after two that are not")
-    parser.add_argument("--token-budget", type=int, default=640, help="the micro-batch, in flat tokens")
+    parser.add_argument("--token-budget", type=int, help="the micro-batch, in flat tokens; default: that of vs_trl.py")
     parser.add_argument("--json", type=Path, metavar="FILE")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    arguments.token_budget = arguments.token_budget or JOBS["grpo"].budget(arguments.dtype)
+    return arguments
 
 
 def table(readings: list[dict[str, float]], floors: list[dict[str, float]]) -> dict[str, Any]:

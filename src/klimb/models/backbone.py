@@ -19,13 +19,18 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from klimb.batch import TokenBatch
 from klimb.errors import KlimbError
 from klimb.models.attention import AttentionPlan
 from klimb.models.last_layer import skip_unread, worth_skipping
-from klimb.models.load import LoRA
+from klimb.models.load import HALF, LoRA
 from klimb.models.logprobs import Head
+from klimb.models.packing import Packed, pack
 from klimb.models.place import context_length
 
+_WHOLE = 32
+"""Numbers of 16 bits are multiplied by oneDNN on a CPU, which compiles a product for every number of tokens that it has
+not met: one to three milliseconds each, and all of a layer's at once."""
 _UNKNOWN = ""
 """No adapter has this name."""
 
@@ -66,6 +71,10 @@ class Backbone(nn.Module):
     @property
     def hidden_size(self) -> int:
         return int(self.model.config.get_text_config().hidden_size)
+
+    def pack(self, batch: TokenBatch) -> Packed:
+        """A batch as this model is called with it."""
+        return pack(batch, self.device, _WHOLE if self.device.type == "cpu" and self.dtype in HALF else 1)
 
     def checkpoint_activations(self) -> None:
         """From here on a decoder layer keeps its input alone for the backward pass, and computes the rest again there.

@@ -17,7 +17,7 @@ from klimb.models.attention import AttentionPlan
 from klimb.models.backbone import Backbone
 from klimb.models.load import score_head
 from klimb.models.logprobs import Head, full_divergence, full_kl, log_collisions, precision, token_logps
-from klimb.models.packing import Budget, Packed, in_parts, pack
+from klimb.models.packing import Budget, Packed, in_parts
 from klimb.objective.judging import Combine, combined
 
 
@@ -39,7 +39,7 @@ class Policy(nn.Module):
         self.own_head = own_head or backbone.head() is None
 
     def forward(self, batch: TokenBatch, *, temperature: float = 1.0, entropy: bool = False) -> PolicyOutputs:
-        packed = pack(batch, self.device)
+        packed = self.backbone.pack(batch)
         head, states = self.predictions(packed)
         logps, entropies = token_logps(head, states, packed.targets, temperature=temperature, entropy=entropy)
         return PolicyOutputs(_scatter(logps, batch), None if entropies is None else _scatter(entropies, batch))
@@ -90,7 +90,7 @@ class Critic(nn.Module):
 
     def forward(self, batch: TokenBatch) -> Tensor:
         """values [B, T] in nats of nothing: the units of the reward. Zero where not masked."""
-        packed = pack(batch, self.backbone.device)
+        packed = self.backbone.pack(batch)
         self.backbone.use(self.adapter)
         states = self.backbone.states(packed.tokens, packed.positions, packed.plan, packed.predictors, packed.read)
         return _scatter(self.value(states).squeeze(-1).to(precision(states)), batch)
@@ -126,7 +126,7 @@ class RewardModel(nn.Module):
 
     def outputs(self, batch: TokenBatch) -> Tensor:
         """What the head says at the end of each sample: [B, K]."""
-        packed = pack(batch, self.backbone.device)
+        packed = self.backbone.pack(batch)
         outputs = self._read(packed, packed.last, packed.ends)
         final = outputs.new_zeros(len(batch), dtype=torch.long)
         final[packed.last_sample] = torch.arange(len(outputs), device=outputs.device)  # the last of its rows wins
@@ -134,7 +134,7 @@ class RewardModel(nn.Module):
 
     def steps(self, batch: TokenBatch) -> Tensor:
         """Logits [B, T] of the steps that end at the marked tokens. Zero where not masked."""
-        packed = pack(batch, self.backbone.device)
+        packed = self.backbone.pack(batch)
         return _scatter(self._read(packed, packed.marked, packed.marked).squeeze(-1), batch)
 
     def _read(self, packed: Packed, places: Tensor, read: Tensor) -> Tensor:
@@ -165,7 +165,7 @@ class Verdicts(nn.Module):
 
     def logps(self, batch: TokenBatch) -> Tensor:
         """Log-probs [B, V] of all that could stand at the marked tokens."""
-        head, states = self.policy.predictions(pack(batch, self.backbone.device))
+        head, states = self.policy.predictions(self.backbone.pack(batch))
         return head.logits(states).log_softmax(-1)
 
     def trainable(self) -> dict[str, nn.Parameter]:
@@ -197,7 +197,7 @@ def policy_log_collisions(
     """log Σ_v π(v)² at each marked token of a whole batch [B, T], split by token budget."""
 
     def forward(micro: TokenBatch) -> Tensor:
-        return _scatter(log_collisions(*policy.predictions(pack(micro, policy.backbone.device)), temperature), micro)
+        return _scatter(log_collisions(*policy.predictions(policy.backbone.pack(micro)), temperature), micro)
 
     parts, found = zip(*in_parts(batch, budget, forward), strict=True)
     return _join(found, parts, batch)
@@ -233,7 +233,7 @@ def sequence_kl(
     """Σ_t KL(π(·|s_t) ‖ π_ref(·|s_t)) along each sample, nats: [B]."""
 
     def forward(micro: TokenBatch) -> Tensor:
-        packed = pack(micro, policy.backbone.device)
+        packed = policy.backbone.pack(micro)
         # The states are copied out before the other face moves in: both may live on one backbone.
         head, states = policy.predictions(packed)
         reference_head, reference_states = reference.predictions(packed)
@@ -253,7 +253,7 @@ def divergence(
     """`measure` of the teacher's and the policy's whole distributions before each marked token, [B, T], with the
     policy's gradient.
     """
-    packed = pack(batch, policy.backbone.device)
+    packed = policy.backbone.pack(batch)
     with torch.no_grad():
         teacher_head, teacher_states = teacher.predictions(packed)
     head, states = policy.predictions(packed)

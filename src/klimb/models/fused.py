@@ -65,7 +65,7 @@ def _rms_norm_of(module: nn.Module) -> Forward | None:
     for offset in (0.0, 1.0):  # Gemma keeps its weights around 0
 
         def forward(self: Any, x: Tensor, offset: float = offset) -> Tensor:
-            if not (native.takes(x) and x.is_contiguous() and native.takes(self.weight)):
+            if not (native.takes(x, self.weight) and x.is_contiguous()):
                 return type(self).forward(self, x)
             if not torch.is_grad_enabled():
                 return native.rms_norm_forward(x.view(-1, x.shape[-1]), self.weight, offset, eps)[0].view_as(x)
@@ -112,7 +112,7 @@ def _gated_mlp(self: Any, x: Tensor) -> Tensor:
     if not native.takes(x):
         return type(self).forward(self, x)
     gate, up = self.gate_proj(x).contiguous(), self.up_proj(x).contiguous()
-    if not native.takes(gate):
+    if not native.takes(gate, up):
         return self.down_proj(self.act_fn(gate) * up)
     hidden = _SwiGLU.apply(gate, up) if torch.is_grad_enabled() else native.swiglu_forward(gate, up)
     return self.down_proj(hidden)
@@ -172,7 +172,7 @@ def _with_rotary(module: nn.Module) -> Forward | None:
 
     def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *further: Any, **named: Any) -> tuple[Tensor, Tensor]:
         plain = not further and not named and len(q) == 1 and cos.shape == (1, q.shape[2], q.shape[3])
-        if not (plain and native.takes(q) and native.takes(cos)):
+        if not (plain and native.takes(q, k, cos, sin)):
             return theirs(q, k, cos, sin, *further, **named)
         return _rotated(q, k, cos, sin)
 
@@ -215,7 +215,7 @@ def _linear_of(module: nn.Module) -> Forward | None:
 
 
 def _linear(self: Any, x: Tensor) -> Tensor:
-    if not (torch.is_grad_enabled() and self.weight.requires_grad and native.takes(x)):
+    if not (torch.is_grad_enabled() and self.weight.requires_grad and native.takes(x, self.weight)):
         return nn.functional.linear(x, self.weight, self.bias)
     return _Linear.apply(x, self.weight, self.bias)
 

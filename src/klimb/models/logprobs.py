@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,6 +26,10 @@ class Head:
     bias: Tensor | None = None
     scale: float = 1.0
     softcap: float | None = None
+
+    def in_precision(self) -> Head:
+        """The same head with its weight as it is computed with: for many calls, each of which would convert it."""
+        return self if self.weight is None else replace(self, weight=self.weight.to(precision(self.weight)))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [M, d] → [M, V]."""
@@ -133,8 +137,9 @@ class _TokenLogps(torch.autograd.Function):
         logps = torch.empty(len(hidden), dtype=precision(hidden), device=hidden.device)
         normalisers = torch.empty_like(logps)
         entropies = torch.zeros_like(logps)
+        ready = head.in_precision()
         for part in _chunks(len(hidden), weight.shape[0]):
-            z = head.logits(hidden[part]).div_(temperature)
+            z = ready.logits(hidden[part]).div_(temperature)
             normaliser = z.logsumexp(-1)
             logps[part] = z.gather(1, targets[part, None]).squeeze(1) - normaliser
             normalisers[part] = normaliser
@@ -157,8 +162,10 @@ class _TokenLogps(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=dtype) if need_weight else None
         grad_bias = torch.zeros(bias.shape, dtype=dtype, device=bias.device) if need_bias else None
+        ready = head.in_precision()
+        assert ready.weight is not None
         for part in _chunks(len(hidden), weight.shape[0]):
-            logits = head.logits(hidden[part])
+            logits = ready.logits(hidden[part])
             log_p = logits / ctx.temperature - normalisers[part, None]
             p = log_p.exp()
             dz = p * -grad_logps[part, None]
@@ -171,7 +178,7 @@ class _TokenLogps(torch.autograd.Function):
             if head.scale != 1.0:
                 dz *= head.scale
             if grad_hidden is not None:
-                grad_hidden[part] = (dz @ weight.to(dtype)).to(hidden.dtype)
+                grad_hidden[part] = (dz @ ready.weight).to(hidden.dtype)
             if grad_weight is not None:
                 grad_weight.addmm_(dz.T, hidden[part].to(dtype))
             if grad_bias is not None:

@@ -25,7 +25,7 @@ class Packed:
     tokens, positions [N]. predictors [M]: flat place of the token whose hidden state predicts the marked token (so
     of the state that its value is of); marked [M]: its own flat place; targets [M]: its id. last [R]: flat place of
     each row's last token, and last_sample [R] whose row it is. read, ends: the places of predictors and of last, once
-    each and in order.
+    each and in order (with some more, so that their number is whole).
     """
 
     tokens: Tensor
@@ -40,8 +40,12 @@ class Packed:
     ends: Tensor
 
 
-def pack(batch: TokenBatch, device: torch.device) -> Packed:
-    """Lay out a batch. Neighbouring rows with equal prompts share it; a completion continues it in its own branch."""
+def pack(batch: TokenBatch, device: torch.device, whole: int = 1) -> Packed:
+    """Lay out a batch. Neighbouring rows with equal prompts share it; a completion continues it in its own branch.
+
+    The run ends at a multiple of `whole`, and `read` and `ends` do: what fills them up sees only itself or is read by
+    nobody.
+    """
     tokens: list[int] = []
     positions: list[int] = []
     spans: list[tuple[range, range]] = []
@@ -73,12 +77,23 @@ def pack(batch: TokenBatch, device: torch.device) -> Packed:
             targets.extend(itertools.compress(row.completion, row.mask))
             last.append(len(tokens) - 1 if row.completion else trunk[-1])
             last_sample.append(sample)
+    if filler := -len(tokens) % whole:
+        spans.append((range(len(tokens), len(tokens) + filler), range(0)))
+        tokens.extend([0] * filler)
+        positions.extend([0] * filler)
     as_tensor = lambda values: torch.tensor(values, dtype=torch.long, device=device)  # noqa: E731
     return Packed(
         as_tensor(tokens), as_tensor(positions), PackedAttention(spans, device), as_tensor(predictors),
         as_tensor(marked), as_tensor(targets), as_tensor(last), as_tensor(last_sample),
-        as_tensor(sorted(set(predictors))), as_tensor(sorted(set(last))),
+        *(as_tensor(_whole(places, len(tokens), whole)) for places in (predictors, last)),
     )  # fmt: skip
+
+
+def _whole(places: Sequence[int], tokens: int, whole: int) -> list[int]:
+    """The places once each and in order, and so many others that their number is a multiple of `whole`."""
+    wanted = set(places)
+    others = (place for place in range(tokens) if place not in wanted)
+    return sorted(wanted | set(itertools.islice(others, -len(wanted) % whole)))
 
 
 def _equal(a: Sequence[int], b: Sequence[int]) -> bool:

@@ -18,6 +18,8 @@ from klimb.native.build import Unavailable, identity, library
 
 _BLOCK = 16  # samples of a prompt that are computed together
 _GRAIN = 16_384  # numbers that a thread should have, or it is not worth waking
+_SUFFIX = {torch.float32: "", torch.bfloat16: "_bf16"}
+"""Of the functions for tensors of a type. All compute in float32."""
 _on = True
 
 
@@ -36,20 +38,24 @@ def made_of() -> str | None:
 def why_not() -> str | None:
     """What is in the way of the kernels here; None: nothing."""
     try:
-        _kernels()
+        _all_kernels()
     except Unavailable as reason:
         return str(reason)
     return None
 
 
-def takes(x: Tensor) -> bool:
-    """Do the kernels compute with this tensor?"""
-    return _on and x.dtype == torch.float32 and x.device.type == "cpu" and why_not() is None
+def takes(*tensors: Tensor) -> bool:
+    """Do the kernels compute with these tensors? They have to hold numbers of one type, float32 or bfloat16."""
+    dtype = tensors[0].dtype
+    return (
+        _on and dtype in _SUFFIX and all(x.dtype == dtype and x.device.type == "cpu" for x in tensors)
+        and why_not() is None
+    )  # fmt: skip
 
 
 def attends(q: Tensor, v: Tensor) -> bool:
     """Do they compute attention of this kind? Values have to be as wide as keys."""
-    return q.shape[-1] == v.shape[-1] and takes(q)
+    return q.shape[-1] == v.shape[-1] and takes(q, v)
 
 
 class _Shape(ctypes.Structure):
@@ -75,11 +81,11 @@ _SIGNATURES = {
 
 
 class _Kernels:
-    """The functions of the library, with their signatures."""
+    """The functions of the library for tensors of one type, with their signatures."""
 
-    def __init__(self, loaded: ctypes.CDLL) -> None:
+    def __init__(self, loaded: ctypes.CDLL, suffix: str) -> None:
         for name, signature in _SIGNATURES.items():
-            function = getattr(loaded, name)
+            function = getattr(loaded, name + suffix)
             function.argtypes, function.restype = signature, None
             setattr(self, name, function)
 
@@ -87,15 +93,21 @@ class _Kernels:
         raise AttributeError(name)
 
 
-_loaded: _Kernels | Unavailable | None = None
+_loaded: dict[torch.dtype, _Kernels] | Unavailable | None = None
 
 
-def _kernels() -> _Kernels:
+def _kernels(x: Tensor) -> _Kernels:
+    """Those for numbers of x's type. Raises Unavailable."""
+    return _all_kernels()[x.dtype]
+
+
+def _all_kernels() -> dict[torch.dtype, _Kernels]:
     """Built and loaded on the first call. Raises Unavailable, then and ever after."""
     global _loaded
     if _loaded is None:
         try:
-            _loaded = _Kernels(library())
+            found = library()
+            _loaded = {dtype: _Kernels(found, suffix) for dtype, suffix in _SUFFIX.items()}
         except Unavailable as reason:
             _loaded = reason
     if isinstance(_loaded, Unavailable):
@@ -131,11 +143,11 @@ class Trees:
 def attention_forward(
     q: Tensor, k: Tensor, v: Tensor, trees: Trees, scale: float, window: int | None
 ) -> tuple[Tensor, Tensor]:
-    """q [H, N, D], k, v [H_kv, N, D] → [N, H, D], and the log of each query's sum of exponentials [H, N]."""
+    """q [H, N, D], k, v [H_kv, N, D] → [N, H, D], and the log of each query's sum of exponentials [H, N], float32."""
     heads, tokens, width = q.shape
-    out, lse = q.new_empty(tokens, heads, width), q.new_empty(heads, tokens)
+    out, lse = q.new_empty(tokens, heads, width), q.new_empty(heads, tokens, dtype=torch.float32)
     shape = _shape(q, k, v, scale, window)
-    _kernels().attention_forward(
+    _kernels(q).attention_forward(
         q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), lse.data_ptr(), trees.spans.data_ptr(),
         trees.trees.data_ptr(), len(trees.trees) - 1, tokens, ctypes.byref(shape), torch.get_num_threads(),
     )  # fmt: skip
@@ -150,7 +162,7 @@ def attention_backward(
     grad = grad.contiguous()
     dq, dk, dv = q.new_empty(tokens, heads, width), *(q.new_empty(tokens, x.shape[0], width) for x in (k, v))
     shape = _shape(q, k, v, scale, window)
-    _kernels().attention_backward(
+    _kernels(q).attention_backward(
         q.data_ptr(), k.data_ptr(), v.data_ptr(), lse.data_ptr(), grad.data_ptr(), dq.data_ptr(), dk.data_ptr(),
         dv.data_ptr(), trees.spans.data_ptr(), trees.trees.data_ptr(), len(trees.trees) - 1, tokens,
         ctypes.byref(shape), torch.get_num_threads(),
@@ -185,7 +197,7 @@ def attention_decode(
     heads, rows, width = q.shape
     out = q.new_empty(rows, heads, width)
     shape = _shape(q, k, v, scale, window)
-    _kernels().attention_decode(
+    _kernels(q).attention_decode(
         q.data_ptr(), k.data_ptr(), v.data_ptr(), prompt_keys.data_ptr(), prompt_values.data_ptr(), keys.data_ptr(),
         values.data_ptr(), blocks.starts.data_ptr(), blocks.slots.data_ptr(), blocks.prompt_of.data_ptr(),
         prompt_lengths.data_ptr(), drawn.data_ptr(), prompt_keys.shape[2], keys.shape[1], out.data_ptr(),
@@ -195,9 +207,9 @@ def attention_decode(
 
 
 def rms_norm_forward(x: Tensor, weight: Tensor, offset: float, eps: float) -> tuple[Tensor, Tensor]:
-    """x [n, d] / rms · (offset + weight), and 1 / rms [n]."""
-    y, scale = torch.empty_like(x), x.new_empty(len(x))
-    _kernels().rms_norm_forward(
+    """x [n, d] / rms · (offset + weight), and 1 / rms [n], float32."""
+    y, scale = torch.empty_like(x), x.new_empty(len(x), dtype=torch.float32)
+    _kernels(x).rms_norm_forward(
         x.data_ptr(), weight.data_ptr(), offset, eps, y.data_ptr(), scale.data_ptr(), *x.shape, _threads(x.numel())
     )
     return y, scale
@@ -206,19 +218,19 @@ def rms_norm_forward(x: Tensor, weight: Tensor, offset: float, eps: float) -> tu
 def rms_norm_backward(x: Tensor, weight: Tensor, offset: float, scale: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of x and weight."""
     threads = _threads(x.numel())
-    dx, partial = torch.empty_like(x), x.new_empty(threads, x.shape[1])
-    _kernels().rms_norm_backward(
+    dx, partial = torch.empty_like(x), x.new_empty(threads, x.shape[1], dtype=torch.float32)
+    _kernels(x).rms_norm_backward(
         x.data_ptr(), weight.data_ptr(), offset, scale.data_ptr(), grad.data_ptr(), dx.data_ptr(), partial.data_ptr(),
         *x.shape, threads,
     )  # fmt: skip
-    return dx, partial.sum(0) if threads > 1 else partial[0]
+    return dx, (partial.sum(0) if threads > 1 else partial[0]).to(x.dtype)
 
 
 def rope(x: Tensor, cosine: Tensor, sine: Tensor, inverse: bool = False) -> Tensor:
     """Rotary positions of x [H, N, D] by cos and sin [N, D] (each half against the other), or the transposed map."""
     heads, tokens, width = x.shape
     y = x.new_empty(tokens, heads, width)
-    _kernels().rope(
+    _kernels(x).rope(
         x.data_ptr(), *x.stride()[:2], cosine.data_ptr(), sine.data_ptr(), y.data_ptr(), tokens, heads, width, inverse,
         _threads(x.numel()),
     )  # fmt: skip
@@ -228,13 +240,13 @@ def rope(x: Tensor, cosine: Tensor, sine: Tensor, inverse: bool = False) -> Tens
 def swiglu_forward(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) · up."""
     y = torch.empty_like(gate)
-    _kernels().swiglu_forward(gate.data_ptr(), up.data_ptr(), y.data_ptr(), y.numel(), _threads(y.numel()))
+    _kernels(gate).swiglu_forward(gate.data_ptr(), up.data_ptr(), y.data_ptr(), y.numel(), _threads(y.numel()))
     return y
 
 
 def swiglu_backward(gate: Tensor, up: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     dgate, dup = torch.empty_like(gate), torch.empty_like(up)
-    _kernels().swiglu_backward(
+    _kernels(gate).swiglu_backward(
         gate.data_ptr(), up.data_ptr(), grad.data_ptr(), dgate.data_ptr(), dup.data_ptr(), gate.numel(),
         _threads(gate.numel()),
     )  # fmt: skip

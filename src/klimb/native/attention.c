@@ -31,9 +31,9 @@ static Piece piece_of(const I *span, I base, I first, I window) {
 }
 
 /* Scores of a block against the tree's keys (given as columns): s [queries, before + behind]. */
-static void scores(Piece p, const float *q, I qn, I D, const float *columns, I wide, float *s, I lds) {
-    product(p.queries, p.before, D, q, qn, 1, columns + p.context, wide, s, lds, 0);
-    product(p.queries, p.behind, D, q, qn, 1, columns + p.own, wide, s + p.before, lds, 0);
+static void scores(Piece p, const float *q, I ldq, I D, const float *columns, I wide, float *s, I lds) {
+    product(p.queries, p.before, D, q, ldq, 1, columns + p.context, wide, s, lds, 0);
+    product(p.queries, p.behind, D, q, ldq, 1, columns + p.own, wide, s + p.before, lds, 0);
 }
 
 /* Which columns query i of the block may see: [from, to) of the context and of its own sequence. */
@@ -97,8 +97,8 @@ static I tree_size(const I *spans, const I *trees, I tree, I *longest) {
 }
 
 /* out [N, H, D] = softmax(scale q k') v; lse [H, N]: log of the sum of exponentials of each query. */
-void attention_forward(
-    const float *q, const float *k, const float *v, float *out, float *lse, const I *spans, const I *trees, I T, I N,
+void NAME(attention_forward)(
+    const num *q, const num *k, const num *v, num *out, float *lse, const I *spans, const I *trees, I T, I N,
     const Shape *shape, I threads) {
     const Shape z = *shape;
     const I wide = UP(z.D);
@@ -106,8 +106,9 @@ void attention_forward(
     for (I tree = 0; tree < T; tree++)
         for (I head = 0; head < z.heads; head++) {
             I longest, n = tree_size(spans, trees, tree, &longest), base = spans[4 * trees[tree]], pad = n + 2 * COLS;
-            float *columns = scratch(z.D * pad + n * wide + BLOCK * longest + BLOCK * wide);
+            float *columns = scratch(z.D * pad + n * wide + BLOCK * longest + 2 * BLOCK * wide);
             float *values = columns + z.D * pad, *s = values + n * wide, *o = s + BLOCK * longest;
+            float *asked = o + BLOCK * wide;
             turn(k + head * z.kh + base * z.kn, z.kn, n, z.D, columns, pad);
             widen(v + head * z.vh + base * z.vn, z.vn, n, z.D, values, wide);
             for (I i = trees[tree]; i < trees[tree + 1]; i++)
@@ -115,7 +116,8 @@ void attention_forward(
                     for (I first = 0; first < spans[4 * i + 1]; first += BLOCK) {
                         Piece p = piece_of(spans + 4 * i, base, first, z.window);
                         I token = spans[4 * i] + first, total = p.before + p.behind;
-                        scores(p, q + h * z.qh + token * z.qn, z.qn, z.D, columns, pad, s, total);
+                        widen(q + h * z.qh + token * z.qn, z.qn, p.queries, z.D, asked, wide);
+                        scores(p, asked, wide, z.D, columns, pad, s, total);
                         float inverse[BLOCK];
                         for (I r = 0; r < p.queries; r++) {
                             float *row = s + r * total;
@@ -131,15 +133,15 @@ void attention_forward(
                         weighted(p, s, total, values, wide, o);
                         for (I r = 0; r < p.queries; r++)
                             for (I d = 0; d < z.D; d++)
-                                out[((token + r) * z.heads * z.groups + h) * z.D + d] = o[r * wide + d] * inverse[r];
+                                out[((token + r) * z.heads * z.groups + h) * z.D + d] = put(o[r * wide + d] * inverse[r]);
                     }
         }
 }
 
 /* Gradients by q [N, H, D], k and v [N, H_kv, D] of a loss whose gradient by `out` [N, H, D] is given. */
-void attention_backward(
-    const float *q, const float *k, const float *v, const float *lse, const float *grad, float *dq, float *dk,
-    float *dv, const I *spans, const I *trees, I T, I N, const Shape *shape, I threads) {
+void NAME(attention_backward)(
+    const num *q, const num *k, const num *v, const float *lse, const num *grad, num *dq, num *dk, num *dv,
+    const I *spans, const I *trees, I T, I N, const Shape *shape, I threads) {
     const Shape z = *shape;
     const I wide = UP(z.D), H = z.heads * z.groups;
 #pragma omp parallel for collapse(2) schedule(dynamic) num_threads(threads)
@@ -177,13 +179,13 @@ void attention_backward(
                         }
                         weighted(p, ds, total, keys, wide, answer);
                         for (I r = 0; r < p.queries; r++)
-                            memcpy(dq + ((token + r) * H + h) * z.D, answer + r * wide, z.D * sizeof(float));
+                            narrow(answer + r * wide, z.D, dq + ((token + r) * H + h) * z.D);
                         spread(p, ds, total, asked, wide, sum_k);
                         spread(p, s, total, given, wide, sum_v);
                     }
             for (I t = 0; t < n; t++) {
-                memcpy(dk + ((base + t) * z.heads + head) * z.D, sum_k + t * wide, z.D * sizeof(float));
-                memcpy(dv + ((base + t) * z.heads + head) * z.D, sum_v + t * wide, z.D * sizeof(float));
+                narrow(sum_k + t * wide, z.D, dk + ((base + t) * z.heads + head) * z.D);
+                narrow(sum_v + t * wide, z.D, dv + ((base + t) * z.heads + head) * z.D);
             }
         }
 }
@@ -220,43 +222,44 @@ static inline four sums(vec x, vec y, vec z, vec w) {
 /* s[j] = q . rows[j] on [from, to): four rows at a time share the sums across a vector. Meanwhile as much is fetched
    of what is wanted next: a decode step reads each sample's store once, and the memory is what it waits for. */
 static inline void dots(
-    const float *q, const float *rows, I from, I to, I D, float *s, const float *soon, const float *later) {
+    const float *q, const num *rows, I from, I to, I D, float *s, const num *soon, const num *later) {
     const I whole = D / W * W;
     I j = from;
     for (; j + 4 <= to; j += 4) {
-        const float *a = rows + j * D, *b = a + D, *c = b + D, *d = c + D;
-        for (I i = 0; i < 4 * D; i += 16) {
+        const num *a = rows + j * D, *b = a + D, *c = b + D, *d = c + D;
+        for (I i = 0; i < 4 * D; i += 64 / sizeof(num)) {
             __builtin_prefetch(soon + j * D + i, 0, 2);
             __builtin_prefetch(later + j * D + i, 0, 2);
         }
         vec x = all(0.0f), y = x, z = x, w = x;
         for (I i = 0; i < whole; i += W) {
             vec asked = load(q + i);
-            x += asked * load(a + i), y += asked * load(b + i), z += asked * load(c + i), w += asked * load(d + i);
+            x += asked * load_num(a + i), y += asked * load_num(b + i);
+            z += asked * load_num(c + i), w += asked * load_num(d + i);
         }
         four found = sums(x, y, z, w);
-        for (I i = whole; i < D; i++) found += q[i] * (four){a[i], b[i], c[i], d[i]};
+        for (I i = whole; i < D; i++) found += q[i] * (four){get(a[i]), get(b[i]), get(c[i]), get(d[i])};
         memcpy(s + j, &found, sizeof found);
     }
     for (; j < to; j++) s[j] = dot(q, rows + j * D, D);
 }
 
 /* o [D] += sum over [from, to) of s[j] * rows[j]. */
-static inline void gather(const float *s, I from, I to, const float *rows, I D, float *o) {
+static inline void gather(const float *s, I from, I to, const num *rows, I D, float *o) {
     const I whole = D / W * W;
     for (I i = 0; i < whole; i += W) {
         vec x = load(o + i), y = all(0.0f), z = y, w = y;
         I j = from;
         for (; j + 4 <= to; j += 4) {
-            const float *row = rows + j * D + i;
-            x += s[j] * load(row), y += s[j + 1] * load(row + D);
-            z += s[j + 2] * load(row + 2 * D), w += s[j + 3] * load(row + 3 * D);
+            const num *row = rows + j * D + i;
+            x += s[j] * load_num(row), y += s[j + 1] * load_num(row + D);
+            z += s[j + 2] * load_num(row + 2 * D), w += s[j + 3] * load_num(row + 3 * D);
         }
-        for (; j < to; j++) x += s[j] * load(rows + j * D + i);
+        for (; j < to; j++) x += s[j] * load_num(rows + j * D + i);
         store(o + i, (x + y) + (z + w));
     }
     for (I i = whole; i < D; i++)
-        for (I j = from; j < to; j++) o[i] += s[j] * rows[j * D + i];
+        for (I j = from; j < to; j++) o[i] += s[j] * get(rows[j * D + i]);
 }
 
 /* Stores the new key and value of every slot and attends to its prompt and its own tokens. Stores by place and key head:
@@ -264,10 +267,10 @@ static inline void gather(const float *s, I from, I to, const float *rows, I D, 
    others by row, prompt_values [places * heads, longest_prompt, D], keys and values [slots * heads, length, D]. The
    slots of block b, which share a prompt, are slots[blocks[b] .. blocks[b + 1]); prompt_of, prompt_length, drawn [n]
    are by slot. out [n, H, D]. */
-void attention_decode(
-    const float *q, const float *k, const float *v, const float *prompt_keys, const float *prompt_values, float *keys,
-    float *values, const I *blocks, const I *slots, const I *prompt_of, const I *prompt_length, const I *drawn,
-    I longest_prompt, I length, float *out, I B, const Shape *shape, I threads) {
+void NAME(attention_decode)(
+    const num *q, const num *k, const num *v, const num *prompt_keys, const num *prompt_values, num *keys, num *values,
+    const I *blocks, const I *slots, const I *prompt_of, const I *prompt_length, const I *drawn, I longest_prompt,
+    I length, num *out, I B, const Shape *shape, I threads) {
     const Shape z = *shape;
     const I D = z.D, wide = UP(D);
 #pragma omp parallel for collapse(2) schedule(static) num_threads(threads)
@@ -276,23 +279,27 @@ void attention_decode(
             const I *members = slots + blocks[b], rows = (blocks[b + 1] - blocks[b]) * z.groups;
             const I prompt = prompt_length[members[0]], line = prompt_of[members[0]] * z.heads + head;
             const I before = UP(prompt), lds = before + UP(length);
-            float *s = scratch(rows * (lds + 2 * wide) + prompt * wide), *asked = s + rows * lds;
-            float *answer = asked + rows * wide, *widened = answer + rows * wide;
-            const float *pv = prompt_values + line * longest_prompt * D;
+            const num *pk = prompt_keys + line * D * longest_prompt, *pv = prompt_values + line * longest_prompt * D;
+            float *s = scratch(rows * (lds + 2 * wide) + prompt * wide + (PLAIN ? 0 : D * before));
+            float *asked = s + rows * lds, *answer = asked + rows * wide, *widened = answer + rows * wide;
+            float *columns = widened + prompt * wide;
+            if (!PLAIN) widen(pk, longest_prompt, D, before, columns, before);
             for (I r = 0; r < rows; r++)
                 widen(q + (head * z.groups + r % z.groups) * z.qh + members[r / z.groups] * z.qn, D, 1, D,
                       asked + r * wide, wide);
-            product(rows, before, D, asked, wide, 1, prompt_keys + line * D * longest_prompt, longest_prompt, s, lds, 0);
+            product(rows, before, D, asked, wide, 1, PLAIN ? (const float *)pk : columns, PLAIN ? longest_prompt : before,
+                    s, lds, 0);
             for (I r = 0; r < rows; r++) {
                 const I slot = members[r / z.groups], own = drawn[slot], place = prompt + own - 1;
                 const I oldest = z.window && place - z.window + 1 > 0 ? place - z.window + 1 : 0;
                 const I from = oldest < prompt ? oldest : prompt, own_from = oldest > prompt ? oldest - prompt : 0;
                 const I next = members[r + z.groups < rows ? r / z.groups + 1 : r / z.groups], store = length * D;
-                float *own_keys = keys + (slot * z.heads + head) * store, *own_s = s + r * lds + before;
-                float *own_values = values + (slot * z.heads + head) * store;
+                num *own_keys = keys + (slot * z.heads + head) * store;
+                num *own_values = values + (slot * z.heads + head) * store;
+                float *own_s = s + r * lds + before;
                 if (r % z.groups == 0) {
-                    memcpy(own_keys + (own - 1) * D, k + head * z.kh + slot * z.kn, D * sizeof(float));
-                    memcpy(own_values + (own - 1) * D, v + head * z.vh + slot * z.vn, D * sizeof(float));
+                    memcpy(own_keys + (own - 1) * D, k + head * z.kh + slot * z.kn, D * sizeof(num));
+                    memcpy(own_values + (own - 1) * D, v + head * z.vh + slot * z.vn, D * sizeof(num));
                 }
                 dots(asked + r * wide, own_keys, own_from, own, D, own_s, keys + (next * z.heads + head) * store,
                      own_values);
@@ -302,15 +309,16 @@ void attention_decode(
                 memset(s + r * lds, 0, from * sizeof(float));
                 asked[r * wide] = 1.0f / sum; /* its query is not needed again */
             }
-            if (D < wide) widen(pv, D, prompt, D, widened, wide);
-            product(rows, wide, prompt, s, lds, 1, D < wide ? widened : pv, wide, answer, wide, 0);
+            const int as_it_is = PLAIN && D == wide;
+            if (!as_it_is) widen(pv, D, prompt, D, widened, wide);
+            product(rows, wide, prompt, s, lds, 1, as_it_is ? (const float *)pv : widened, wide, answer, wide, 0);
             for (I r = 0; r < rows; r++) {
                 const I slot = members[r / z.groups], own = drawn[slot], oldest = prompt + own - z.window;
                 const I own_from = z.window && oldest > prompt ? oldest - prompt : 0;
                 float *o = answer + r * wide;
                 gather(s + r * lds + before, own_from, own, values + (slot * z.heads + head) * length * D, D, o);
-                float *to = out + ((slot * z.heads + head) * z.groups + r % z.groups) * D;
-                for (I d = 0; d < D; d++) to[d] = o[d] * asked[r * wide];
+                num *to = out + ((slot * z.heads + head) * z.groups + r % z.groups) * D;
+                for (I d = 0; d < D; d++) to[d] = put(o[d] * asked[r * wide]);
             }
         }
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import itertools
 import os
 import platform
 import shutil
@@ -17,6 +18,8 @@ import torch  # noqa: F401  (its OpenMP runtime is the one that the library find
 
 _FOLDER = Path(__file__).parent
 _SOURCES = ("attention.c", "layers.c")
+_KINDS = {"fp32": (), "bf16": ("-DBF16",)}
+"""What tensors hold: each source is compiled for both."""
 # OpenMP when compiling, not when linking: a second runtime beside torch's would fight with it for the cores.
 _COMPILE = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-std=gnu11", "-fPIC", "-c")
 _PATIENCE = 120  # seconds for the compiler, which takes three
@@ -84,10 +87,11 @@ def _cache() -> Path:
 
 def _build(place: Path) -> None:
     with tempfile.TemporaryDirectory(dir=place.parent) as folder:
-        objects = [Path(folder, source).with_suffix(".o") for source in _SOURCES]
         linked = Path(folder, "kernels.so")
-        for source, compiled in zip(_SOURCES, objects, strict=True):
-            _run(_compiler(), *_COMPILE, _FOLDER / source, "-o", compiled)
+        objects = []
+        for source, kind in itertools.product(_SOURCES, _KINDS):
+            objects.append(Path(folder, f"{source}-{kind}.o"))
+            _run(_compiler(), *_COMPILE, *_KINDS[kind], _FOLDER / source, "-o", objects[-1])
         _run(_compiler(), "-shared", *objects, "-o", linked, "-lm")
         linked.replace(place)  # whole or not at all: another process may build it too
 

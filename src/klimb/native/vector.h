@@ -1,8 +1,9 @@
 /* Vectors as wide as this processor's, e^x, memory of a thread, and products of small matrices.
 
-   Everywhere in the kernels: float32, strides in elements, the last dimension dense. A row (or a head of a tree of
-   sequences) is computed by one thread, so the number of threads changes no result except the sum over rows in
-   rms_norm_backward, whose order is fixed for a given number. */
+   Everywhere in the kernels: strides in elements, the last dimension dense. Tensors hold `num`, which is float32 or, with
+   -DBF16, bfloat16; all is computed in float32. A row (or a head of a tree of sequences) is computed by one thread, so
+   the number of threads changes no result except the sum over rows in rms_norm_backward, whose order is fixed for a
+   given number. */
 
 #pragma once
 
@@ -29,6 +30,38 @@ typedef float anywhere __attribute__((vector_size(4 * W), aligned(4), may_alias)
 static inline vec load(const float *p) { return *(const anywhere *)p; }
 static inline void store(float *p, vec x) { *(anywhere *)p = x; }
 static inline vec all(float x) { return x - (vec){0}; }
+
+#ifdef BF16
+typedef uint16_t num; /* the upper half of a float32 */
+typedef uint16_t halves __attribute__((vector_size(2 * W), aligned(2), may_alias));
+typedef uint32_t wholes __attribute__((vector_size(4 * W)));
+#define NAME(function) function##_bf16
+#define PLAIN 0 /* products can read it as it is */
+
+static inline float get(num x) {
+    uint32_t bits = (uint32_t)x << 16;
+    float y;
+    memcpy(&y, &bits, 4);
+    return y;
+}
+
+/* To the nearest, ties to even; what is no number stays none. */
+static inline num put(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    return x != x ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+
+static inline vec load_num(const num *p) { return (vec)(__builtin_convertvector(*(const halves *)p, wholes) << 16); }
+#else
+typedef float num;
+#define NAME(function) function
+#define PLAIN 1
+
+static inline float get(num x) { return x; }
+static inline num put(float x) { return x; }
+static inline vec load_num(const num *p) { return load(p); }
+#endif
 
 /* e^x within 2 units in the last place for -87 <= x <= 88, and that of the nearer end beyond. Range reduction by ln 2 in two parts, then a
    polynomial of degree 6; written without branches so that compilers vectorise the loops around it. */
@@ -63,10 +96,11 @@ static float *scratch(size_t floats) {
     return held;
 }
 
-static inline float dot(const float *a, const float *b, I D) {
+/* a . b for a in float32. */
+static inline float dot(const float *a, const num *b, I D) {
     float sum = 0.0f;
 #pragma omp simd reduction(+ : sum)
-    for (I d = 0; d < D; d++) sum += a[d] * b[d];
+    for (I d = 0; d < D; d++) sum += a[d] * get(b[d]);
     return sum;
 }
 
@@ -98,18 +132,23 @@ static void product(
             tile(rows - i < 4 ? rows - i : 4, depth, a + i * ar, ar, ak, b + j, ldb, c + i * ldc + j, ldc, add);
 }
 
-/* rows [n, D] -> [n, wide], zeros behind D. */
-static void widen(const float *from, I stride, I n, I D, float *to, I wide) {
+/* rows [n, D] -> [n, wide] in float32, zeros behind D. */
+static void widen(const num *from, I stride, I n, I D, float *to, I wide) {
     for (I i = 0; i < n; i++) {
-        memcpy(to + i * wide, from + i * stride, D * sizeof(float));
+        for (I d = 0; d < D; d++) to[i * wide + d] = get(from[i * stride + d]);
         memset(to + i * wide + D, 0, (wide - D) * sizeof(float));
     }
 }
 
-/* rows [n, D] -> columns [D, wide], zeros behind n. */
-static void turn(const float *from, I stride, I n, I D, float *to, I wide) {
+/* D numbers of float32 to where they belong. */
+static inline void narrow(const float *from, I D, num *to) {
+    for (I d = 0; d < D; d++) to[d] = put(from[d]);
+}
+
+/* rows [n, D] -> columns [D, wide] in float32, zeros behind n. */
+static void turn(const num *from, I stride, I n, I D, float *to, I wide) {
     for (I i0 = 0; i0 < n; i0 += W)
         for (I d = 0; d < D; d++)
-            for (I i = i0; i < (i0 + W < n ? i0 + W : n); i++) to[d * wide + i] = from[i * stride + d];
+            for (I i = i0; i < (i0 + W < n ? i0 + W : n); i++) to[d * wide + i] = get(from[i * stride + d]);
     for (I d = 0; d < D; d++) memset(to + d * wide + n, 0, (wide - n) * sizeof(float));
 }

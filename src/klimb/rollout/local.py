@@ -19,6 +19,7 @@ from torch import Tensor
 from klimb.errors import KlimbError
 from klimb.models.cache import Decode, KVCache, Prefill, Seats
 from klimb.models.faces import Policy
+from klimb.models.logprobs import Head
 from klimb.rollout.engine import Request
 from klimb.rollout.mixture import Mixture
 from klimb.rollout.sampling import SamplingParams, draw, stream_key, uniforms
@@ -108,6 +109,8 @@ class LocalEngine:
         self.slots: _Slots | None = None
         self.stored: dict[tuple[int, ...], tuple[int, Tensor]] = {}
         """Prompts that today's weights computed: place in the cache, and the state [d] that predicts what follows."""
+        self._head: Head | None = None
+        """Today's, ready for many calls."""
 
     # The protocol ---------------------------------------------------------------------------------------------------
 
@@ -129,7 +132,7 @@ class LocalEngine:
 
     def update_weights(self, version: int) -> None:
         self.version = version
-        self.stored.clear()
+        self._forget()
 
     def pause(self) -> None:
         self.paused = True
@@ -161,7 +164,7 @@ class LocalEngine:
             yield from self._take_finished()
         if not self._running:
             self.slots = self.cache = None  # until the next rollout the memory is the trainer's
-            self.stored.clear()
+            self._forget()
 
     @property
     def newest(self) -> list[int]:
@@ -236,7 +239,13 @@ class LocalEngine:
         return self.policy.states(tokens, positions, plan, keep, keep if isinstance(plan, Prefill) else None)
 
     def _logits(self, states: Tensor) -> Tensor:
-        return self.policy.head().logits(states)
+        self._head = self._head or self.policy.head().in_precision()
+        return self._head.logits(states)
+
+    def _forget(self) -> None:
+        """What was computed from the weights."""
+        self.stored.clear()
+        self._head = None
 
     def _draw(self, logits: Tensor, rows: slice) -> None:
         slots = self.slots
@@ -272,7 +281,7 @@ class LocalEngine:
         what they were."""
         self.queue.extendleft(reversed(self.slots.owners if self.slots is not None else []))
         self.slots = self.cache = None
-        self.stored.clear()
+        self._forget()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         if self.max_rows == 1 and self.prefill_tokens <= _FEW:

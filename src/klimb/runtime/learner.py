@@ -171,7 +171,7 @@ class Learner:
             for name, parameter in self.working.items():
                 master = self.masters[name]
                 if master is not parameter and parameter.grad is not None:
-                    master.grad = parameter.grad.float() if master.grad is None else master.grad + parameter.grad
+                    master.grad = parameter.grad.float() if master.grad is None else master.grad.add_(parameter.grad)
                     parameter.grad = None
         return parts, []
 
