@@ -85,6 +85,9 @@ def test_metrics_are_those_of_one_rank(stage: str, runs: tuple[Path, Path, list[
     assert len(one) == len(two) > 2
     for a, b in zip(one, two):
         assert a.keys() == b.keys()
+        if stage == "dpo" and a["step"] == 1:  # the policy is its reference: the sign of each margin is rounding's
+            assert abs(a["margin"]) < 1e-6
+            del a["accuracy"], a["displaced"]
         for name in a:
             if not name.startswith(("time/", "tokens_per_second", "mismatch/")):  # mismatch is nothing but rounding
                 assert b[name] == pytest.approx(a[name], rel=TOLERANCE, abs=TOLERANCE), name

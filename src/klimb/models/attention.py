@@ -142,7 +142,7 @@ class PackedAttention:
     def attend(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, softcap: float | None
     ) -> Tensor:
-        if softcap is None and native.attends(q, v) and (trees := self.trees) is not None:
+        if softcap is None and native.attends(q, k, v) and (trees := self.trees) is not None:
             q, k, v = (native.dense_rows(x[0]) for x in (q, k, v))
             if torch.is_grad_enabled():
                 return _NativeAttention.apply(q, k, v, trees, scale, window)[None]

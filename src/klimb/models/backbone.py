@@ -29,8 +29,8 @@ from klimb.models.packing import Packed, pack
 from klimb.models.place import context_length
 
 _WHOLE = 32
-"""Numbers of 16 bits are multiplied by oneDNN on a CPU, which compiles a product for every number of tokens that it has
-not met: one to three milliseconds each, and all of a layer's at once."""
+"""A run of 16-bit numbers on a CPU is filled up to a multiple of this. oneDNN multiplies these, and compiles a product
+anew for each number of tokens that it has not met: one to three milliseconds, for every shape of weight."""
 _UNKNOWN = ""
 """No adapter has this name."""
 

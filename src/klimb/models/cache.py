@@ -198,7 +198,7 @@ class Decode:
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, softcap: float | None
     ) -> Tensor:
         stored = self.cache.layer(layer, k, v)
-        if softcap is None and native.attends(q, v):
+        if softcap is None and native.attends(q, k, v):
             q, k, v = (native.dense_rows(x[0]) for x in (q, k, v))
             return native.attention_decode(
                 q, k, v, *stored, self.seats.blocks, self.prompt_lengths, self.drawn, scale, window

@@ -238,8 +238,12 @@ class _Linear(torch.autograd.Function):
         dx = grad @ weight if needs_x else None
         dbias = grad.flatten(0, -2).sum(0) if needs_bias else None
         rows, grads = x.flatten(0, -2), grad.flatten(0, -2)
+        by_row = weight.is_contiguous()  # a gradient that lies the other way round would be copied by autograd
         sum_so_far = weight.grad
         if sum_so_far is None or sum_so_far.stride() != weight.stride():
-            return dx, (rows.t() @ grads).t(), dbias
-        sum_so_far.t().addmm_(rows.t(), grads)
+            return dx, grads.t() @ rows if by_row else (rows.t() @ grads).t(), dbias
+        if by_row:
+            sum_so_far.addmm_(grads.t(), rows)
+        else:
+            sum_so_far.t().addmm_(rows.t(), grads)
         return dx, None, dbias

@@ -26,10 +26,10 @@ DTYPES = {
     "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64,
 }  # fmt: skip
 HALF = (torch.bfloat16, torch.float16)
-_PRODUCTS = "4096"
-"""Compiled products that oneDNN keeps instead of 1,024, which a rollout and an update together fill: it reads this
-before its first one."""
 """Computed in as they are, with fp32 masters of what is trained; heads, losses and statistics are in fp32."""
+_PRODUCTS = "4096"
+"""How many compiled products oneDNN keeps. Its own 1,024 are what a rollout and an update together fill. It reads this
+when it first computes, so it is set before a model of 16 bits is loaded."""
 _BFLOAT16_FROM = (8, 0)
 """CUDA compute capability. Older cards take bfloat16 and emulate it, slower than they compute in fp32."""
 

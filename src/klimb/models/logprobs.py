@@ -73,6 +73,7 @@ def full_kl(
     kls = []
     with torch.no_grad():
         vocabulary = hidden.shape[1] if head.weight is None else head.weight.shape[0]
+        head, reference_head = head.in_precision(), reference_head.in_precision()
         for part in _chunks(len(hidden), vocabulary):
             logps = (head.logits(hidden[part]) / temperature).log_softmax(-1)
             reference = (reference_head.logits(reference_hidden[part]) / temperature).log_softmax(-1)
@@ -109,6 +110,7 @@ def log_collisions(head: Head, hidden: Tensor, temperature: float = 1.0) -> Tens
     squared length 1 − 2 π(token) + Σ_v π(v)² of ∇ log π(token) in the logits.
     """
     vocabulary = hidden.shape[1] if head.weight is None else head.weight.shape[0]
+    head = head.in_precision()
     parts = [
         (2 * (head.logits(hidden[part]) / temperature).log_softmax(-1)).logsumexp(-1)
         for part in _chunks(len(hidden), vocabulary)

@@ -43,8 +43,8 @@ class Packed:
 def pack(batch: TokenBatch, device: torch.device, whole: int = 1) -> Packed:
     """Lay out a batch. Neighbouring rows with equal prompts share it; a completion continues it in its own branch.
 
-    The run ends at a multiple of `whole`, and `read` and `ends` do: what fills them up sees only itself or is read by
-    nobody.
+    The lengths of the run, of `read` and of `ends` are multiples of `whole`: tokens that fill up see only each other,
+    and nobody takes what is computed of them.
     """
     tokens: list[int] = []
     positions: list[int] = []
@@ -110,7 +110,8 @@ def flat_length(rows: Sequence[Row], prompt: Sequence[int] | None = None) -> int
 
 
 def split_by_budget(batch: TokenBatch, budget: int, shares: int = 1) -> list[list[int]]:
-    """Samples → micro-batches of at most `budget` flat tokens (a longer sample is alone), by lengths alone.
+    """Samples → micro-batches of at most `budget` flat tokens (a longer sample is alone), by lengths alone. What
+    fills a run up is not counted.
 
     Samples of one group stay neighbours, so that they share their prompt, and the parts are balanced: their number
     is what the budget asks for, up to a multiple of `shares`, then each takes its share of the tokens.

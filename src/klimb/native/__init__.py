@@ -53,9 +53,9 @@ def takes(*tensors: Tensor) -> bool:
     )  # fmt: skip
 
 
-def attends(q: Tensor, v: Tensor) -> bool:
+def attends(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Do they compute attention of this kind? Values have to be as wide as keys."""
-    return q.shape[-1] == v.shape[-1] and takes(q, v)
+    return q.shape[-1] == v.shape[-1] and takes(q, k, v)
 
 
 class _Shape(ctypes.Structure):

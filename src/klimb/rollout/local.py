@@ -179,6 +179,7 @@ class LocalEngine:
 
     def _prefill(self, free: int) -> None:
         """Start as many waiting samples as there are free slots: a first token for each, each new prompt once."""
+        self._head = None  # prompts take the room; it is made ready again after them
         new = list(itertools.islice(self.queue, free))
         runs = [
             (tuple(prompt), len(list(run)))
