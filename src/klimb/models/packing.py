@@ -25,7 +25,7 @@ class Packed:
     tokens, positions [N]. predictors [M]: flat place of the token whose hidden state predicts the marked token (so
     of the state that its value is of); marked [M]: its own flat place; targets [M]: its id. last [R]: flat place of
     each row's last token, and last_sample [R] whose row it is. read, ends: the places of predictors and of last, once
-    each and in order (with some more, so that their number is whole).
+    each and in order, and some more where `pack` fills up to a multiple.
     """
 
     tokens: Tensor
