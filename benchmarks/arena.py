@@ -45,7 +45,7 @@ MEASURE_TASK = {
 TEN = ("reinforce", "rloo", "reinforce++", "ppo", "grpo", "dr_grpo", "dapo", "gspo", "cispo", "maxrl")
 """Those that run on all three worlds."""
 _TWO_REWARDS = ["${world.reward}", "${world.readable}"]
-_STALE = {"prompts_per_step": 960, "steps": 3, "updates_per_step": 15}
+_STALE = {"prompts_per_step": 720, "steps": 3, "updates_per_step": 15}
 """As many updates of as many samples as the others, from three batches: the last fifteenth of each was drawn by weights
 of 14 updates ago."""
 CONTROLS: Mapping[str, dict[str, Any]] = {
@@ -121,7 +121,7 @@ def contests() -> dict[str, Contest]:
         "countdown": Contest(
             "countdown",
             {"sft": sft(steps=300, optimizer={**adam, "lr": 2e-3, "warmup_steps": 20, "decay": "linear"})},
-            {**task, **drawing(45, 64), "max_tokens": 8, "optimizer": {**adam, "lr": 1e-4}},
+            {**task, **drawing(45, 48), "max_tokens": 8, "optimizer": {**adam, "lr": 1e-4}},
             {**MEASURE_TASK, "max_tokens": 8},
         ),
         "clerk": Contest("clerk", clerk, online, measured),
