@@ -33,7 +33,7 @@ ENOUGH = 7  # pairs, for a bar to count as met
 
 
 class Row(NamedTuple):
-    """least, aim: how many times as fast as TRL. box: seconds for the trials of TRL's settings."""
+    """least, aim: how many times as fast as TRL. box: seconds for trials of TRL's settings, where none are known."""
 
     name: str
     job: str
@@ -75,7 +75,7 @@ def names() -> list[str]:
 
 def run_all(
     chosen: Sequence[str], common: Options, environment: Environment, *, folder: Path, minutes: float,
-    pairs: int | None, force_bf16: bool,
+    pairs: int | None, force_bf16: bool, try_again: bool,
 ) -> Results:  # fmt: skip
     """The chosen rows, each kept in `folder` as soon as it is there. After `minutes` no further one begins."""
     until = time.monotonic() + 60 * minutes
@@ -104,7 +104,8 @@ def run_all(
         agreed: dict[str, dict[str, float]] = {}
         with work_of(job, size, max(row.pairs for row in group), common) as options:
             for row in group:
-                keep(row.name, partial(contest_of, row, options, environment, until, agreed))
+                known = None if try_again else earlier_trials(folder / f"{file_name(row.name, common)}.json", common)
+                keep(row.name, partial(contest_of, row, options, environment, until, agreed, known))
     for name in (name for name in SCALING if name in chosen):
         asked = {**common, "size": "M", "dtype": "fp32"}
         keep(name, partial(scale, SCALING[name], asked, environment, pairs or ENOUGH))
@@ -112,18 +113,33 @@ def run_all(
 
 
 def contest_of(
-    row: Row, options: Options, environment: Environment, until: float, agreed: dict[str, dict[str, float]]
-) -> dict[str, Any]:
-    """agreed: the jobs that were found to give the same numbers on this model, and how far apart they were."""
+    row: Row, options: Options, environment: Environment, until: float, agreed: dict[str, dict[str, float]],
+    known: list[Options] | None,
+) -> dict[str, Any]:  # fmt: skip
+    """agreed: the jobs that were found to give the same numbers on this model, and how far apart they were.
+    known: what each of TRL's settings cost in an earlier call."""
     jobs = row.trl_jobs or (row.job,)
     for job in jobs:
         if job not in agreed:
             agreed[job] = check({**options, "job": job}, environment)
     options = {**options, "dtype": row.dtype, "token_budget": JOBS[row.job].budget(row.dtype)}
     candidates = settings(jobs, row.dtype, row.precisions)
-    tried = try_settings(options, environment, candidates, min(row.box, until - time.monotonic()))
+    tried = known or try_settings(options, environment, candidates, min(row.box, until - time.monotonic()))
     steps = in_turn(options, tried[0]["settings"], environment, row.pairs, until)
     return summary(options, tried, *steps) | {"agreement": {job: agreed[job] for job in jobs}}
+
+
+def earlier_trials(file: Path, common: Options) -> list[Options] | None:
+    """TRL's settings, the fastest first, as tried on such a machine with such software: klimb plays no part in them."""
+    if not file.exists():
+        return None
+    result, now = json.loads(file.read_text()), machine.facts(common["threads"], common["malloc"])
+    same = ("processor", "threads", "malloc", "python", "torch", "transformers", "trl")
+    if any(result["machine"][fact] != now[fact] for fact in same):
+        return None
+    tried: list[Options] = result["trl_tried"]
+    report(f"  TRL, {spelled(tried[0]['settings'])}: the fastest of an earlier call's trials (--try-again)")
+    return tried
 
 
 def file_name(name: str, common: Options) -> str:

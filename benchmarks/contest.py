@@ -27,7 +27,8 @@ TUNED_MALLOC = {
 """glibc keeps what was freed instead of giving it back to the system and asking again."""
 PRECISIONS = ("autocast", "pure")
 """TRL's ways to bf16: fp32 weights under autocast (its default), or weights in bf16."""
-WARM_UP = 2
+WARM_UP = 1
+"""Steps of each side that are not counted: allocation, warm caches."""
 DRAWS = 10_000
 
 Environment = dict[str, str]
@@ -133,7 +134,7 @@ def spelled(tried: Options) -> str:
 def in_turn(
     options: Options, tried: Options, environment: Environment, pairs: int, until: float
 ) -> tuple[Steps, Steps]:
-    """One step of each, again and again; the first two of each (allocation, warm caches) are not counted.
+    """One step of each, again and again, the first `WARM_UP` for nothing.
 
     until: by `time.monotonic`, when no further pair begins.
     """
@@ -154,11 +155,15 @@ def in_turn(
     return theirs[WARM_UP:], ours[WARM_UP:]
 
 
-def alone(options: Options, environment: Environment, steps: int) -> Steps:
-    """klimb's steps after the first two, with nobody beside it."""
+def alone(options: Options, environment: Environment, steps: int, box: float) -> Steps:
+    """klimb's steps with nobody beside it: three, and more up to `steps` while `box` seconds are not over."""
+    until = time.monotonic() + box
+    taken: Steps = []
     with Side("klimb", {**options, "task": "steps"}, environment) as side:
         side.read()
-        return [side.step() for _ in range(steps + WARM_UP)][WARM_UP:]
+        while len(taken) < steps + WARM_UP and (len(taken) < 3 + WARM_UP or time.monotonic() < until):
+            taken.append(side.step())
+    return taken[WARM_UP:]
 
 
 def interval(a: Sequence[float], b: Sequence[float], *, paired: bool = True) -> list[float]:

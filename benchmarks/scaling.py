@@ -34,10 +34,12 @@ AXES: dict[str, list[Job]] = {
     }.items()
 }  # fmt: skip
 """Prompts a step, of 8 completions each, and the length of these."""
+BOX = 60.0
+"""Seconds for a point's steps; there are three at least."""
 
 
 def scale(axis: str, options: Options, environment: Environment, steps: int) -> dict[str, Any]:
-    """`steps` timed steps of each point."""
+    """Up to `steps` timed steps of each point."""
     points = [point(job, options, environment, steps) for job in AXES[axis]]
     first, last = points[0], points[-1]
     return {
@@ -45,7 +47,8 @@ def scale(axis: str, options: Options, environment: Environment, steps: int) -> 
         "points": points,
         "ratio": round(first["s_per_tflop"] / last["s_per_tflop"], 3),
         "interval": interval(first["s_per_tflop_steps"], last["s_per_tflop_steps"], paired=False),
-        "pairs": steps, "klimb_s": last["klimb_s"], "machine": machine.facts(options["threads"], options["malloc"]),
+        "pairs": min(len(each["s_per_tflop_steps"]) for each in points), "klimb_s": last["klimb_s"],
+        "machine": machine.facts(options["threads"], options["malloc"]),
     }  # fmt: skip
 
 
@@ -55,7 +58,7 @@ def point(job: Job, options: Options, environment: Environment, steps: int) -> d
         change = {name: getattr(job, name) for name in ("rows", "prompt_tokens", "max_tokens", "stop")}
         asked = {**options, "folder": folder, "job": "grpo", "change": change, "beta": 0.0,
                  "token_budget": job.token_budget}  # fmt: skip
-        taken = alone(asked, environment, steps)
+        taken = alone(asked, environment, steps, BOX)
     work = Work([PROMPT] * job.rows, [[job.max_tokens] * job.samples] * job.rows)
     if any(step["tokens"] != work.sampled for step in taken):
         raise SystemExit("a completion stopped before its end: the work is not what it was taken for")

@@ -8,9 +8,9 @@ prints one table; the second runs one of any job, size and precision.
 
 Each side is a process of its own with the same weights, rows, reward, threads, precision and allocator settings.
 First both compute loss, gradient norm and log-probs (of a reward model: scores) of one fixed batch, which have to
-agree; then TRL's settings are tried for the fastest; then the two take their steps in turn. What counts is a whole
-step, from drawing rows to the updated weights, in seconds; memory is the peak of the resident set less what was
-resident after loading.
+agree; then TRL's settings are tried for the fastest (or known from an earlier call on the same machine, whose trials
+lie in --results); then the two take their steps in turn. What counts is a whole step, from drawing rows to the updated
+weights, in seconds; memory is the peak of the resident set less what was resident after loading.
 
 grpo        8 prompts × 8 completions, sampled, scored and learned from; β = 0, TRL's default (no reference)
 grpo-long   2 prompts of 1,024 tokens × 16 completions of 64
@@ -78,6 +78,7 @@ def all_of_them(arguments: argparse.Namespace, common: Options) -> None:
     results = bars.run_all(
         arguments.rows, common, environment_of(arguments.threads, arguments.malloc), folder=arguments.results,
         minutes=arguments.minutes, pairs=arguments.pairs, force_bf16=arguments.force_bf16,
+        try_again=arguments.try_again,
     )  # fmt: skip
     print(*bars.table(results), sep="\n")
     if any(isinstance(result, str) and result.startswith("failed") for result in results.values()):
@@ -107,17 +108,18 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--all", action="store_true", help="every comparison that has a bar")
     parser.add_argument("--table", action="store_true", help="the table of what lies in --results; nothing is run")
     parser.add_argument("--architecture", choices=["llama", "qwen3", "gpt2"], default="llama")
-    parser.add_argument(
-        "--pairs", type=int, help="timed steps of each side, after two that are not; default: 7 or more"
-    )
+    parser.add_argument("--pairs", type=int, help="timed steps of each side, after one that is not; default: 7 or more")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--malloc", choices=["default", "tuned"], default="default", help="glibc's, for both sides")
-    parser.add_argument("--minutes", type=float, default=37, help="--all: no row begins later; else: for TRL's trials")
+    parser.add_argument("--minutes", type=float, default=39, help="--all: no row begins later; else: for TRL's trials")
     every = parser.add_argument_group("with --all")
     every.add_argument(
         "--rows", nargs="+", choices=bars.names(), default=bars.names(), help="only these", metavar="ROW"
     )
     every.add_argument("--force-bf16", action="store_true", help="also on a processor without bf16 units")
+    every.add_argument(
+        "--try-again", action="store_true", help="TRL's settings, also where --results knows the fastest"
+    )
     every.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER")
     single = parser.add_argument_group("without --all")
     single.add_argument("--job", choices=list(JOBS), default="grpo")
