@@ -155,8 +155,8 @@ def in_turn(
     return theirs[WARM_UP:], ours[WARM_UP:]
 
 
-def alone(options: Options, environment: Environment, steps: int, box: float) -> Steps:
-    """klimb's steps with nobody beside it: three, and more up to `steps` while `box` seconds are not over."""
+def alone(options: Options, environment: Environment, steps: int, box: float = math.inf) -> Steps:
+    """klimb's steps with nobody beside it: `steps` of them, but after three none begins when `box` seconds are over."""
     until = time.monotonic() + box
     taken: Steps = []
     with Side("klimb", {**options, "task": "steps"}, environment) as side:
