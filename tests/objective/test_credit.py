@@ -154,6 +154,26 @@ def test_an_interrupted_sample_has_nothing_for_its_score():
     assert found[PRESENT, 0].tolist() == [0.0, -2.0, 3.0, 0.5]
 
 
+def test_an_interrupted_sample_is_not_weighed_and_does_not_weigh():
+    interrupted = torch.tensor([True, False, False, False, False])
+    holed = torch.where(interrupted, torch.nan, SCORES)
+    row = replace(PPO, advantage=gae(1.0, 1.0), kl=NO_KL, normalise=None)
+    plain, weighed = (
+        credit(replace(row, weighting=weighting), scores=holed, interrupted=interrupted).advantages
+        for weighting in (None, power_weights(1.0))
+    )
+    scored = [i for i in PRESENT if not interrupted[i]]
+    weights = SCORES[scored].double().abs() / SCORES[scored].double().abs().mean()
+    assert torch.allclose(weighed[scored], plain[scored] * weights[:, None])
+    assert torch.equal(weighed[interrupted], plain[interrupted])
+
+
+def test_a_value_of_the_prompt_alone_cannot_stand_in_for_a_score():
+    interrupted = torch.tensor([True, False, False, False, False])
+    with pytest.raises(ValueError, match="only values can stand in"):
+        credit(DRO, interrupted=interrupted)
+
+
 def test_what_is_reported():
     x = torch.where(MASK, inputs()["logps"].double() - inputs()["ref_logps"].double(), 0.0)
     equal = SCORES.clone()

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import fields
 
 import pytest
 import torch
 
 from klimb.objective import PREFERENCE_LOSSES, forward_kl, parse_preference
+from klimb.objective.bounds import bounds_of
+from klimb.objective.critic import Critic
 from klimb.objective.preference import needs_of
 from klimb.objective.spec import AXES
 from klimb.objective.surrogate import kl_mask, tv_mask
@@ -80,6 +83,24 @@ ASKS = {
     ("token_filter", "top_entropy"): {"needs_entropy"},
     ("overlong", "leave_out"): {"leaves_out"},
 }
+ANY_NUMBER = {
+    ("skip_solved", "solved"), ("imitate_correct", "above"), ("clip_cov", "low"), ("clip_cov", "high"),
+    ("alphapo", "alpha"), ("soft_overlong", "max_length"), ("length_penalty", "max_length"),
+}  # fmt: skip
+"""Settings of which every number means something, or that a run fills in."""
+
+
+def test_every_setting_has_its_bounds():
+    kinds = [value for axis in AXES.values() for value in axis.values() if isinstance(value, type)]
+    kinds += [value for value in PREFERENCE_LOSSES.values() if isinstance(value, type)]
+    numbers = {
+        (kind.__name__, field.name) for kind in [*kinds, Critic] for field in fields(kind)
+        if not isinstance(field.default, bool)
+    }  # fmt: skip
+    bounded = {(kind.__name__, name) for kind in [*kinds, Critic] for name in bounds_of(kind)}
+    assert numbers - bounded == ANY_NUMBER
+
+
 FLAGS = ("needs_values", "needs_parts", "needs_collisions", "needs_entropy", "of_current", "leaves_out")
 
 

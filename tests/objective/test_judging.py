@@ -173,6 +173,14 @@ def test_levels_in_parts_are_the_levels():
     assert results(merge([found for _, found in parts])) == pytest.approx(results(figures))
 
 
+def test_a_level_that_nobody_gives_vanishes_without_a_trace_in_the_gradient():
+    raw = torch.tensor([0.0, 0.0, -18.0, 0.0], requires_grad=True)
+    loss, _ = ordinal_loss(torch.tensor([-1.0, 0.5, 3.0]), torch.tensor([0, 1, 4]), ordered(raw), samples=3)
+    loss.backward()
+    assert ordered(raw).diff().min() > 0
+    assert raw.grad.isfinite().all()
+
+
 def test_thresholds_rise_whatever_is_learnt():
     raw = 4 * torch.randn(100, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     assert all((ordered(line).diff() > 0).all() for line in raw)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -60,9 +61,9 @@ def test_the_value_of_one_and_the_gradient_of_k2(estimator, value):
     assert torch.allclose(expected_gradient(estimator), gradient_of(lambda logps: kl(logps, REF)))
 
 
-@pytest.mark.parametrize("estimator", [k1, k3])
+@pytest.mark.parametrize("estimator", [k1, k2, k3, k1_plus, k3_plus])
 def test_weighed_by_the_ratio_a_sample_of_the_old_policy_gives_the_gradient_of_the_kl(estimator):
-    """Exactly, by enumeration over tokens of π_old; without the weight neither k1 nor k3 does."""
+    """Exactly, by enumeration over tokens of π_old; without the weight none does."""
     old = torch.randn(3, dtype=torch.float64).log_softmax(0)
     logits = LOGITS.clone().requires_grad_()
     logps, mask = logits.log_softmax(0)[:, None], torch.ones(3, 1, dtype=torch.bool)
@@ -113,6 +114,12 @@ def test_huge_log_ratios_stay_finite():
     assert bounded_exp(torch.tensor([-1e4, 1e4, 1.0])).log().tolist() == pytest.approx([-20.0, 20.0, 1.0])
 
 
+def test_far_below_the_reference_nothing_pulls_further_down():
+    x = torch.tensor([-25.0, -19.0, 30.0], requires_grad=True)
+    k3(x).sum().backward()
+    assert x.grad.tolist() == [0.0, pytest.approx(1 - math.exp(19)), 1.0]
+
+
 def test_the_steered_coefficient():
     leash = KL("reward", k1, beta=0.5, target=2.0)
 
@@ -127,6 +134,15 @@ def test_the_steered_coefficient():
     assert leash.coefficient(state) is state["beta"]
     assert step({}, 0.0)["beta"].item() == pytest.approx(0.5 * 0.98)  # far below: clipped as well
     assert KL("reward", k1, beta=0.5).next_state({}, torch.tensor(4.0)) == {}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"beta": -0.1}, {"beta": math.nan}, {"beta": math.inf}, {"target": math.nan}, {"target": 1.0, "gain": -1}],
+)
+def test_a_leash_that_does_not_pull_back_is_refused(settings):
+    with pytest.raises(ValueError, match="kl.beta|kl.target"):
+        KL("reward", k1, **{"beta": 0.1, **settings})
 
 
 def test_no_kl_is_inactive():

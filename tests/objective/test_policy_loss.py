@@ -36,7 +36,8 @@ def inputs(dtype=torch.float64, hole=0.0, seed=0):
     base = -torch.rand(SAMPLES, LENGTH, generator=generator, dtype=torch.float64) - 0.5
     drawn = {name: base + 0.2 * torch.randn(base.shape, generator=generator, dtype=torch.float64) for name in TOKENS}
     tokens = {name: torch.where(MASK, part, hole).to(dtype) for name, part in drawn.items()}
-    tokens["collisions"] = tokens["collisions"].exp()
+    p = tokens["behavior_logps"].exp()  # Σ_v π² is that of this token and a share of what the others could be at most
+    tokens["collisions"] = p.square() + tokens["collisions"].exp() * (1 - p).square()
     tokens["scores"] = torch.randn(SAMPLES, generator=generator, dtype=torch.float64)
     tokens["parts"] = torch.randn(SAMPLES, 2, generator=generator, dtype=torch.float64)
     tokens["part_weights"] = torch.tensor([1.0, 0.5], dtype=torch.float64)

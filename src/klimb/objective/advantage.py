@@ -15,6 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from klimb.objective.bounds import Bounded, Count, Positive, Share
 from klimb.objective.group_advantage import (
     best_of_group,
     group_mean,
@@ -45,7 +46,7 @@ def batch_mean(rewards: Rewards) -> Tensor:
 
 
 @dataclass(frozen=True)
-class running_mean:
+class running_mean(Bounded):
     """A = R − b, b ← decay · b + (1 − decay) · mean R: unbiased, since b stems from earlier updates alone.
 
     The moving-average baseline of arXiv 2402.14740 (its part on REINFORCE) as an exponential one. The first
@@ -53,7 +54,7 @@ class running_mean:
     level of scores jumps: the baseline lags behind, and all samples are pushed the same way.
     """
 
-    decay: float = 0.9
+    decay: Share = 0.9
 
     def __call__(self, rewards: Rewards) -> Tensor:
         return rewards.returns - self._baseline(rewards)
@@ -99,7 +100,7 @@ class greedy_baseline:
 
 
 @dataclass(frozen=True)
-class optimal_value:
+class optimal_value(Bounded):
     """A = R − V*, V* = β₁ log mean_j e^(R_j/β₁) over samples of π_ref (A*-PO, arXiv 2505.20686, its first stage).
 
     V* is that of the optimum at temperature β₁. On the policy's own samples it is a baseline and nothing else, so
@@ -108,8 +109,8 @@ class optimal_value:
     draws: a hard prompt without a success has V* = 0.
     """
 
-    beta: float = 0.5
-    samples: int = 8
+    beta: Positive = 0.5
+    samples: Count = 8
 
     @property
     def draws(self) -> Draws:
@@ -125,7 +126,7 @@ class optimal_value:
 
 
 @dataclass(frozen=True)
-class preferred:
+class preferred(Bounded):
     """A = P(y ≻ y') − ½, P = σ(R − R'), y' ~ π^(1−m) π_ref^m by token (Nash-MD-PG, arXiv 2312.00886, section 7.2).
 
     Opponents y' are further completions of the prompt, drawn anew each step, and P is the mean over them: one would do,
@@ -136,16 +137,8 @@ class preferred:
     to the best response to π_ref at m = 1.
     """
 
-    mixture: float = 0.5
-    samples: int = 8
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.mixture <= 1:
-            raise ValueError(
-                f"advantage.preferred.mixture: {self.mixture:g} is no share of π_ref; use 0 (self-play) to 1 (π_ref)."
-            )
-        if self.samples < 1:
-            raise ValueError(f"advantage.preferred.samples: {self.samples:g} opponents of a prompt; use 1 or more.")
+    mixture: Share = 0.5
+    samples: Count = 8
 
     @property
     def draws(self) -> Draws:
@@ -161,21 +154,21 @@ class preferred:
 
 
 @dataclass(frozen=True)
-class discounted_return:
+class discounted_return(Bounded):
     """A_t = Σ_{k≥t} γ^(k−t) r_k: rewards to go, no baseline (REINFORCE++, arXiv 2501.03262), to be whitened.
 
     γ < 1 forgets a score at the end of a long completion, and shifts where training ends. Fails without
     whitening: nothing is subtracted, the level of the scores is noise. Degrades with γ < 1 on long completions.
     """
 
-    gamma: float = 1.0
+    gamma: Share = 1.0
 
     def __call__(self, rewards: Rewards) -> Tensor:
         return discounted_sum(rewards.per_token, self.gamma)
 
 
 @dataclass(frozen=True)
-class gae:
+class gae(Bounded):
     """δ_t = r_t + γ V_{t+1} − V_t, A_t = δ_t + γλ A_{t+1} (arXiv 1506.02438, equation 16) over policy tokens.
 
     A completion ends where its tokens end, also when it was cut by length: its score is its reward and V beyond
@@ -185,9 +178,9 @@ class gae:
     return itself as λ → 1, to the critic's opinion as λ → 0.
     """
 
-    gamma: float = 1.0
-    lam: float = 0.95
-    alpha: float | None = None
+    gamma: Share = 1.0
+    lam: Share = 0.95
+    alpha: Positive | None = None
     """Where given, λ = 1 − 1/(alpha · |y|) of each sample's own length, at least 0 (VAPO, arXiv 2504.05118)."""
     needs_values: ClassVar[bool] = True
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from klimb.batch import BatchTotals
+from klimb.objective.bounds import Bounded, Positive
 
 Aggregate = Callable[[Tensor, Tensor, BatchTotals], Tensor]
 """per_token, mask [B, T], totals → scalar."""
@@ -37,14 +38,14 @@ def sequence_mean(per_token: Tensor, mask: Tensor, totals: BatchTotals) -> Tenso
 
 
 @dataclass(frozen=True)
-class sequence_sum:
+class sequence_sum(Bounded):
     """1/(B · constant) Σ_i Σ_t ℓ: no weighing by length; at constant = 1 the policy gradient itself.
 
     Without a constant the run's longest completion is filled in (Dr. GRPO, arXiv 2503.20783, section 3.2).
     Degrades when lengths differ by orders of magnitude: the longest completions decide.
     """
 
-    constant: float | None = None
+    constant: Positive | None = None
 
     def __call__(self, per_token: Tensor, mask: Tensor, totals: BatchTotals) -> Tensor:
         if self.constant is None:

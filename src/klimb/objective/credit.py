@@ -13,11 +13,12 @@ from torch import Tensor
 
 from klimb import metrics
 from klimb.metrics import Metrics
-from klimb.objective.advantage import gae
+from klimb.objective.advantage import gae, prompt_value
 from klimb.objective.algorithm import Algorithm
 from klimb.objective.critic import explained_variance
 from klimb.objective.grouped import Rewards, has_variance, last_token
 from klimb.objective.kl import State
+from klimb.objective.sampling import Weighting
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ def assign_credit(
     if algorithm.normalise is not None:
         advantages = algorithm.normalise(advantages, mask)
     if algorithm.weighting is not None:
-        advantages = advantages * algorithm.weighting(scores.double())[:, None]
+        advantages = advantages * _weights(algorithm.weighting, scores.double(), interrupted)[:, None]
     return Credit(
         advantages,
         returns,
@@ -195,11 +196,23 @@ def _report(
     return found
 
 
+def _weights(weighting: Weighting, scores: Tensor, interrupted: Tensor | None) -> Tensor:
+    """[B], 1 for samples without a score: nothing can be said of them."""
+    if interrupted is None:
+        return weighting(scores)
+    scored = (~interrupted).nonzero().squeeze(1)
+    weights = torch.ones_like(scores)
+    return weights.index_copy(0, scored, weighting(scores[scored])) if len(scored) else weights
+
+
 def _check(algorithm: Algorithm, scores: Tensor, ref_logps: Tensor | None, interrupted: Tensor | None) -> None:
     name = algorithm.name
     if algorithm.kl.active and ref_logps is None:
         raise ValueError(f"{name}: its KL needs ref_logps and none were given; compute them, or set kl to none.")
-    if interrupted is not None and bool(interrupted.any()) and not getattr(algorithm.advantage, "needs_values", False):
+    of_values = getattr(algorithm.advantage, "needs_values", False) and not isinstance(
+        algorithm.advantage, prompt_value
+    )
+    if interrupted is not None and bool(interrupted.any()) and not of_values:
         raise ValueError(f"{name}: only values can stand in for the score of an interrupted sample; use advantage gae.")
     bad = ~scores.isfinite() if interrupted is None else ~scores.isfinite() & ~interrupted
     if bool(bad.any()):

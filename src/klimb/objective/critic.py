@@ -12,6 +12,7 @@ from klimb import metrics
 from klimb.batch import BatchTotals
 from klimb.metrics import Metric, Metrics
 from klimb.objective.aggregate import pair_mean, token_mean
+from klimb.objective.bounds import Bounded, Positive, Share
 
 
 def bradley_terry(
@@ -50,14 +51,14 @@ def reward_loss(
 
 
 @dataclass(frozen=True)
-class Critic:
+class Critic(Bounded):
     """PPO's second learner. value_clip: how far from its value at sampling time it may profit from moving.
 
     lam: λ of the returns it learns, where that differs from the advantage's (decoupled GAE, arXiv 2503.01491; VAPO: 1).
     """
 
-    value_clip: float | None = 0.2
-    lam: float | None = None
+    value_clip: Positive | None = 0.2
+    lam: Share | None = None
 
 
 def value_loss(values: Tensor, returns: Tensor, old_values: Tensor | None, value_clip: float | None) -> Tensor:

@@ -8,22 +8,27 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from klimb.objective.bounds import Bounded, NotNegative, Positive, increasing
 from klimb.objective.kl import State
 
 
 @dataclass(frozen=True)
-class adaptive_entropy:
+class adaptive_entropy(Bounded):
     """A bonus that works only while the entropy is at most `target` nats a token: after each step its coefficient goes
     up by `step` where that holds, else down, within [low, high] (Skywork-OR1, arXiv 2505.22312, section 3.3).
 
     The bonus counts every token alike: on a large vocabulary it feeds the tail as well as the forks.
     """
 
-    target: float = 0.2
-    step: float = 0.005
-    low: float = 0.0
-    high: float = 1.0
-    start: float = 0.0
+    target: NotNegative = 0.2
+    step: Positive = 0.005
+    low: NotNegative = 0.0
+    high: NotNegative = 1.0
+    start: NotNegative = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        increasing(self)
 
     def __call__(self, state: State) -> float:
         """The coefficient of this update."""

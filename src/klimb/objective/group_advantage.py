@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from klimb.objective.bounds import Bounded, NotNegative
 from klimb.objective.grouped import (
     VARIANCE_TOLERANCE,
     Rewards,
@@ -42,7 +43,7 @@ def leave_one_out(rewards: Rewards) -> Tensor:
 
 
 @dataclass(frozen=True)
-class group_zscore:
+class group_zscore(Bounded):
     """A = (R − mean) / (std + eps) of the group, std unbiased (GRPO, arXiv 2402.03300, section 4.1.2).
 
     Every prompt pulls equally hard whether its samples differ by much or little: no longer the gradient of the
@@ -51,14 +52,14 @@ class group_zscore:
     groups of two: any difference, however small, becomes ±1/√2.
     """
 
-    eps: float = 1e-4
+    eps: NotNegative = 1e-4
 
     def __call__(self, rewards: Rewards) -> Tensor:
         return zero_without_variance(_zscore(rewards.returns, rewards.group, self.eps), rewards)
 
 
 @dataclass(frozen=True)
-class leave_one_out_zscore:
+class leave_one_out_zscore(Bounded):
     """A = (R − mean) / (std + eps), both of the *other* samples of the group (as in NVIDIA's NeMo RL).
 
     The scale no longer depends on the sample itself, and one odd sample is no longer bounded by its own std:
@@ -66,7 +67,7 @@ class leave_one_out_zscore:
     std of two or three others is mostly noise. Degrades to `leave_one_out` with groups of two.
     """
 
-    eps: float = 1e-6
+    eps: NotNegative = 1e-6
 
     def __call__(self, rewards: Rewards) -> Tensor:
         returns, group = rewards.returns, rewards.group
@@ -79,7 +80,7 @@ class leave_one_out_zscore:
 
 
 @dataclass(frozen=True)
-class group_mean_batch_std:
+class group_mean_batch_std(Bounded):
     """A = (R − mean of the group) / (std of all rewards of the update + eps) (Lite PPO, arXiv 2508.08221).
 
     One scale for all prompts, so that near-ties stay small. It moves with what the other prompts of the batch
@@ -87,7 +88,7 @@ class group_mean_batch_std:
     `group_mean` in large batches.
     """
 
-    eps: float = 1e-4
+    eps: NotNegative = 1e-4
 
     def __call__(self, rewards: Rewards) -> Tensor:
         returns = rewards.returns
@@ -118,7 +119,7 @@ def group_mean_scaled_up(rewards: Rewards) -> Tensor:
 
 
 @dataclass(frozen=True)
-class best_of_group:
+class best_of_group(Bounded):
     """A = R_max − R_second for the best sample, 0 for the others (pass@k-GRPO, arXiv 2503.19595, k = G): without scale
     exactly the gradient of E[max of the group] / G.
 
@@ -128,7 +129,7 @@ class best_of_group:
     """
 
     scale: bool = True
-    eps: float = 1e-6
+    eps: NotNegative = 1e-6
 
     def __call__(self, rewards: Rewards) -> Tensor:
         returns, group = rewards.returns, rewards.group
@@ -157,7 +158,7 @@ def over_mean(rewards: Rewards) -> Tensor:
 
 
 @dataclass(frozen=True)
-class parts_zscore:
+class parts_zscore(Bounded):
     """Each part of the reward z-scored in its group, their weighted sum z-scored over the update (GDPO, arXiv
     2601.05242): two rewards of different scale or spread keep their say, which the z-score of their sum takes.
 
@@ -167,7 +168,7 @@ class parts_zscore:
     whitening with a single part.
     """
 
-    eps: float = 1e-4
+    eps: NotNegative = 1e-4
     needs_parts: ClassVar[bool] = True
 
     def __call__(self, rewards: Rewards) -> Tensor:
@@ -199,7 +200,9 @@ class optimal_token_baseline:
                 "advantage optimal_token_baseline: it needs logps and collisions, Σ_v π(v)² of each token."
             )
         mask, to_go = rewards.mask, discounted_sum(rewards.per_token, 1.0)
-        energy = 1 - 2 * rewards.logps.double().exp() + rewards.collisions.double()
+        p = rewards.logps.double().exp()
+        # Σ_v π² is of the trainer's numbers, p of the sampler's: in 16 bits far enough apart to make energy negative.
+        energy = torch.maximum(1 - 2 * p + rewards.collisions.double(), (1 - p).square())
         weight = torch.where(mask, energy.cumsum(dim=1), 0.0)
         index = group_index(rewards.group)
         sums = [torch.zeros_like(weight).index_add(0, index, part)[index] for part in (weight * to_go, weight)]

@@ -16,6 +16,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from klimb.objective.bounds import Bounded, NotNegative, Positive, increasing
 from klimb.objective.kl import bounded_exp
 
 Importance = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -24,44 +25,52 @@ Importance = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class truncate:
+class truncate(Bounded):
     """min(π_old/μ, cap) of each token: truncated importance sampling (TIS; F. Yao et al. 2025; Espeholt et al.,
     arXiv 1802.01561). Never drops a token; pulls the gradient towards what μ likes."""
 
-    cap: float = 2.0
+    cap: Positive = 2.0
 
     def __call__(self, log_weight: Tensor, mask: Tensor, advantages: Tensor) -> Tensor:
         return bounded_exp(log_weight).clamp(max=self.cap)
 
 
 @dataclass(frozen=True)
-class drop_outside:
+class drop_outside(Bounded):
     """π_old/μ of a token where it lies in [low, high], else 0 (IcePop, arXiv 2510.18855): no token too far off."""
 
-    low: float = 0.5
-    high: float = 2.0
+    low: NotNegative = 0.5
+    high: Positive = 2.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        increasing(self)
 
     def __call__(self, log_weight: Tensor, mask: Tensor, advantages: Tensor) -> Tensor:
         return _inside(bounded_exp(log_weight), bounded_exp(log_weight), self.low, self.high)
 
 
 @dataclass(frozen=True)
-class sequence_truncate:
+class sequence_truncate(Bounded):
     """min(Π_t π_old/μ, cap), one weight a completion. Unbiased at cap = inf; the product of a long completion is near 0
     or beyond any cap, so that few samples carry the batch."""
 
-    cap: float = 2.0
+    cap: Positive = 2.0
 
     def __call__(self, log_weight: Tensor, mask: Tensor, advantages: Tensor) -> Tensor:
         return _product(log_weight).clamp(max=self.cap).expand_as(log_weight)
 
 
 @dataclass(frozen=True)
-class sequence_drop:
+class sequence_drop(Bounded):
     """Π_t π_old/μ where it lies in [low, high], else 0: whole completions leave (TRL's default, with high = 3)."""
 
-    low: float = 0.0
-    high: float = 3.0
+    low: NotNegative = 0.0
+    high: Positive = 3.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        increasing(self)
 
     def __call__(self, log_weight: Tensor, mask: Tensor, advantages: Tensor) -> Tensor:
         weight = _product(log_weight)
@@ -69,22 +78,26 @@ class sequence_drop:
 
 
 @dataclass(frozen=True)
-class geometric_drop:
+class geometric_drop(Bounded):
     """π_old/μ of each token where their geometric mean over the completion lies in [low, high], else 0 (as in OpenRLHF
     and NVIDIA's NeMo RL, whose bounds these are).
 
     The mean does not grow with the length, unlike the product, and sees a steady drift better than one odd token.
     """
 
-    low: float = 0.999
-    high: float = 1.002
+    low: NotNegative = 0.999
+    high: Positive = 1.002
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        increasing(self)
 
     def __call__(self, log_weight: Tensor, mask: Tensor, advantages: Tensor) -> Tensor:
         return _inside(bounded_exp(log_weight), bounded_exp(_mean(log_weight, mask)), self.low, self.high)
 
 
 @dataclass(frozen=True)
-class off_policy_drop:
+class off_policy_drop(Bounded):
     """0 for a completion with A < 0 whose mean of log μ − log π is above `delta`, else 1 (the off-policy sequence mask
     of DeepSeek-V3.2, arXiv 2512.02556; it names no δ, 0.5 is TRL's).
 
@@ -92,7 +105,7 @@ class off_policy_drop:
     drift of the updates on this batch. It weighs nothing: what is kept stays as biased as it was.
     """
 
-    delta: float = 0.5
+    delta: NotNegative = 0.5
     of_current: ClassVar[bool] = True
 
     def __call__(self, log_weight: Tensor, mask: Tensor, advantages: Tensor) -> Tensor:

@@ -78,9 +78,14 @@ def rating_loss(predicted: Tensor, ratings: Tensor, *, samples: int) -> tuple[Te
     }
 
 
+_LEAST_LOG_STEP = -12.0
+"""A step below 6e-6 would vanish in float32 beside the threshold that it is added to."""
+
+
 def ordered(raw: Tensor) -> Tensor:
     """The first threshold and the logs of the steps between them → thresholds [K − 1], rising whatever is learnt."""
-    return torch.cat([raw[:1], raw[:1] + raw[1:].exp().cumsum(0)])
+    steps = raw[1:].clamp(min=_LEAST_LOG_STEP).exp()
+    return torch.cat([raw[:1], raw[:1] + steps.cumsum(0)])
 
 
 def level_logps(scores: Tensor, thresholds: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ sequence's log-ratio (``level="sequence"``).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -60,7 +61,7 @@ def k3(log_ratio: Tensor) -> Tensor:
 
     Degrades far below the reference: e^(−x) grows without bound, one token can fill the update.
     """
-    return bounded_exp(-log_ratio) - 1 + log_ratio
+    return bounded_exp(-log_ratio) - 1 + log_ratio.clamp(min=-LOG_BOUND)
 
 
 def k1_plus(log_ratio: Tensor) -> Tensor:
@@ -83,8 +84,8 @@ class KL:
     level: "token" sums the estimator over tokens; "sequence" estimates once from the sequence's summed
     log-ratio. target: where given, β is steered so that the KL per sequence comes to `target` nats: each
     update multiplies it by 1 + gain · clip(KL/target − 1, ±0.2) (Ziegler et al., arXiv 1909.08593, section
-    2.2, whose gain is 0.1). corrected: in the loss, weighed by π/π_old, gradient and all (DeepSeek-V3.2, arXiv
-    2512.02556): right after several updates, and the gradient of KL(π ‖ π_ref) for k1 and k3 as well.
+    2.2, whose gain is 0.1). corrected: in the loss, weighed by π/π_old (DeepSeek-V3.2, arXiv 2512.02556): right after
+    several updates, and the gradient of KL(π ‖ π_ref) for every estimator (see `weight`).
     """
 
     where: Where
@@ -100,16 +101,16 @@ class KL:
             raise ValueError(f"kl.where: '{self.where}' is no place for the KL; write reward, loss or none.")
         if self.level not in get_args(Level):
             raise ValueError(f"kl.level: '{self.level}' is unknown; write token or sequence.")
-        if self.beta < 0:
-            raise ValueError(f"kl.beta: {self.beta:g} is negative and would push away from the reference; use ≥ 0.")
+        if not 0 <= self.beta < math.inf:
+            raise ValueError(f"kl.beta: {self.beta:g}: below 0 it pushes away from the reference; a finite one of ≥ 0.")
         if self.where == "none" and (self.beta or self.target):
             raise ValueError("kl: β or a target is set but kl.where is none; set kl.where to reward or loss.")
         if self.level == "sequence" and self.where != "loss":
             raise ValueError("kl.level: sequence is for the loss; in the reward the tokens' KL already adds up.")
         if self.corrected and (self.where != "loss" or self.level != "token"):
             raise ValueError("kl.corrected: the ratio weighs a token's KL in the loss; set kl.where to loss.")
-        if self.target is not None and (self.target <= 0 or self.beta == 0):
-            raise ValueError("kl.target: steering multiplies β, so that both β and the target must be above 0.")
+        if self.target is not None and not (self.target > 0 and self.beta > 0 and self.gain > 0):
+            raise ValueError("kl.target: steering multiplies β, so that β, the target and the gain must be above 0.")
 
     @property
     def active(self) -> bool:
@@ -133,6 +134,12 @@ class KL:
             return self.estimator(log_ratio)
         whole = self.estimator(torch.where(mask, log_ratio, 0.0).sum(dim=1, keepdim=True))
         return (whole / mask.sum(dim=1, keepdim=True).clamp(min=1)).expand_as(log_ratio)
+
+    def weight(self, logps: Tensor, old_logps: Tensor) -> Tensor:
+        """π/π_old [B, T] of a corrected penalty. Its gradient is the part of ∇KL that k1 and k3, of which the value is
+        right, lack; with k2, k1+ and k3+ the gradient is that of the KL as it is, and would be counted twice."""
+        ratio = bounded_exp(logps - old_logps)
+        return ratio.detach() if self.estimator in (k2, k1_plus, k3_plus) else ratio
 
     def next_state(self, state: State, observed: Tensor) -> dict[str, Tensor]:
         """The state after an update whose mean KL per sequence was `observed` nats."""

@@ -66,7 +66,7 @@ def policy_loss(
         log_ratio = logps - masked(_required("ref_logps", ref_logps, algorithm))
         penalty = float(kl.coefficient(state)) * kl.penalty(log_ratio, mask)
         if kl.corrected:
-            penalty = penalty * bounded_exp(logps - old_logps)
+            penalty = penalty * kl.weight(logps, old_logps)
         found["loss/kl"] = metrics.total(algorithm.aggregate(penalty, mask, totals))
         per_token = per_token + penalty
     if algorithm.entropy_bonus:

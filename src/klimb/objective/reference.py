@@ -7,9 +7,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from klimb.objective.bounds import Bounded, Count, SomeShare
+
 
 @dataclass(frozen=True)
-class moving:
+class moving(Bounded):
     """Every `every` steps π_ref ← share · π + (1 − share) · π_ref, by weights: at share 1 the reference is set anew
     (TR-DPO's hard update, arXiv 2404.09656; ProRL, arXiv 2505.24864), below a mean that forgets (its soft update, 0.6
     every 512 steps in TRL).
@@ -17,14 +19,8 @@ class moving:
     The KL then bounds a step and no longer the way: over a run nothing keeps the policy near where it began.
     """
 
-    every: int = 512
-    share: float = 0.6
-
-    def __post_init__(self) -> None:
-        if self.every < 1 or not 0 < self.share <= 1:
-            raise ValueError(
-                f"algorithm.reference: moving({self.every:g}, {self.share:g}); every counts steps, share is in (0, 1]."
-            )
+    every: Count = 512
+    share: SomeShare = 0.6
 
     def due(self, step: int) -> bool:
         return step % self.every == 0

@@ -50,7 +50,7 @@ def problems(algorithm: Algorithm, *, samples_per_prompt: int, updates_per_step:
             "critic: the advantage does not look at its values; set advantage to gae, or critic to none",
         ),
         (
-            kl.in_loss and kl.estimator is k1,
+            kl.in_loss and kl.estimator is k1 and not kl.corrected,
             "kl.estimator: k1 in the loss has zero expected gradient; set kl.where to reward, or kl.estimator to k2",
         ),
         (

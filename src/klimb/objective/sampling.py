@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from klimb.objective.bounds import Bounded, Count, NotNegative, SomeShare
 from klimb.objective.grouped import VARIANCE_TOLERANCE
 
 Sampling = Callable[[Sequence[float]], bool]
@@ -25,14 +26,14 @@ SAMPLINGS: Mapping[str, Sampling] = {"dynamic": dynamic}
 
 
 @dataclass(frozen=True)
-class soft_overlong:
+class soft_overlong(Bounded):
     """0 up to (1 − buffer) · max_length tokens, then a line down to −1 at max_length (DAPO, section 3.4).
 
     buffer: the last share of the length budget; the paper's 4,096 of 20,480 tokens. max_length is filled by
     resolving.
     """
 
-    buffer: float = 0.2
+    buffer: SomeShare = 0.2
     max_length: int | None = None
 
     def __call__(self, length: Tensor) -> Tensor:
@@ -44,11 +45,11 @@ class soft_overlong:
 
 
 @dataclass(frozen=True)
-class length_penalty:
+class length_penalty(Bounded):
     """−weight · |y| / max_length: a price on every token. It buys shorter answers with the score, and where all scores
     of a group are equal it is all that is left to learn. max_length is filled by resolving."""
 
-    weight: float = 0.1
+    weight: NotNegative = 0.1
     max_length: int | None = None
 
     def __call__(self, length: Tensor) -> Tensor:
@@ -76,7 +77,7 @@ OVERLONG: Mapping[str, type] = {
 
 
 @dataclass(frozen=True)
-class skip_solved:
+class skip_solved(Bounded):
     """A prompt all of whose samples score at least `solved` is not drawn for the next `recheck` steps, then looked at
     again: no samples are spent on what is known, and what is forgotten comes back. When all prompts rest, all come.
 
@@ -84,7 +85,7 @@ class skip_solved:
     """
 
     solved: float = 1.0
-    recheck: int = 10
+    recheck: Count = 10
 
     def rests(self, scores: Sequence[float]) -> bool:
         """Scores of a group, before any shaping."""
@@ -98,11 +99,11 @@ Weighting = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class power_weights:
+class power_weights(Bounded):
     """|score|^power (PF-PPO, arXiv 2409.06957, in verl's form over the update, and as a weight instead of by drawing
     again): samples whose score says much. Needs a reward model whose 0 is in the middle."""
 
-    power: float = 2.0
+    power: NotNegative = 2.0
 
     def __call__(self, scores: Tensor) -> Tensor:
         return _mean_one(scores.double().abs().pow(self.power))

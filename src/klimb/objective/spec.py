@@ -141,7 +141,11 @@ def _parse_kl(spec: Any, base: KL) -> KL:
     """A mapping changes the named row's KL; `none` takes it away."""
     if isinstance(spec, KL):
         return spec
-    if spec in (None, "none") or (isinstance(spec, Mapping) and spec.get("where") == "none"):
+    if spec in (None, "none"):
+        return NO_KL
+    if isinstance(spec, Mapping) and spec.get("where") == "none":
+        if pulls := [key for key in ("beta", "target") if spec.get(key)]:
+            raise ValueError(f"algorithm.kl: where is none and {pulls[0]} is set; set where to reward or loss.")
         return NO_KL
     if not isinstance(spec, Mapping):
         raise ValueError(f"algorithm.kl: {spec!r} is no mapping; write {{where: reward, estimator: k1, beta: 0.05}}.")

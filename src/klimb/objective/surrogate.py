@@ -16,6 +16,7 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from klimb.objective.bounds import Bounded, NotNegative, OneOrMore, Positive
 from klimb.objective.kl import LOG_BOUND, bounded_exp
 
 
@@ -48,14 +49,14 @@ def ratio(logps: Tensor, old_logps: Tensor, advantages: Tensor, mask: Tensor) ->
 
 
 @dataclass(frozen=True)
-class quadratic:
+class quadratic(Bounded):
     """−A log π + beta/2 · (log π/π_old)² (DRO as Kimi K1.5, arXiv 2501.12599, and verl have it, by token).
 
     A pull back to the policy of before the update instead of a clip. Not the DRO of arXiv 2405.19107, which pulls to
     π_ref and ends at π*: this one ends, on one batch, where beta · log π/π_old − A has the same pull on every token.
     """
 
-    beta: float = 0.1
+    beta: NotNegative = 0.1
 
     def __call__(self, logps: Tensor, old_logps: Tensor, advantages: Tensor, mask: Tensor) -> PerToken:
         away = (logps - old_logps).square()
@@ -63,7 +64,7 @@ class quadratic:
 
 
 @dataclass(frozen=True)
-class clip:
+class clip(Bounded):
     """max(−A r, −A clip(r, 1 − low, 1 + high)) (PPO, arXiv 1707.06347, equation 7; high > low: DAPO).
 
     A token that already moved its way past the bound gets no gradient; one that moved the wrong way keeps all of
@@ -71,15 +72,15 @@ class clip:
     update a batch, where every ratio is 1.
     """
 
-    low: float = 0.2
-    high: float = 0.2
+    low: NotNegative = 0.2
+    high: NotNegative = 0.2
 
     def __call__(self, logps: Tensor, old_logps: Tensor, advantages: Tensor, mask: Tensor) -> PerToken:
         return _clip(bounded_exp(logps - old_logps), advantages, self.low, self.high)
 
 
 @dataclass(frozen=True)
-class dual_clip:
+class dual_clip(Bounded):
     """As `clip`, and for A < 0 never more than −bound · A (dual clip, arXiv 1912.09729; bound c = 3).
 
     Stops the one case that `clip` leaves open: a bad token whose ratio has become huge. The two-sided clip of
@@ -88,9 +89,9 @@ class dual_clip:
     a batch.
     """
 
-    low: float = 0.2
-    high: float = 0.2
-    bound: float = 3.0
+    low: NotNegative = 0.2
+    high: NotNegative = 0.2
+    bound: OneOrMore = 3.0
 
     def __call__(self, logps: Tensor, old_logps: Tensor, advantages: Tensor, mask: Tensor) -> PerToken:
         ratio = bounded_exp(logps - old_logps)
@@ -100,7 +101,7 @@ class dual_clip:
 
 
 @dataclass(frozen=True)
-class sequence_clip:
+class sequence_clip(Bounded):
     """`clip` on s_i = (Π_t r_t)^(1/|y|), one for all tokens of a sample (GSPO, arXiv 2507.18071, equation 5).
 
     In the token form sg[s_i] · π/sg[π] (GSPO-token), which gives the same gradient and lets advantages differ by
@@ -109,8 +110,8 @@ class sequence_clip:
     all their tokens or of none.
     """
 
-    low: float = 3e-4
-    high: float = 4e-4
+    low: NotNegative = 3e-4
+    high: NotNegative = 4e-4
 
     def __call__(self, logps: Tensor, old_logps: Tensor, advantages: Tensor, mask: Tensor) -> PerToken:
         log_ratio = torch.where(mask, logps - old_logps, 0.0)
@@ -119,7 +120,7 @@ class sequence_clip:
 
 
 @dataclass(frozen=True)
-class geometric_clip:
+class geometric_clip(Bounded):
     """−A (Π_t ρ_t)^(1/|y|), ρ_t = r_t held by e^−low and e^high on the side that A pushes to (GMPO, arXiv 2507.20673).
 
     The bounds are of log r. A geometric mean minds no single odd ratio, so that they can be wide; each token is
@@ -127,8 +128,8 @@ class geometric_clip:
     sample. Degrades to `reinforce` with one update a batch.
     """
 
-    low: float = 0.4
-    high: float = 0.4
+    low: NotNegative = 0.4
+    high: NotNegative = 0.4
 
     def __call__(self, logps: Tensor, old_logps: Tensor, advantages: Tensor, mask: Tensor) -> PerToken:
         log_ratio = torch.where(mask, logps - old_logps, 0.0)
@@ -139,15 +140,15 @@ class geometric_clip:
 
 
 @dataclass(frozen=True)
-class product_clip:
+class product_clip(Bounded):
     """`clip` on the whole completion's importance weight Π_t r_t (RLOO in TRL: it is one action).
 
     A sample's loss is spread evenly over its tokens, so that `sequence_sum(1)` averages the losses of
     samples. Unbiased off-policy until it clips, which happens ever sooner the longer the completion.
     """
 
-    low: float = 0.2
-    high: float = 0.2
+    low: NotNegative = 0.2
+    high: NotNegative = 0.2
 
     def __call__(self, logps: Tensor, old_logps: Tensor, advantages: Tensor, mask: Tensor) -> PerToken:
         log_ratio = torch.where(mask, logps - old_logps, 0.0)
@@ -157,7 +158,7 @@ class product_clip:
 
 
 @dataclass(frozen=True)
-class cispo:
+class cispo(Bounded):
     """−sg[clip(r, 1 − low, 1 + high)] · A · log π (CISPO, MiniMax-M1, arXiv 2506.13585).
 
     Bounds the weight and never drops a token's gradient. No lower bound at low = 1; high = 4 is the weight of at
@@ -166,8 +167,8 @@ class cispo:
     batch.
     """
 
-    low: float = 1.0
-    high: float = 4.0
+    low: NotNegative = 1.0
+    high: NotNegative = 4.0
 
     def __call__(self, logps: Tensor, old_logps: Tensor, advantages: Tensor, mask: Tensor) -> PerToken:
         ratio = bounded_exp(logps - old_logps).detach()
@@ -176,7 +177,7 @@ class cispo:
 
 
 @dataclass(frozen=True)
-class sapo:
+class sapo(Bounded):
     """−A · 4/τ · σ(τ (r − 1)), τ by the sign of A (SAPO, arXiv 2511.20347): a gate that closes softly.
 
     The gradient is that of −A r times 4 σ (1 − σ), 1 at r = 1 and falling on both sides: a token that went the
@@ -184,8 +185,8 @@ class sapo:
     one update a batch.
     """
 
-    positive: float = 1.0
-    negative: float = 1.05
+    positive: Positive = 1.0
+    negative: Positive = 1.05
 
     def __call__(self, logps: Tensor, old_logps: Tensor, advantages: Tensor, mask: Tensor) -> PerToken:
         tau = _by_sign(advantages > 0, self.positive, self.negative, logps)
@@ -194,7 +195,7 @@ class sapo:
 
 
 @dataclass(frozen=True)
-class vespo:
+class vespo(Bounded):
     """−sg[φ(w)] · A · log π, w = Π_t r_t, φ(w) = w^k e^(λ(1 − w)), k and λ by the sign of A (VESPO, arXiv 2602.10693).
 
     One weight for the whole completion without its length normalised away: it falls to 0 on both sides of about
@@ -202,10 +203,10 @@ class vespo:
     completions: the weight of the whole sequence is near 0 or capped.
     """
 
-    k_positive: float = 2.0
-    decay_positive: float = 3.0
-    k_negative: float = 3.0
-    decay_negative: float = 2.0
+    k_positive: NotNegative = 2.0
+    decay_positive: NotNegative = 3.0
+    k_negative: NotNegative = 3.0
+    decay_negative: NotNegative = 2.0
     anchor: ClassVar[Anchor] = "behavior"
 
     def __call__(self, logps: Tensor, old_logps: Tensor, advantages: Tensor, mask: Tensor) -> PerToken:
@@ -219,7 +220,7 @@ class vespo:
 
 
 @dataclass(frozen=True)
-class taper:
+class taper(Bounded):
     """−A log π of good samples, −sg[min(w, bound)] · A · log π of bad ones, w = Π_t r_t (TOPR, arXiv 2503.14286).
 
     What is good is imitated however unlikely it has become, what is bad is pushed away only as far as the policy still
@@ -228,7 +229,7 @@ class taper:
     the sampler preferred among good samples. Degrades to `reinforce` with one update a batch.
     """
 
-    bound: float = 1.0
+    bound: Positive = 1.0
     anchor: ClassVar[Anchor] = "behavior"
 
     def __call__(self, logps: Tensor, old_logps: Tensor, advantages: Tensor, mask: Tensor) -> PerToken:
@@ -240,7 +241,7 @@ class taper:
 
 
 @dataclass(frozen=True)
-class tv_mask:
+class tv_mask(Bounded):
     """−A r while the token's probability has moved A's way by at most `low` (down) or `high` (up), else 0 (DPPO with
     binary total variation, arXiv 2602.04879, equation 13).
 
@@ -248,8 +249,8 @@ class tv_mask:
     freely, and likely ones are stopped sooner than by `clip`.
     """
 
-    low: float = 0.2
-    high: float = 0.2
+    low: NotNegative = 0.2
+    high: NotNegative = 0.2
     anchor: ClassVar[Anchor] = "behavior"
 
     def __call__(self, logps: Tensor, old_logps: Tensor, advantages: Tensor, mask: Tensor) -> PerToken:
@@ -258,12 +259,12 @@ class tv_mask:
 
 
 @dataclass(frozen=True)
-class kl_mask:
+class kl_mask(Bounded):
     """As `tv_mask`, by the divergence μ log μ/π + (1 − μ) log (1 − μ)/(1 − π) of token or not (DPPO with binary KL,
     arXiv 2602.04879, equation 14; the bounds as in SkyRL)."""
 
-    low: float = 0.05
-    high: float = 0.05
+    low: NotNegative = 0.05
+    high: NotNegative = 0.05
     anchor: ClassVar[Anchor] = "behavior"
 
     def __call__(self, logps: Tensor, old_logps: Tensor, advantages: Tensor, mask: Tensor) -> PerToken:

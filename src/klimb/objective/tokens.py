@@ -10,6 +10,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from klimb.objective.bounds import Bounded, NotNegative, Positive, Share, SomeShare, increasing
+
 
 @dataclass(frozen=True)
 class Tokens:
@@ -32,13 +34,13 @@ TokenFilter = Callable[[Tokens], Tensor]
 
 
 @dataclass(frozen=True)
-class top_entropy:
+class top_entropy(Bounded):
     """Only the `share` of tokens where the policy is least sure (80/20 rule, arXiv 2506.01939).
 
     The forks of a text rather than what follows from them. Where most tokens are sure, ties at 0 count as on top.
     """
 
-    share: float = 0.2
+    share: SomeShare = 0.2
     needs_entropy: ClassVar[bool] = True
 
     def __call__(self, tokens: Tokens) -> Tensor:
@@ -51,7 +53,7 @@ class top_entropy:
 
 
 @dataclass(frozen=True)
-class clip_cov:
+class clip_cov(Bounded):
     """A random `share` of all tokens does not count: of those with low < (A − mean A)(log π − mean log π) < high
     (Clip-Cov, arXiv 2505.22617).
 
@@ -59,9 +61,13 @@ class clip_cov:
     long as some tokens lie in the range, which is of the scale of A².
     """
 
-    share: float = 2e-4
+    share: Share = 2e-4
     low: float = 1.0
     high: float = 5.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        increasing(self)
 
     def __call__(self, tokens: Tokens) -> Tensor:
         covariance = _covariance(tokens)
@@ -75,12 +81,12 @@ class clip_cov:
 
 
 @dataclass(frozen=True)
-class kl_cov:
+class kl_cov(Bounded):
     """The `share` of tokens with the largest (A − mean A)(log π − mean log π) pays penalty · |log π/π_old| besides
     (KL-Cov, arXiv 2505.22617), at least one. Nothing at ratio 1, so with one update a batch it does nothing."""
 
-    share: float = 2e-4
-    penalty: float = 1.0
+    share: Share = 2e-4
+    penalty: NotNegative = 1.0
 
     def __call__(self, tokens: Tokens) -> Tensor:
         covariance = torch.where(tokens.mask, _covariance(tokens), -torch.inf).flatten()
@@ -91,14 +97,14 @@ class kl_cov:
 
 
 @dataclass(frozen=True)
-class second_moment:
+class second_moment(Bounded):
     """Tokens with the largest (log π/μ)² do not count, until the mean of the others is below `limit` (M2PO, Zheng et
     al. 2025, "Prosperity before collapse", as in AReaL; limit 0.04).
 
     A bound on the batch instead of on each token, for samples of many updates ago; a fresh batch loses nothing.
     """
 
-    limit: float = 0.04
+    limit: Positive = 0.04
 
     def __call__(self, tokens: Tokens) -> Tensor:
         moment = (tokens.logps - tokens.behavior_logps).double().square()
@@ -121,14 +127,14 @@ TOKEN_FILTERS: Mapping[str, type] = {
 
 
 @dataclass(frozen=True)
-class imitate_correct:
+class imitate_correct(Bounded):
     """+ weight · mean of −log π over the tokens of correct samples (VAPO, arXiv 2504.05118, its part on the positive
     example loss; μ = 0.1). Correct is a score, unshaped, above `above`.
 
     Brings rare successes back more surely than their advantage, and narrows the policy to what it can do already.
     """
 
-    weight: float = 0.1
+    weight: NotNegative = 0.1
     above: float = 0.0
 
     def __call__(self, tokens: Tokens) -> Tensor:

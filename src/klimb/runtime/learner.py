@@ -111,7 +111,7 @@ class Learner:
         self._share_gradients()
         self._unscale()
         norm = self._clip()
-        merged = _over_ranks(metrics.merge(parts))
+        merged = _of_the_update(parts)
         if not math.isfinite(norm) or not math.isfinite(merged["objective"].value):
             self._forget_gradients()
             if self.scale is None or self.scale.factor <= 1 or not math.isfinite(merged["objective"].value):
@@ -294,6 +294,12 @@ def _length(batch: TokenBatch, index: Sequence[int]) -> int:
 
 def _names(batch: TokenBatch, index: Sequence[int]) -> str:
     return " and ".join(batch.ids[i] for i in index)
+
+
+def _of_the_update(parts: Sequence[Metrics]) -> Metrics:
+    """What was a sum over micro-batches and ranks is a figure of this update: over several updates it is averaged."""
+    merged = _over_ranks(metrics.merge(parts))
+    return {name: metrics.ratio(m.value, 1.0) if m.kind == "sum" else m for name, m in merged.items()}
 
 
 def _over_ranks(measured: Metrics) -> Metrics:

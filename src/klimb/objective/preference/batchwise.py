@@ -8,18 +8,19 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from klimb.objective.bounds import Bounded, NotNegative, Positive, ShareBelowOne, SomeShare
 from klimb.objective.kl import State
-from klimb.objective.preference.pairs import Needs, Page, Pairs, Statistics, check_share, logistic
+from klimb.objective.preference.pairs import Needs, Page, Pairs, Statistics, logistic
 
 
 @dataclass(frozen=True)
-class aot:
+class aot(Bounded):
     """Alignment by optimal transport: the policy's margins as a distribution above the reference's.
 
     Sorted by size, the i-th margin log π(y_w)/π(y_l) of the policy is held against the i-th of the reference.
     """
 
-    beta: float = 0.1
+    beta: Positive = 0.1
     page: ClassVar[Page] = Page(
         "−log σ(β (m_(i) − m_ref,(i))), m = log π(y_w) − log π(y_l) sorted over the update",
         "arXiv 2406.05882, paired, with the logistic loss",
@@ -37,10 +38,10 @@ class aot:
 
 
 @dataclass(frozen=True)
-class aot_unpaired:
+class aot_unpaired(Bounded):
     """As `aot` without pairs: the i-th largest h of the chosen against the i-th largest of the rejected."""
 
-    beta: float = 0.1
+    beta: Positive = 0.1
     page: ClassVar[Page] = Page(
         "−log σ(β (h_w,(i) − h_l,(i))), each sorted over the update",
         "arXiv 2406.05882, unpaired, with the logistic loss",
@@ -61,10 +62,10 @@ class aot_unpaired:
 
 
 @dataclass(frozen=True)
-class wpo:
+class wpo(Bounded):
     """DPO in which a pair weighs what the policy would say itself: off-policy pairs are made to look on-policy."""
 
-    beta: float = 0.1
+    beta: Positive = 0.1
     needs: ClassVar[Needs] = Needs(collisions=True)
     page: ClassVar[Page] = Page(
         "−w_w w_l log σ(βΔ), w = exp(1/|y| Σ_t [log π(y_t) − log Σ_v π(v)²]), without gradient",
@@ -86,28 +87,23 @@ class wpo:
 
 
 @dataclass(frozen=True)
-class beta_dpo:
+class beta_dpo(Bounded):
     """DPO whose β follows the update's mean margin; pairs of unusual margin are left out by lot.
 
     M and σ are running means (momentum) of the updates' mean and standard deviation of Δ. Of an update the share
     `keep` is drawn, likelier the nearer Δ is to M, and β' = β (1 + gain (mean Δ of these − M)), at least 1e-3.
     """
 
-    beta: float = 0.1
-    gain: float = 0.6
-    keep: float = 0.8
-    momentum: float = 0.9
+    beta: Positive = 0.1
+    gain: NotNegative = 0.6
+    keep: SomeShare = 0.8
+    momentum: ShareBelowOne = 0.9
     page: ClassVar[Page] = Page(
         "−log σ(β'Δ) over the kept pairs, β' = β (1 + a (mean Δ − M))",
         "arXiv 2407.08639 and its authors' code (a = gain = 0.6, momentum 0.9, 80 % kept)",
         "gain times margins in nats: long completions swing β' down to its floor of 1e-3",
         "gain = 0 and keep = 1: dpo",
     )
-
-    def __post_init__(self) -> None:
-        check_share("beta_dpo: momentum", self.momentum, below=1.0)
-        if not 0 < self.keep <= 1:
-            raise ValueError(f"beta_dpo: keep = {self.keep:g}: the share of an update's pairs to keep, up to 1.")
 
     def statistics(self, whole: Pairs, state: State, seed: int) -> Statistics:
         margin = whole.margin().double().cpu()

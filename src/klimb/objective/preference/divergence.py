@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from klimb.objective.bounds import Bounded, Positive, Share
 from klimb.objective.kl import bounded_exp
 from klimb.objective.preference.pairs import Page, Pairs, logistic
 
@@ -17,10 +17,10 @@ _BOUND = "no gradient reaches a completion whose log-ratio is beyond 20 nats (th
 
 
 @dataclass(frozen=True)
-class fdpo_kl:
+class fdpo_kl(Bounded):
     """The forward KL(π_ref ‖ π): f'(π/π_ref) = 1 − π_ref/π. It keeps what the reference can do."""
 
-    beta: float = 0.1
+    beta: Positive = 0.1
     page: ClassVar[Page] = Page("−log σ(β (e^(−h_l) − e^(−h_w)))", _SOURCE, _BOUND, "near π_ref, e^(−h) ≈ 1 − h: dpo")
 
     def __call__(self, pairs: Pairs) -> Tensor:
@@ -29,10 +29,10 @@ class fdpo_kl:
 
 
 @dataclass(frozen=True)
-class fdpo_js:
+class fdpo_js(Bounded):
     """Jensen–Shannon: f'(u) = log(2u/(1+u)). The reward of a completion is bounded above by log 2."""
 
-    beta: float = 0.1
+    beta: Positive = 0.1
     page: ClassVar[Page] = Page(
         "−log σ(β (log σ(h_w) − log σ(h_l)))",
         _SOURCE,
@@ -45,21 +45,17 @@ class fdpo_js:
 
 
 @dataclass(frozen=True)
-class fdpo_alpha:
+class fdpo_alpha(Bounded):
     """α-divergence: f'(u) = (u^(α−1) − 1)/(α−1), between the reverse KL (α → 1) and the forward (α → 0)."""
 
-    beta: float = 0.1
-    alpha: float = 0.5
+    beta: Positive = 0.1
+    alpha: Share = 0.5
     page: ClassVar[Page] = Page(
         "−log σ(β (e^((α−1)h_w) − e^((α−1)h_l))/(α−1))",
         f"{_SOURCE}; written as TRL has it, α = 0.5 is TRL's default",
         _BOUND.replace("20 nats", "20/(1−α) nats"),
         "α = 1: dpo; α = 0: fdpo_kl",
     )
-
-    def __post_init__(self) -> None:
-        if not (0 <= self.alpha <= 1 and math.isfinite(self.alpha)):
-            raise ValueError(f"fdpo_alpha: alpha = {self.alpha:g}: between 0 (forward KL) and 1 (dpo).")
 
     def __call__(self, pairs: Pairs) -> Tensor:
         if self.alpha == 1:

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from klimb.objective.bounds import Bounded, NotNegative, Positive
 from klimb.objective.kl import bounded_exp
 from klimb.objective.preference.pairs import Needs, Page, Pairs, logistic
 
@@ -28,11 +29,11 @@ class chosen_nll:
 
 
 @dataclass(frozen=True)
-class rpo:
+class rpo(Bounded):
     """DPO and the chosen completion's own likelihood, so that it cannot fall."""
 
-    beta: float = 0.1
-    alpha: float = 1.0
+    beta: Positive = 0.1
+    alpha: NotNegative = 1.0
     page: ClassVar[Page] = Page(
         "−log σ(βΔ) − α log π(y_w)/|y_w|",
         "arXiv 2404.19733, equation 1 (α = 1; its length holds the prompt too); arXiv 2405.16436",
@@ -45,10 +46,10 @@ class rpo:
 
 
 @dataclass(frozen=True)
-class orpo:
+class orpo(Bounded):
     """SFT on the chosen with a fine by the odds ratio: one stage from the base model, without a reference."""
 
-    beta: float = 0.1
+    beta: NotNegative = 0.1
     needs: ClassVar[Needs] = Needs(reference=False)
     page: ClassVar[Page] = Page(
         "−log p_w − β log σ(log p_w/(1−p_w) − log p_l/(1−p_l)), p = π(y)^(1/|y|)",
@@ -63,11 +64,11 @@ class orpo:
 
 
 @dataclass(frozen=True)
-class cpo:
+class cpo(Bounded):
     """DPO with a uniform reference, and the chosen completion's likelihood in its place."""
 
-    beta: float = 0.1
-    alpha: float = 1.0
+    beta: Positive = 0.1
+    alpha: NotNegative = 1.0
     needs: ClassVar[Needs] = Needs(reference=False)
     page: ClassVar[Page] = Page(
         "−log σ(β (log π(y_w) − log π(y_l))) − α log π(y_w)/|y_w|",
@@ -82,11 +83,11 @@ class cpo:
 
 
 @dataclass(frozen=True)
-class simpo:
+class simpo(Bounded):
     """Log-probs per token, as generation ranks them, with a margin γ to exceed; no reference."""
 
-    beta: float = 2.0
-    gamma: float = 1.0
+    beta: Positive = 2.0
+    gamma: NotNegative = 1.0
     needs: ClassVar[Needs] = Needs(reference=False)
     page: ClassVar[Page] = Page(
         "−log σ(β (log π(y_w)/|y_w| − log π(y_l)/|y_l|) − γ)",
@@ -100,12 +101,12 @@ class simpo:
 
 
 @dataclass(frozen=True)
-class alphapo:
+class alphapo(Bounded):
     """SimPO with another shape of the reward: r = (1 − p^(−α))/α of the probability per token."""
 
-    beta: float = 2.5
+    beta: Positive = 2.5
     alpha: float = 0.25
-    gamma: float = 0.1
+    gamma: NotNegative = 0.1
     needs: ClassVar[Needs] = Needs(reference=False)
     page: ClassVar[Page] = Page(
         "−log σ(β (r_w − r_l) − γ), r = (1 − p^(−α))/α, p = π(y)^(1/|y|)",
@@ -123,11 +124,11 @@ class alphapo:
 
 
 @dataclass(frozen=True)
-class tpo:
+class tpo(Bounded):
     """Triple preference optimisation: gold ≻ chosen ≻ rejected. The gold completion's likelihood holds the policy."""
 
-    beta: float = 0.01
-    alpha: float = 1.0
+    beta: Positive = 0.01
+    alpha: NotNegative = 1.0
     needs: ClassVar[Needs] = Needs(reference=False, data="triples")
     page: ClassVar[Page] = Page(
         "−log σ(β (log π(y_w) − log π(y_l))) − α log π(y_gold)/|y_gold|",
@@ -143,12 +144,12 @@ class tpo:
 
 
 @dataclass(frozen=True)
-class tpo_l:
+class tpo_l(Bounded):
     """As `tpo` with log-probs per token and a margin γ to exceed."""
 
-    beta: float = 0.01
-    alpha: float = 1.0
-    gamma: float = 0.5
+    beta: Positive = 0.01
+    alpha: NotNegative = 1.0
+    gamma: NotNegative = 0.5
     needs: ClassVar[Needs] = Needs(reference=False, data="triples")
     page: ClassVar[Page] = Page(
         "−log σ(β (log π(y_w)/|y_w| − log π(y_l)/|y_l|) − γ) − α log π(y_gold)/|y_gold|",

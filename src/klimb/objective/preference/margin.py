@@ -9,16 +9,17 @@ from typing import ClassVar
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from klimb.objective.preference.pairs import Needs, Page, Pairs, check_share, logistic
+from klimb.objective.bounds import Bounded, NotNegative, OpenShare, Positive, Share, ShareBelowHalf
+from klimb.objective.preference.pairs import Needs, Page, Pairs, logistic
 
 _FALLS = "the chosen may become less likely, as long as the rejected falls faster"
 
 
 @dataclass(frozen=True)
-class dpo:
+class dpo(Bounded):
     """−log σ(βΔ): Bradley–Terry on the implicit reward, without bound."""
 
-    beta: float = 0.1
+    beta: Positive = 0.1
     page: ClassVar[Page] = Page(
         "−log σ(βΔ)",
         "arXiv 2305.18290, equation 7",
@@ -31,10 +32,10 @@ class dpo:
 
 
 @dataclass(frozen=True)
-class step_dpo:
+class step_dpo(Bounded):
     """DPO on single steps of a solution: the right and the wrong next step after the same right ones."""
 
-    beta: float = 0.5
+    beta: Positive = 0.5
     needs: ClassVar[Needs] = Needs(data="steps")
     page: ClassVar[Page] = Page(
         "−log σ(βΔ), y_w and y_l one step each, after (prompt, right steps so far)",
@@ -48,11 +49,11 @@ class step_dpo:
 
 
 @dataclass(frozen=True)
-class cdpo:
+class cdpo(Bounded):
     """Conservative DPO. The share ε of the labels is taken to be swapped: Δ stops growing where σ(βΔ) = 1 − ε."""
 
-    beta: float = 0.1
-    epsilon: float = 0.1
+    beta: Positive = 0.1
+    epsilon: ShareBelowHalf = 0.1
     page: ClassVar[Page] = Page(
         "−(1−ε) log σ(βΔ) − ε log σ(−βΔ)",
         'E. Mitchell, "A note on DPO with noisy preferences", 2023',
@@ -66,20 +67,17 @@ class cdpo:
 
 
 @dataclass(frozen=True)
-class robust:
+class robust(Bounded):
     """cDPO's noise taken out again: over labels of which the share ε is swapped it is DPO on the clean ones."""
 
-    beta: float = 0.1
-    epsilon: float = 0.1
+    beta: Positive = 0.1
+    epsilon: ShareBelowHalf = 0.1
     page: ClassVar[Page] = Page(
         "[−(1−ε) log σ(βΔ) + ε log σ(−βΔ)] / (1−2ε)",
         "arXiv 2403.00409 (ε = 0.1 there)",
         "without a lower bound in single pairs: a pair with a wrong label is pushed ever further",
         "ε = 0: dpo; near ε = 1/2 the variance of the gradient grows as 1/(1−2ε)²",
     )
-
-    def __post_init__(self) -> None:
-        check_share("robust: epsilon", self.epsilon)
 
     def __call__(self, pairs: Pairs) -> Tensor:
         margin = self.beta * pairs.margin()
@@ -88,10 +86,10 @@ class robust:
 
 
 @dataclass(frozen=True)
-class ipo:
+class ipo(Bounded):
     """A margin to reach, not to exceed. β is the paper's τ."""
 
-    beta: float = 0.1
+    beta: Positive = 0.1
     page: ClassVar[Page] = Page(
         "(Δ − 1/(2β))²",
         "arXiv 2310.12036, equation 17",
@@ -104,10 +102,10 @@ class ipo:
 
 
 @dataclass(frozen=True)
-class ipo_average:
+class ipo_average(Bounded):
     """As `ipo` with h per token: the same margin asks more of long completions in sum."""
 
-    beta: float = 0.1
+    beta: Positive = 0.1
     page: ClassVar[Page] = Page(
         "(h_w/|y_w| − h_l/|y_l| − 1/(2β))²",
         "arXiv 2310.12036, as TRL and its authors' word to TRL have it",
@@ -120,10 +118,10 @@ class ipo_average:
 
 
 @dataclass(frozen=True)
-class dpo_norm:
+class dpo_norm(Bounded):
     """DPO on log-ratios per token, so that length does not add to the margin."""
 
-    beta: float = 5.0
+    beta: Positive = 5.0
     page: ClassVar[Page] = Page(
         "−log σ(β (h_w/|y_w| − h_l/|y_l|))",
         "arXiv 2411.15124 (Tülu 3), section 5.1, with β = 5",
@@ -136,10 +134,10 @@ class dpo_norm:
 
 
 @dataclass(frozen=True)
-class hinge:
+class hinge(Bounded):
     """SLiC's hinge on DPO's margin: nothing is learnt from a pair beyond Δ = 1/β."""
 
-    beta: float = 0.1
+    beta: Positive = 0.1
     page: ClassVar[Page] = Page(
         "max(0, 1 − βΔ)",
         "arXiv 2305.10425 (SLiC-HF), with π_ref as in arXiv 2309.06657",
@@ -152,21 +150,17 @@ class hinge:
 
 
 @dataclass(frozen=True)
-class exo:
+class exo(Bounded):
     """The reverse KL from the policy's preference to the label smoothed by ε; DPO is the forward one."""
 
-    beta: float = 0.1
-    epsilon: float = 1e-3
+    beta: Positive = 0.1
+    epsilon: OpenShare = 1e-3
     page: ClassVar[Page] = Page(
         "q (log q − log(1−ε)) + (1−q)(log(1−q) − log ε), q = σ(βΔ)",
         "arXiv 2402.00856, equation 16 (ε = 1e-3)",
         "where the policy is sure of the opposite (q near 0) the gradient vanishes: such pairs are given up",
         "ε = 0 is infinite and refused",
     )
-
-    def __post_init__(self) -> None:
-        if not 0 < self.epsilon < 1:
-            raise ValueError(f"exo: epsilon = {self.epsilon:g}: log ε has to be finite; 1e-3 is the paper's.")
 
     def __call__(self, pairs: Pairs) -> Tensor:
         margin = self.beta * pairs.margin()
@@ -177,11 +171,11 @@ class exo:
 
 
 @dataclass(frozen=True)
-class discopop:
+class discopop(Bounded):
     """A loss that a language model found: logistic, blended with an exponential where the margin is positive."""
 
-    beta: float = 0.1
-    tau: float = 0.05
+    beta: Positive = 0.1
+    tau: Positive = 0.05
     page: ClassVar[Page] = Page(
         "(1−m)(−log σ(βΔ)) + m e^(−βΔ), m = σ(βΔ/τ)",
         "arXiv 2406.08414, equation 5 (τ = 0.05)",
@@ -199,11 +193,11 @@ class discopop:
 
 
 @dataclass(frozen=True)
-class dpo_shift:
+class dpo_shift(Bounded):
     """DPO whose rejected side counts less, by λ ≤ 1: the chosen falls less, the margin grows less."""
 
-    beta: float = 0.1
-    scale: float = 0.95
+    beta: Positive = 0.1
+    scale: Share = 0.95
     page: ClassVar[Page] = Page(
         "−log σ(β (h_w − λ h_l)), λ = scale, fixed",
         "arXiv 2502.07599 (λ = 0.95 in the models that were released; its rising and falling λ are left out)",
@@ -216,11 +210,11 @@ class dpo_shift:
 
 
 @dataclass(frozen=True)
-class dpop:
+class dpop(Bounded):
     """DPO with a fine on a chosen completion that has become less likely than under the reference."""
 
-    beta: float = 0.3
-    penalty: float = 50.0
+    beta: Positive = 0.3
+    penalty: NotNegative = 50.0
     page: ClassVar[Page] = Page(
         "−log σ(β (Δ − λ max(0, −h_w))), λ = penalty",
         "arXiv 2402.13228 (DPO-Positive, Smaug), equation 3; λ = 50 and β = 0.3 of its section 5",
@@ -234,21 +228,17 @@ class dpop:
 
 
 @dataclass(frozen=True)
-class ld_dpo:
+class ld_dpo(Bounded):
     """DPO in which the tokens beyond the shorter completion's length count by α."""
 
-    beta: float = 0.1
-    alpha: float = 0.5
+    beta: Positive = 0.1
+    alpha: Share = 0.5
     page: ClassVar[Page] = Page(
         "−log σ(βΔ') with h' = Σ_{t ≤ min length} log-ratio + α Σ_{t > min length} log-ratio",
         "arXiv 2409.06411; α is chosen by model there (0.5 is this table's choice)",
         "what only the longer completion says is learnt by α",
         "α = 1: dpo; equal lengths: dpo",
     )
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.alpha <= 1:
-            raise ValueError(f"ld_dpo: alpha = {self.alpha:g}: it weighs the tail, from 0 (not at all) to 1 (dpo).")
 
     def __call__(self, pairs: Pairs) -> Tensor:
         shared = pairs.chosen.mask.sum(dim=1).minimum(pairs.rejected.mask.sum(dim=1))

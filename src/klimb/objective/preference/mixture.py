@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -28,6 +29,8 @@ class Mixed:
     def __post_init__(self) -> None:
         if not self.parts:
             raise ValueError("loss.mix: nothing to mix; write {mix: {dpo: 0.8, chosen_nll: 0.2}}.")
+        if bad := [f"{weight:g}" for weight, _ in self.parts if not 0 <= weight < math.inf]:
+            raise ValueError(f"loss.mix: {', '.join(bad)}: a weight is a finite number of at least 0.")
         kinds = sorted({needs_of(loss).data for _, loss in self.parts})
         if len(kinds) > 1:
             raise ValueError(f"loss.mix: its parts take different data ({', '.join(kinds)}); mix losses of one kind.")

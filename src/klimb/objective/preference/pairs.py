@@ -121,8 +121,3 @@ def statistics_of(loss: PreferenceLoss, whole: Pairs, state: State, seed: int = 
 def logistic(margin: Tensor) -> Tensor:
     """−log σ(margin)."""
     return -logsigmoid(margin)
-
-
-def check_share(name: str, value: float, below: float = 0.5) -> None:
-    if not 0 <= value < below:
-        raise ValueError(f"{name} = {value:g}: it is a share, at least 0 and below {below:g}.")

@@ -9,15 +9,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from klimb.objective.bounds import Bounded, NotNegative, Positive
 from klimb.objective.kl import State
 from klimb.objective.preference.pairs import Needs, Page, Pairs, Statistics, logistic
 
 
 @dataclass(frozen=True)
-class nca:
+class nca(Bounded):
     """Noise-contrastive alignment: the chosen is raised and held where it is, the rejected only lowered."""
 
-    beta: float = 0.1
+    beta: Positive = 0.1
     page: ClassVar[Page] = Page(
         "−log σ(βh_w) − ½ log σ(−βh_w) − ½ log σ(−βh_l)",
         "arXiv 2402.05369 (NCA for pairs)",
@@ -31,10 +32,10 @@ class nca:
 
 
 @dataclass(frozen=True)
-class sppo_hard:
+class sppo_hard(Bounded):
     """Self-play preference optimisation, the winning probabilities taken for 1 and 0: h_w → 1/(2β), h_l → −1/(2β)."""
 
-    beta: float = 0.1
+    beta: Positive = 0.1
     page: ClassVar[Page] = Page(
         "(h_w − 1/(2β))² + (h_l + 1/(2β))²",
         "arXiv 2405.00675, equation 4.7, with hard probabilities",
@@ -48,10 +49,10 @@ class sppo_hard:
 
 
 @dataclass(frozen=True)
-class apo_zero:
+class apo_zero(Bounded):
     """Anchored: the chosen up, the rejected down. For completions better than what the model says by itself."""
 
-    beta: float = 0.1
+    beta: Positive = 0.1
     page: ClassVar[Page] = Page(
         "1 − σ(βh_w) + σ(βh_l)",
         "arXiv 2408.06266, equation 7",
@@ -65,10 +66,10 @@ class apo_zero:
 
 
 @dataclass(frozen=True)
-class apo_down:
+class apo_down(Bounded):
     """Anchored: both down, the rejected more. For completions worse than what the model says by itself."""
 
-    beta: float = 0.1
+    beta: Positive = 0.1
     page: ClassVar[Page] = Page(
         "σ(βh_w) + 1 − σ(βΔ)",
         "arXiv 2408.06266, equation 8",
@@ -81,10 +82,10 @@ class apo_down:
 
 
 @dataclass(frozen=True)
-class bco_pair:
+class bco_pair(Bounded):
     """BCO on pairs without its shift: a classifier of chosen against rejected whose logit is the implicit reward."""
 
-    beta: float = 0.1
+    beta: Positive = 0.1
     page: ClassVar[Page] = Page(
         "−log σ(βh_w) − log σ(−βh_l)",
         "arXiv 2404.04656 with δ = 0, as TRL's bco_pair",
@@ -97,18 +98,18 @@ class bco_pair:
 
 
 @dataclass(frozen=True)
-class bco:
+class bco(Bounded):
     """Binary classifier optimisation: desirable against undesirable, the implicit reward shifted by its own mean.
 
     δ is the mean over the updates so far, this one included, of ½(mean reward of the desirable + that of the
     undesirable); of an update with one kind only, that kind's.
     """
 
-    beta: float = 0.1
+    beta: Positive = 0.1
     needs: ClassVar[Needs] = Needs(data="labels")
     page: ClassVar[Page] = Page(
         "desirable: −log σ(βh − δ), undesirable: −log σ(−(βh − δ)), mean over completions",
-        "arXiv 2404.04656; δ as TRL keeps it (its weighting of unlike prompts, UDM, is left out)",
+        "arXiv 2404.04656 (δ in TRL: a mean over completions; the weighting of unlike prompts, UDM, is left out)",
         "labels whose prompts differ by kind: the classifier learns the prompts",
         "δ = 0: bco_pair, less a factor 2",
     )
@@ -130,15 +131,15 @@ class bco:
 
 
 @dataclass(frozen=True)
-class kto:
+class kto(Bounded):
     """Kahneman–Tversky: a completion is worth what it stands above z, the policy's own distance from the reference.
 
     z ≥ 0 is the mean h of completions under other prompts of the update, without gradient.
     """
 
-    beta: float = 0.1
-    desirable: float = 1.0
-    undesirable: float = 1.0
+    beta: Positive = 0.1
+    desirable: NotNegative = 1.0
+    undesirable: NotNegative = 1.0
     needs: ClassVar[Needs] = Needs(data="labels", mismatched=True)
     page: ClassVar[Page] = Page(
         "desirable: λ_D (1 − σ(β(h − z))), undesirable: λ_U (1 − σ(β(z − h))), mean over completions",
@@ -147,10 +148,6 @@ class kto:
         "completions far from z have no gradient",
         "an update of one prompt has no mismatched completion: z = 0",
     )
-
-    def __post_init__(self) -> None:
-        if min(self.desirable, self.undesirable) < 0:
-            raise ValueError("kto: desirable and undesirable are weights: at least 0.")
 
     def statistics(self, whole: Pairs, state: State, seed: int) -> Statistics:
         other = whole.mismatched

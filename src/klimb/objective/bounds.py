@@ -1,0 +1,76 @@
+"""Settings and the bounds within which they mean what their formula says: outside of them a loss pulls the wrong way,
+has no gradient, or is not a number, and nothing of that would be seen in a run before it is over."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Annotated, Any, get_args, get_type_hints
+
+
+@dataclass(frozen=True)
+class Bound:
+    """NaN is within none."""
+
+    least: float | None = None
+    above: float | None = None
+    most: float | None = None
+    below: float | None = None
+
+    def holds(self, value: float) -> bool:
+        return (
+            value == value
+            and (self.least is None or value >= self.least)
+            and (self.above is None or value > self.above)
+            and (self.most is None or value <= self.most)
+            and (self.below is None or value < self.below)
+        )
+
+    def __str__(self) -> str:
+        limits = {"at least": self.least, "above": self.above, "at most": self.most, "below": self.below}
+        return " and ".join(f"{word} {limit:g}" for word, limit in limits.items() if limit is not None)
+
+
+Positive = Annotated[float, Bound(above=0)]
+NotNegative = Annotated[float, Bound(least=0)]
+OneOrMore = Annotated[float, Bound(least=1)]
+Share = Annotated[float, Bound(least=0, most=1)]
+SomeShare = Annotated[float, Bound(above=0, most=1)]
+ShareBelowOne = Annotated[float, Bound(least=0, below=1)]
+OpenShare = Annotated[float, Bound(above=0, below=1)]
+ShareBelowHalf = Annotated[float, Bound(least=0, below=0.5)]
+Count = Annotated[int, Bound(least=1)]
+
+
+class Bounded:
+    """A dataclass whose fields are annotated with bounds: one that lies outside raises ValueError by name."""
+
+    def __post_init__(self) -> None:
+        for name, bound in bounds_of(type(self)).items():
+            value = getattr(self, name)
+            if value is not None and not bound.holds(value):
+                raise ValueError(f"{type(self).__name__}: {name} = {value:g}: it has to be {bound}.")
+
+
+def increasing(value: Any) -> None:
+    """Raises ValueError where `low` is above `high`: nothing lies between them."""
+    if not value.low <= value.high:
+        raise ValueError(
+            f"{type(value).__name__}: low = {value.low:g}, high = {value.high:g}: nothing lies between; swap them."
+        )
+
+
+def bounds_of(kind: type) -> dict[str, Bound]:
+    """By the names of the fields that have one."""
+    hints = get_type_hints(kind, include_extras=True)
+    found = {field.name: _bound_in(hints[field.name]) for field in fields(kind)}
+    return {name: bound for name, bound in found.items() if bound is not None}
+
+
+def _bound_in(hint: Any) -> Bound | None:
+    """Of Annotated[float, Bound(…)], or of that | None."""
+    for part in get_args(hint):
+        if isinstance(part, Bound):
+            return part
+        if (found := _bound_in(part)) is not None:
+            return found
+    return None
