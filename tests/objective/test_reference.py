@@ -25,5 +25,5 @@ def test_by_its_share_towards_the_policy(share: float, expected: list[float]) ->
 
 @pytest.mark.parametrize(("every", "share"), [(0, 0.5), (5, 0.0), (5, 1.5), (5, -0.5)])
 def test_nonsense_is_refused(every: int, share: float) -> None:
-    with pytest.raises(ValueError, match="moving: (every|share) = "):
+    with pytest.raises(ValueError, match=r"moving: (every|share) = "):
         moving(every, share)

@@ -209,10 +209,9 @@ def _check(algorithm: Algorithm, scores: Tensor, ref_logps: Tensor | None, inter
     name = algorithm.name
     if algorithm.kl.active and ref_logps is None:
         raise ValueError(f"{name}: its KL needs ref_logps and none were given; compute them, or set kl to none.")
-    of_values = getattr(algorithm.advantage, "needs_values", False) and not isinstance(
-        algorithm.advantage, prompt_value
-    )
-    if interrupted is not None and bool(interrupted.any()) and not of_values:
+    own = algorithm.advantage
+    bootstraps = getattr(own, "needs_values", False) and not isinstance(own, prompt_value)
+    if interrupted is not None and bool(interrupted.any()) and not bootstraps:
         raise ValueError(f"{name}: only values can stand in for the score of an interrupted sample; use advantage gae.")
     bad = ~scores.isfinite() if interrupted is None else ~scores.isfinite() & ~interrupted
     if bool(bad.any()):
