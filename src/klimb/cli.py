@@ -91,13 +91,13 @@ def run(
     _pipeline(arguments[0], arguments[1:], as_json, dry_run, _anew(fresh, changed))
 
 
-@app.command()
+@app.command(cls=commands.StageCommand)
 def sft(arguments: Arguments = None, as_json: Json = False, dry_run: DryRun = False, fresh: Fresh = False) -> None:
     """Supervised fine-tuning on demonstrations."""
     _stage("sft", "sft", arguments or [], {}, as_json, dry_run, fresh)
 
 
-@app.command()
+@app.command(cls=commands.StageCommand)
 def reward(
     arguments: Arguments = None, as_json: Json = False, dry_run: DryRun = False, fresh: Fresh = False,
     listed: Annotated[bool, typer.Option("--list", help="tell what can stand after `reward:`; NAME: one page")] = False,
@@ -109,13 +109,13 @@ def reward(
     _stage("reward", "reward", arguments or [], {}, as_json, dry_run, fresh)
 
 
-@app.command()
+@app.command(cls=commands.StageCommand)
 def rl(arguments: Arguments = None, as_json: Json = False, dry_run: DryRun = False, fresh: Fresh = False) -> None:
     """Reinforcement learning with any algorithm of the table (default: grpo)."""
     _stage("rl", "rl", arguments or [], {}, as_json, dry_run, fresh)
 
 
-@app.command()
+@app.command(cls=commands.StageCommand)
 def preference(
     arguments: Arguments = None, as_json: Json = False, dry_run: DryRun = False, fresh: Fresh = False
 ) -> None:
@@ -123,7 +123,7 @@ def preference(
     _stage("preference", "preference", arguments or [], {}, as_json, dry_run, fresh)
 
 
-@app.command(name="online_preference")
+@app.command(name="online_preference", cls=commands.StageCommand)
 def online_preference(
     arguments: Arguments = None, as_json: Json = False, dry_run: DryRun = False, fresh: Fresh = False
 ) -> None:
@@ -131,38 +131,38 @@ def online_preference(
     _stage("online_preference", "online_preference", arguments or [], {}, as_json, dry_run, fresh)
 
 
-@app.command()
+@app.command(cls=commands.StageCommand)
 def distill(arguments: Arguments = None, as_json: Json = False, dry_run: DryRun = False, fresh: Fresh = False) -> None:
     """Follow a teacher's distribution on the student's own samples, or on written texts."""
     _stage("distill", "distill", arguments or [], {}, as_json, dry_run, fresh)
 
 
-@app.command()
+@app.command(cls=commands.StageCommand)
 def sample(arguments: Arguments = None, as_json: Json = False, dry_run: DryRun = False, fresh: Fresh = False) -> None:
     """Completions of a model to a file, scored and paired if wanted."""
     _stage("sample", "sample", arguments or [], {}, as_json, dry_run, fresh)
 
 
-@app.command()
+@app.command(cls=commands.StageCommand)
 def evaluate(arguments: Arguments = None, as_json: Json = False, dry_run: DryRun = False, fresh: Fresh = False) -> None:
     """Measure a model: proxy and gold with intervals, KL, best-of-n. With reward=DIR and data=PAIRS: a reward."""
     stage = "evaluate_reward" if any(text.startswith("reward=") for text in arguments or []) else "evaluate"
     _stage(stage, stage, arguments or [], {}, as_json, dry_run, fresh)
 
 
-@app.command()
+@app.command(cls=commands.StageCommand)
 def average(arguments: Arguments = None, as_json: Json = False, dry_run: DryRun = False, fresh: Fresh = False) -> None:
     """The mean of several models' weights: WARM of reward models, soups of policies."""
     _stage("average", "average", arguments or [], {}, as_json, dry_run, fresh)
 
 
-@app.command()
+@app.command(cls=commands.StageCommand)
 def label(arguments: Arguments = None, as_json: Json = False, dry_run: DryRun = False, fresh: Fresh = False) -> None:
     """A judge compares completions: preferences marked as its own, and its agreement with people."""
     _stage("label", "label", arguments or [], {}, as_json, dry_run, fresh)
 
 
-@app.command()
+@app.command(cls=commands.StageCommand)
 def revise(arguments: Arguments = None, as_json: Json = False, dry_run: DryRun = False, fresh: Fresh = False) -> None:
     """Constitutional AI: a model answers, criticises its answer by a principle, and revises it, to demonstrations."""
     _stage("revise", "revise", arguments or [], {}, as_json, dry_run, fresh)
@@ -226,7 +226,7 @@ def _method_command(name: str, others: Sequence[str]) -> Any:
         _stage(stage, name, arguments or [], {key: name}, as_json, dry_run, fresh)
 
     alone = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-    alone.command(name, help=f"The {stage} stage with {key}={name}.")(command)
+    alone.command(name, cls=commands.StageCommand, help=f"The {stage} stage with {key}={name}.")(command)
     return typer.main.get_command(alone)
 
 

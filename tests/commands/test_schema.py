@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 from world import klimb
 
-from klimb.commands.schema import config_class, schema
+from klimb.cli import app
+from klimb.commands.schema import config_class, keys, schema
 from klimb.commands.schema import stage_of as stage_of_command
 from klimb.config import load_yaml, shipped_recipes
 from klimb.objective.algorithms import ALGORITHMS
@@ -139,3 +141,21 @@ def leaves(section: dict[str, Any], sections: dict[str, Any], above: str = "") -
             yield from leaves(sections[inner[0]], sections, f"{above}{key}.")
         else:
             yield f"{above}{key}"
+
+
+@pytest.mark.parametrize("command", ["sft", "grpo", "dpo", "evaluate"])
+def test_help_lists_every_key_with_its_default(command: str) -> None:
+    """As deep as they can be set on the command line."""
+    said = CliRunner().invoke(app, [command, "--help"], terminal_width=200)
+    assert said.exit_code == 0
+    listed = {line.split("=")[0].strip() for line in said.output.split("Keys, with their defaults:")[1].splitlines()}
+    assert set(schema(command)["properties"]) <= {key.partition(".")[0] for key in listed}
+    assert {"sft": "optimizer.lr", "grpo": "critic.optimizer.lr", "dpo": "lora.rank", "evaluate": "max_tokens"}[
+        command
+    ] in listed
+
+
+def test_defaults_are_written_as_on_the_command_line() -> None:
+    told = {line.split("=")[0]: line.split("=", 1)[1] for line, _ in keys("grpo")}
+    assert told["optimizer.betas"] == "[0.9, 0.999]"
+    assert (told["lora"], told["measure_kl"], told["failure_limit"], told["model"]) == ("none", "false", "0.05", "")

@@ -142,3 +142,22 @@ def test_other_types_go_the_layers_own_way(dtype: torch.dtype) -> None:
     assert taken(model)
     assert not taken(plain)
     assert torch.equal(Policy(Backbone(model), None)(ragged()).logps, Policy(Backbone(plain), None)(ragged()).logps)
+
+
+class GatedRMSNorm(nn.Module):
+    """As some hybrids have it: a norm by its name and parameters, called with a gate besides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.variance_epsilon = nn.Parameter(torch.ones(24)), 1e-6
+
+    def forward(self, x: Tensor, gate: Tensor) -> Tensor:
+        return x * self.weight * gate
+
+
+def test_a_layer_that_is_called_otherwise_is_left_alone() -> None:
+    model = nn.Sequential(GatedRMSNorm(), nn.Linear(4, 4))
+    native.use(False)
+    fused.take_over(model)
+    assert [type(module).__name__ for module in taken(model)] == ["Linear"]
+    assert not native.takes(torch.ones(1))  # as it was before

@@ -10,7 +10,7 @@ from klimb.batch import Row, TokenBatch
 from klimb.errors import KlimbError
 from klimb.models import logprobs
 from klimb.models.backbone import Backbone
-from klimb.models.faces import Policy, PolicyOutputs, policy_logps, sequence_kl
+from klimb.models.faces import Critic, Policy, PolicyOutputs, policy_logps, sequence_kl
 from klimb.models.load import LoRA
 from klimb.models.logprobs import Head, token_logps
 from klimb.models.packing import Budget, pack, split_by_budget
@@ -258,3 +258,31 @@ def test_a_model_without_layers_to_compute_again_is_refused() -> None:
     backbone.model.model.layers = torch.nn.ModuleList()
     with pytest.raises(KlimbError, match="checkpointing: LlamaForCausalLM has no layers"):
         backbone.checkpoint_activations()
+
+
+def test_the_kl_of_heads_of_two_sizes_is_that_over_the_tokens_that_both_know() -> None:
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(5, 8), torch.randn(11, 8)
+    other = 1.5 * weight
+    padded = torch.cat([other, 50 * torch.ones(3, 8)])
+    for ours, theirs, padding in ((weight, other, (weight, padded)), (other, weight, (padded, weight))):
+        expected = logprobs.full_kl(Head(ours), hidden, Head(theirs), hidden)
+        assert (expected > 0.01).all()
+        assert torch.allclose(logprobs.full_kl(Head(padding[0]), hidden, Head(padding[1]), hidden), expected, atol=1e-6)
+
+
+def test_scores_of_a_model_in_16_bits_are_read_in_32() -> None:
+    """In bfloat16 neighbours of 4 are 1/32 apart."""
+    torch.manual_seed(0)
+    critic = Critic(Backbone(tiny("llama", dtype=torch.bfloat16)), None)
+    with torch.no_grad():
+        critic.value.weight.normal_()
+        critic.value.bias.fill_(4.0)
+    batch = ragged()
+    with torch.no_grad():
+        values = critic(batch)[batch.mask]
+        packed = critic.backbone.pack(batch)
+        states = critic.backbone.packed_states(packed, packed.predictors, packed.read)
+    exact = states.double() @ critic.value.weight.double().t() + 4.0
+    assert values.dtype == torch.float32
+    assert torch.allclose(values.double(), exact.squeeze(1), atol=1e-5)

@@ -247,7 +247,7 @@ def test_what_people_write(spec, expected):
             {"name": "grpo", "importance": {"drop_outside": [2, 1]}},
             "drop_outside: low = 2, high = 1: nothing lies betw",
         ),
-        ({"name": "ppo", "critic": {"value_clip": 0}}, "Critic: value_clip = 0: it has to be above 0"),
+        ({"name": "ppo", "critic": {"value_clip": 0}}, "algorithm.critic: value_clip = 0: it has to be above 0"),
         ({"name": "ppo", "advantage": {"gae": [1, 1.5]}}, r"gae: lam = 1\.5: it has to be at least 0 and at most 1"),
         ({"name": "grpo", "token_filter": "top_entropi"}, "algorithm.token_filter: unknown 'top_entropi'"),
         ("nowhere.py:MINE", "there is no file nowhere.py"),

@@ -106,7 +106,7 @@ def test_a_teacher_of_another_vocabulary(world: World, tmp_path: Path) -> None:
         heads=2, mlp=32, context=CONTEXT, seed=0,
     )  # fmt: skip
     with pytest.raises(
-        ConfigError, match=r"teacher=.*other: its vocabulary is another than the student's.*klimb sample"
+        ConfigError, match=r"teacher=.*other: its vocabulary is another than the trained model's.*klimb sample"
     ):
         play("distill", tmp_path / "run", model=world.model, teacher=str(other), data=world.prompts, max_tokens=4)
 

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from world import SMALL_RL, Played, World, play, tuned_adapter
+from world import CONTEXT, SMALL_RL, WORDS, Played, World, play, tuned_adapter
 
 from klimb.batch import Row, TokenBatch
+from klimb.errors import ConfigError
+from klimb.lab.scratch import make_model, word_tokenizer
 from klimb.models.backbone import Backbone
 from klimb.models.faces import Critic, Policy, policy_logps
-from klimb.models.load import LoRA, load_causal
-from klimb.stages.models import Loaded, load_critic, load_reference
+from klimb.models.load import LoRA, load_causal, reward_facts
+from klimb.stages.models import Loaded, load_critic, load_reference, load_reward_model
 
 LORA = {"rank": 4, "alpha": 8.0}
 CPU, FLOAT = torch.device("cpu"), torch.float32
@@ -173,3 +176,47 @@ def test_a_reward_model_trained_with_an_adapter_is_saved_merged(world: World, tm
         pairs=True,
     )
     assert scored.result["pairs"] > 0
+
+
+def test_a_critic_of_its_own_beside_an_adapter_is_trained_whole_at_the_rate_for_that(
+    world: World, tmp_path: Path
+) -> None:
+    settings = {
+        **SMALL_RL,
+        "optimizer": {},
+        "lora": LORA,
+        "critic": {"model": world.model},
+        "algorithm": "ppo",
+        "steps": 1,
+    }
+    said = play("rl", tmp_path, model=world.model, data=world.prompts, reward="exact", steps=1, **settings).said
+    [policy] = [line for line in said if line.startswith("policy:")]
+    [critic] = [line for line in said if line.startswith("critic:")]
+    assert policy.endswith("(table: rl, LoRA)")
+    assert critic.endswith("lr 1e-05 (table: critic, full)")
+
+
+def test_a_critic_from_a_reward_model_begins_with_what_the_reward_pays(world: World, tmp_path: Path) -> None:
+    """(raw − mean) / std at the end of a text, which is the state before whatever would come next."""
+    done = play("reward", tmp_path, model=world.model, data=world.preferences, steps=2, batch_size=4)
+    facts = reward_facts(done.model)
+    assert facts["std"] != 1
+    session: Any = SimpleNamespace(device=CPU, dtype=FLOAT, checkpointing=False)
+    critic = load_critic(session, loaded(world.model), done.model)
+    judge = load_reward_model(session, done.model)
+    said, further = [Row([14, 1, 0], [9, 10, 1], [False] * 3)], [Row([14, 1, 0], [9, 10, 1, 11], [False] * 3 + [True])]
+    with torch.no_grad():
+        raw = judge(TokenBatch.from_rows([said], [0], ["a"])).item()
+        value = critic(TokenBatch.from_rows([further], [0], ["a"]))[0, -1].item()
+    assert value == pytest.approx((raw - facts["mean"]) / facts["std"], abs=1e-5)
+
+
+@pytest.mark.parametrize("stage", ["preference", "rl"])
+def test_a_reference_of_another_vocabulary(world: World, tmp_path: Path, stage: str) -> None:
+    other = make_model(
+        tmp_path / "other", tokenizer=word_tokenizer((*WORDS[1:], WORDS[0])), architecture="gpt2", hidden=16, layers=1,
+        heads=2, mlp=32, context=CONTEXT, seed=0,
+    )  # fmt: skip
+    own = {"preference": {"data": world.preferences}, "rl": {"data": world.prompts, "reward": "exact", **SMALL_RL}}
+    with pytest.raises(ConfigError, match=r"reference=.*other: its vocabulary is another than the trained model's"):
+        play(stage, tmp_path / "run", model=world.model, reference=str(other), steps=1, **own[stage])

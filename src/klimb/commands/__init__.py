@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 Settings = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="changes to the defaults")]
+
+
+class StageCommand(TyperCommand):
+    """A command that runs a stage: its help ends with every key, its default and what it is."""
+
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        from klimb.commands.schema import keys
+
+        formatter.width = max(formatter.width, min(shutil.get_terminal_size().columns - 2, 118))
+        with formatter.section("Keys, with their defaults"):
+            formatter.write_dl(keys(str(ctx.info_name)), col_max=34)
 
 
 def export(

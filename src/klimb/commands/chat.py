@@ -19,14 +19,13 @@ from klimb.errors import ConfigError, DataError, KlimbError
 from klimb.models.backbone import Backbone
 from klimb.models.code import pinned
 from klimb.models.load import check_vocabulary, load_causal, resolve_device, resolve_dtype
-from klimb.models.place import load_tokenizer
+from klimb.models.place import is_classifier, load_tokenizer
 from klimb.models.probe import probed_policy
 from klimb.report.text import visible
 from klimb.rollout.engine import Request
 from klimb.rollout.local import LocalEngine
 from klimb.rollout.sampling import SamplingParams
 from klimb.stages.common import say_aside, stream_seed
-from klimb.stages.models import is_reward_model
 from klimb.stages.trust import pins_of, problems
 from klimb.types import Message, Prompt, Text
 
@@ -64,7 +63,7 @@ class Speaker:
     def __init__(self, place: str, config: ChatConfig) -> None:
         """place: a run, a model directory or a hub name. Raises KlimbError where no policy can be loaded from it."""
         model, run = model_of(place)
-        if is_reward_model(model):
+        if is_classifier(model):
             raise ConfigError("is a reward model", where=place, why="it scores texts and writes none",
                               fix="chat with a policy; sample … reward=DIR shows its scores")  # fmt: skip
         self.name = run.path.name if run is not None else Path(place).name

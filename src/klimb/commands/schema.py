@@ -36,6 +36,39 @@ def schema(kind: str = "recipe") -> dict[str, Any]:
     }
 
 
+def keys(command: str) -> list[tuple[str, str]]:
+    """Every key of a command's config with its default, `optimizer.lr=none`, and what it is."""
+    found = _stage(stage_of(command))
+    return _keys(found, found.get("$defs", {}), "")
+
+
+def _keys(section: Mapping[str, Any], sections: Mapping[str, Any], above: str) -> list[tuple[str, str]]:
+    lines = []
+    for name, told in section["properties"].items():
+        refs = [each["$ref"] for each in (told, *told.get("anyOf", ()), *told.get("allOf", ())) if "$ref" in each]
+        kind = sections[refs[0].rpartition("/")[2]] if refs else {}
+        given = "" if name in section.get("required", ()) else _spelled(told.get("default"))
+        what = told.get("description", "")
+        if "properties" not in kind:
+            choices = told.get("enum") or kind.get("enum")
+            what = f"{what} ({', '.join(map(str, choices))})".strip() if choices else what
+            lines.append((f"{above}{name}={given}", what))
+            continue
+        if not isinstance(told.get("default", {}), Mapping):
+            lines.append((f"{above}{name}={given}", what or kind.get("description", "")))
+        lines += _keys(kind, sections, f"{above}{name}.")
+    return lines
+
+
+def _spelled(default: Any) -> str:
+    """As it is written on the command line."""
+    if isinstance(default, bool) or default is None:
+        return {True: "true", False: "false", None: "none"}[default]
+    if isinstance(default, list | tuple):
+        return f"[{', '.join(_spelled(each) for each in default)}]"
+    return f"{default:g}" if isinstance(default, float) else "{}" if default == {} else str(default)
+
+
 def stage_of(command: str) -> str:
     """The stage that a command runs: its own name, or that of an algorithm or a loss."""
     if command in STAGES:

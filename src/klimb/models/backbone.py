@@ -118,6 +118,14 @@ class Backbone(nn.Module):
             return self.model(**inputs, logits_to_keep=keep).logits[0]
         return self.model.base_model(**inputs).last_hidden_state[0].index_select(0, keep)
 
+    def packed_states(self, packed: Packed, keep: Tensor, read: Tensor, *, logits: bool = False) -> Tensor:
+        """`states` of a packed batch. Raises KlimbError where a row has more tokens than the model has positions."""
+        if packed.longest > self.context:
+            raise KlimbError(f"a row has {packed.longest} tokens", where=str(self.model.config.name_or_path),
+                             why=f"this model takes {self.context}",
+                             fix="lower max_prompt_tokens or max_tokens, or take a model with more")  # fmt: skip
+        return self.states(packed.tokens, packed.positions, packed.plan, keep, read, logits=logits)
+
     def head(self) -> Head | None:
         """The output layer as a formula, or None when klimb has none for it (then the model's own logits are used)."""
         layer = self.model.get_output_embeddings()

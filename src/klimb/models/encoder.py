@@ -80,6 +80,10 @@ class EncoderReward(nn.Module):
         return torch.stack([found[i] for i in range(len(texts))])
 
     def _called(self, texts: Sequence[Sequence[int]]) -> Tensor:
+        if (longest := max(map(len, texts), default=0)) > self.backbone.context:
+            raise KlimbError(f"a text has {longest} tokens", where=str(self.backbone.model.config.name_or_path),
+                             why=f"this model takes {self.backbone.context}",
+                             fix="lower max_prompt_tokens or max_tokens, or take a model with more")  # fmt: skip
         rows = [torch.tensor(text) for text in texts]
         tokens = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self._pad)
         seen = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)

@@ -46,7 +46,9 @@ class Policy(nn.Module):
 
     def predictions(self, packed: Packed) -> tuple[Head, Tensor]:
         """The head and the states [M, d] that predict the marked tokens."""
-        return self.head(), self.states(packed.tokens, packed.positions, packed.plan, packed.predictors, packed.read)
+        self.backbone.use(self.adapter)
+        states = self.backbone.packed_states(packed, packed.predictors, packed.read, logits=self.own_head)
+        return self.head(), states
 
     def states(
         self, tokens: Tensor, positions: Tensor, plan: AttentionPlan, keep: Tensor, read: Tensor | None
@@ -73,9 +75,13 @@ class Policy(nn.Module):
 
 
 class Critic(nn.Module):
-    """V over a backbone: a linear layer on the state before each marked token; starts at 0, or at a reward model's."""
+    """V over a backbone: a linear layer on the state before each marked token; starts at 0, or at a reward model's
+    head, from whose scores `mean` is taken before they are divided by `std`, as the reward does it."""
 
-    def __init__(self, backbone: Backbone, adapter: str | None = "critic", head: nn.Linear | None = None) -> None:
+    def __init__(
+        self, backbone: Backbone, adapter: str | None = "critic", head: nn.Linear | None = None, mean: float = 0.0,
+        std: float = 1.0,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.backbone = backbone
         self.adapter = adapter
@@ -86,14 +92,15 @@ class Critic(nn.Module):
             if head is None:
                 self.value.weight.zero_()
             else:
-                self.value.weight.copy_(head.weight)
+                self.value.weight.copy_(head.weight / std)
+                self.value.bias.sub_(mean / std)
 
     def forward(self, batch: TokenBatch) -> Tensor:
         """values [B, T] in nats of nothing: the units of the reward. Zero where not masked."""
         packed = self.backbone.pack(batch)
         self.backbone.use(self.adapter)
-        states = self.backbone.states(packed.tokens, packed.positions, packed.plan, packed.predictors, packed.read)
-        return _scatter(self.value(states).squeeze(-1).to(precision(states)), batch)
+        states = self.backbone.packed_states(packed, packed.predictors, packed.read)
+        return _scatter(_exactly(self.value, states).squeeze(-1), batch)
 
     def trainable(self) -> dict[str, nn.Parameter]:
         own = {f"value.{name}": parameter for name, parameter in self.value.named_parameters()}
@@ -139,8 +146,7 @@ class RewardModel(nn.Module):
 
     def _read(self, packed: Packed, places: Tensor, read: Tensor) -> Tensor:
         self.backbone.use("policy")
-        states = self.backbone.states(packed.tokens, packed.positions, packed.plan, places, read)
-        return self.head(states).to(precision(states))
+        return _exactly(self.head, self.backbone.packed_states(packed, places, read))
 
     def trainable(self) -> dict[str, nn.Parameter]:
         own = {f"score.{name}": parameter for name, parameter in self.head.named_parameters()}
@@ -170,6 +176,16 @@ class Verdicts(nn.Module):
 
     def trainable(self) -> dict[str, nn.Parameter]:
         return self.policy.trainable()
+
+
+def _exactly(head: nn.Linear, states: Tensor) -> Tensor:
+    """In float32 at least: in 16 bits scores around 4 are 1/64 or 1/32 apart, and many would be the same."""
+    wide = precision(states)
+    if states.dtype == wide:
+        scores: Tensor = head(states)
+        return scores
+    bias = None if head.bias is None else head.bias.to(wide)
+    return nn.functional.linear(states.to(wide), head.weight.to(wide), bias)
 
 
 def _scatter(values: Tensor, batch: TokenBatch) -> Tensor:

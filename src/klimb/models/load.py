@@ -20,7 +20,7 @@ from transformers import (
 from klimb import native
 from klimb.errors import KlimbError
 from klimb.models import attention, code, fused, nf4
-from klimb.models.place import base_of, check_place, first_line
+from klimb.models.place import base_of, check_place, first_line, is_classifier
 
 DTYPES = {
     "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64,
@@ -40,8 +40,8 @@ class LoRA(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     rank: int = Field(16, ge=1)
-    alpha: float = 32.0
-    targets: str | list[str] = "all-linear"
+    alpha: float = Field(32.0, description="the adapter's product is multiplied by alpha / rank")
+    targets: str | list[str] = Field("all-linear", description="names of linear layers")
     base: Literal["dense", "4bit"] = Field(
         "dense", description="4bit: the frozen weights below as NF4, about half a byte each (QLoRA, arXiv 2305.14314)"
     )
@@ -112,7 +112,7 @@ def load_classifier(
     if (Path(model) / "adapter_config.json").is_file():
         raise KlimbError(f"model={model} is a LoRA adapter; a reward model starts from merged weights: "
                          "export it merged first, or train the stage before without lora")  # fmt: skip
-    fresh = not _is_classifier(model)
+    fresh = not is_classifier(model)
     torch.manual_seed(seed)
     classifier = _from_pretrained(AutoModelForSequenceClassification, model, device, dtype, num_labels=outputs)
     if fresh:
@@ -129,12 +129,6 @@ def score_head(classifier: PreTrainedModel, outputs: int = 1) -> nn.Linear:
             f"output{'s' if outputs > 1 else ''}"
         )
     return head
-
-
-def _is_classifier(model: str) -> bool:
-    config = Path(model) / "config.json"
-    names = json.loads(config.read_text()).get("architectures") if config.is_file() else None
-    return any(name.endswith("ForSequenceClassification") for name in names or [])
 
 
 def _from_pretrained(

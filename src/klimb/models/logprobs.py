@@ -68,15 +68,18 @@ def full_kl(
     """KL(π ‖ π_ref) over the whole vocabulary at each of M states, in nats, without gradient: [M].
 
     Summed over the states of a trajectory it has the expectation of the sequence KL and less variance than any
-    estimator that looks at the chosen token alone (Rao-Blackwell).
+    estimator that looks at the chosen token alone (Rao-Blackwell). Rows for tokens that one head alone has (padding of
+    the vocabulary) are left out.
     """
     kls = []
     with torch.no_grad():
         vocabulary = hidden.shape[1] if head.weight is None else head.weight.shape[0]
         head, reference_head = head.in_precision(), reference_head.in_precision()
         for part in _chunks(len(hidden), vocabulary):
-            logps = (head.logits(hidden[part]) / temperature).log_softmax(-1)
-            reference = (reference_head.logits(reference_hidden[part]) / temperature).log_softmax(-1)
+            logits, reference_logits = head.logits(hidden[part]), reference_head.logits(reference_hidden[part])
+            known = min(logits.shape[1], reference_logits.shape[1])
+            logps = (logits[:, :known] / temperature).log_softmax(-1)
+            reference = (reference_logits[:, :known] / temperature).log_softmax(-1)
             kls.append((logps.exp() * (logps - reference)).sum(-1))
     return torch.cat(kls) if kls else hidden.new_zeros(0)
 

@@ -25,7 +25,7 @@ class Packed:
     tokens, positions [N]. predictors [M]: flat place of the token whose hidden state predicts the marked token (so
     of the state that its value is of); marked [M]: its own flat place; targets [M]: its id. last [R]: flat place of
     each row's last token, and last_sample [R] whose row it is. read, ends: the places of predictors and of last, once
-    each and in order, and some more where `pack` fills up to a multiple.
+    each and in order, and some more where `pack` fills up to a multiple. longest: tokens of the longest row.
     """
 
     tokens: Tensor
@@ -38,6 +38,7 @@ class Packed:
     last_sample: Tensor
     read: Tensor
     ends: Tensor
+    longest: int
 
 
 def pack(batch: TokenBatch, device: torch.device, whole: int = 1) -> Packed:
@@ -82,10 +83,11 @@ def pack(batch: TokenBatch, device: torch.device, whole: int = 1) -> Packed:
         tokens.extend([0] * filler)
         positions.extend([0] * filler)
     as_tensor = lambda values: torch.tensor(values, dtype=torch.long, device=device)  # noqa: E731
+    read, ends = (as_tensor(_whole(places, len(tokens), whole)) for places in (predictors, last))
     return Packed(
         as_tensor(tokens), as_tensor(positions), PackedAttention(spans, device), as_tensor(predictors),
-        as_tensor(marked), as_tensor(targets), as_tensor(last), as_tensor(last_sample),
-        *(as_tensor(_whole(places, len(tokens), whole)) for places in (predictors, last)),
+        as_tensor(marked), as_tensor(targets), as_tensor(last), as_tensor(last_sample), read, ends,
+        longest=1 + max(positions, default=-1),
     )  # fmt: skip
 
 

@@ -41,18 +41,37 @@ def base_of(model: str) -> str:
 
 def declared_context(model: str) -> int:
     """`context_length` before the weights are loaded."""
+    return context_length(_config(model))
+
+
+def is_classifier(model: str) -> bool:
+    """Are the weights there those of a sequence classifier, such as a reward model? No adapter is one."""
+    if (Path(model) / "adapter_config.json").is_file():
+        return False
+    return any(name.endswith("ForSequenceClassification") for name in _config(model).architectures or [])
+
+
+def _config(model: str) -> PretrainedConfig:
     base = base_of(model)
     check_place(base)
     try:
-        return context_length(AutoConfig.from_pretrained(base, **code.loading(base)))
+        found: PretrainedConfig = AutoConfig.from_pretrained(base, **code.loading(base))
+        return found
     except (OSError, ValueError, KeyError) as error:
         raise KlimbError(f"model={model}: cannot be loaded ({first_line(error)})") from None
+
+
+_FROM_PADDING = frozenset(
+    {"roberta", "xlm-roberta", "camembert", "roberta-prelayernorm", "data2vec-text", "longformer"}
+)
+"""Families whose first position is the one behind their padding's: BERT's 512 tokens of 514 positions."""
 
 
 def context_length(config: PretrainedConfig) -> int:
     """Longest sequence the positions allow."""
     config = config.get_text_config()
-    return int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 1 << 30)
+    found = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 1 << 30
+    return int(found) - (config.pad_token_id + 1 if config.model_type in _FROM_PADDING else 0)
 
 
 def check_place(model: str) -> None:

@@ -164,23 +164,22 @@ def _parse_kl(spec: Any, base: KL) -> KL:
 
 def _construct(where: str, kind: type, arguments: Any) -> Any:
     """kind(...), with the arguments as numbers."""
+    known = [field.name for field in fields(kind)] if is_dataclass(kind) else None
+    listed, named = [], {}
     if isinstance(arguments, Mapping):
         named = {key: _number(f"{where}.{key}", value) for key, value in arguments.items()}
-        known = [field.name for field in fields(kind)] if is_dataclass(kind) else list(named)
         for key in named:
-            if key not in known:
+            if known is not None and key not in known:
                 raise unknown_name(f"{where}: unknown argument", key, known)
-        return kind(**named)
-    if arguments is None:
-        return kind()
-    listed = arguments if isinstance(arguments, list | tuple) else [arguments]
-    known = [field.name for field in fields(kind)] if is_dataclass(kind) else []
-    if known and len(listed) > len(known):
-        raise ValueError(f"{where}: takes {', '.join(known)} at most, got {len(listed)} values: {listed}.")
+    elif arguments is not None:
+        given = arguments if isinstance(arguments, list | tuple) else [arguments]
+        if known and len(given) > len(known):
+            raise ValueError(f"{where}: takes {', '.join(known)} at most, got {len(given)} values: {given}.")
+        listed = [_number(where, value) for value in given]
     try:
-        return kind(*(_number(where, value) for value in listed))
-    except TypeError as error:
-        raise ValueError(f"{where}: {error}; got {listed}.") from None
+        return kind(*listed, **named)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: {str(error).removeprefix(f'{kind.__name__}: ')}") from None
 
 
 def _number(where: str, value: Any) -> float | bool | None:

@@ -48,14 +48,14 @@ _STATE = ("step", "exp_avg", "exp_avg_sq", "exp_avg_scale", "exp_avg_sq_scale")
 class Optimizer(StageConfig):
     """AdamW (Loshchilov & Hutter 2019) with warm-up, decay and a bound on the gradient's global norm."""
 
-    lr: float | None = Field(None, gt=0, description="None: by stage, full or LoRA, from the printed table")
+    lr: float | None = Field(None, gt=0, description="none: by stage, full or LoRA, from the printed table")
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = Field(0.0, ge=0)
-    warmup_steps: int = Field(0, ge=0)
+    warmup_steps: int = Field(0, ge=0, description="updates in which the rate rises from 0")
     decay: Literal["constant", "linear", "cosine"] = "constant"
     final_lr: float = Field(0.0, ge=0, le=1, description="share of lr left at the end of the decay")
-    max_grad_norm: float | None = Field(1.0, gt=0)
+    max_grad_norm: float | None = Field(1.0, gt=0, description="a longer gradient is scaled down to it")
     state: Literal["fp32", "8bit"] = Field("fp32", description="AdamW's moments: 8 or 2 bytes a trained parameter")
 
 

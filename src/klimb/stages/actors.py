@@ -45,14 +45,14 @@ class RlConfig(WithTask, TrainConfig):
 
     from_task: ClassVar = ("data", "columns", "reward", "max_tokens", "measure")
 
-    reward: Given
+    reward: Given = Field(description="a name, one with options, my_file.py:function, a model's directory, or a sum")
     gold: Given = Field(None, description="held-out judge of the same completions; training never sees it")
-    algorithm: Given = "grpo"
-    steps: int = Field(100, ge=1)
-    prompts_per_step: int = Field(64, ge=1)
-    samples_per_prompt: int = Field(8, ge=1)
-    updates_per_step: int = Field(1, ge=1)
-    max_prompt_tokens: int | None = Field(None, ge=1)
+    algorithm: Given = Field("grpo", description="a name, or {name: grpo, kl: {beta: 0.05}}; see klimb algorithms")
+    steps: int = Field(100, ge=1, description="batches of samples")
+    prompts_per_step: int = Field(64, ge=1, description="prompts of a batch")
+    samples_per_prompt: int = Field(8, ge=1, description="the size of a group")
+    updates_per_step: int = Field(1, ge=1, description="parts of a batch, an update each")
+    max_prompt_tokens: int | None = Field(None, ge=1, description="longer prompts are reported, see on_bad")
     max_tokens: int = Field(256, ge=1, description="longest completion")
     temperature: float = Field(1.0, gt=0)
     reference: str | None = Field(None, description="π_ref; default: where training starts")

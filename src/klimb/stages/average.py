@@ -28,7 +28,7 @@ from klimb.errors import ConfigError, KlimbError
 from klimb.models.backbone import Backbone
 from klimb.models.faces import RewardModel, reward_scores
 from klimb.models.load import load_causal, load_classifier, reward_facts, save_causal, save_classifier
-from klimb.models.place import context_length, load_tokenizer
+from klimb.models.place import context_length, is_classifier, load_tokenizer
 from klimb.runtime.plan import Learning, Work
 from klimb.runtime.ranks import rank
 from klimb.runtime.run import Run
@@ -37,7 +37,7 @@ from klimb.stages.baselines import accuracy_of
 from klimb.stages.common import RunConfig, Session
 from klimb.stages.given import Data
 from klimb.stages.memory import of_judging
-from klimb.stages.models import is_reward_model, model_folder
+from klimb.stages.models import model_folder
 from klimb.stages.reward_kinds.comparisons import batch_of
 
 
@@ -56,7 +56,7 @@ class AverageConfig(RunConfig):
         return values
 
     def work(self, context: int) -> Work:
-        kind = is_reward_model(self.model)
+        kind = is_classifier(self.model)
         one = Learning(self.model, classifier=kind)
         return Work(one, of_judging(self, context).shape, trains=False, frozen=(("sum of the weights", one),))
 
@@ -74,7 +74,7 @@ class AverageConfig(RunConfig):
 def train(config: AverageConfig, run: Run, interrupt: Interrupt, say: Any) -> dict[str, Any]:
     """Named as in the other stages: it is what the stage does. Nothing is trained."""
     session = Session.begin(config, run, interrupt, say)
-    kinds = {model: is_reward_model(model) for model in config.models}
+    kinds = {model: is_classifier(model) for model in config.models}
     if len(set(kinds.values())) > 1:
         raise ConfigError("reward models and others cannot be averaged", where="models", fix="give models of one kind")
     if kinds[config.model] and config.data is None:
@@ -102,7 +102,7 @@ def train(config: AverageConfig, run: Run, interrupt: Interrupt, say: Any) -> di
 
 
 def load(session: Session, model: str) -> PreTrainedModel:
-    if is_reward_model(model):
+    if is_classifier(model):
         return load_classifier(model, session.device, session.dtype)
     return Backbone(*load_causal(model, session.device, session.dtype)).model  # with a LoRA adapter merged into it
 

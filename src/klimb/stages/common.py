@@ -57,14 +57,15 @@ class RunConfig(StageConfig):
     trust_remote_code: bool = Field(False, description="run the Python code that comes with the model; read it before")
     revision: str | None = Field(None, description="commit of a hub model, 40 hex digits")
     seed: int = Field(0, ge=0)
-    device: str = "auto"
-    dtype: str = "auto"
+    device: str = Field("auto", description="auto: cuda, else mps where nothing is sampled, else cpu")
+    dtype: str = Field("auto", description="auto: bfloat16 on a GPU that computes in it, else float32")
     threads: int | None = Field(None, ge=1, description="CPU threads; default: all cores")
     token_budget: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         "auto", description="flat tokens in a micro-batch; changes memory, not results. auto: 1024 on a CPU, else 8192"
     )
     kernels: Literal["auto", "native", "torch"] = Field(
-        "auto", description="who computes attention and small layers in float32 on a CPU; auto: klimb's C, else torch"
+        "auto",
+        description="who computes attention and small layers on a CPU; auto: klimb's C, else torch",
     )
     method: str = Field("", description="how the result is called in tables and pictures")
 
@@ -90,7 +91,7 @@ class RunConfig(StageConfig):
 class TrainConfig(RunConfig):
     """Settings that all training stages share."""
 
-    data: Data
+    data: Data = Field(description="file, several, or hub name: owner/name[/config][:split]")
     lora: LoRA | None = None
     optimizer: Optimizer = Optimizer()
     checkpointing: Literal["auto", "on", "off"] = Field(
@@ -105,9 +106,9 @@ class SupervisedConfig(TrainConfig):
     """Settings of the stages that pass over rows: for how long, and what is held out."""
 
     steps: int | None = Field(None, ge=1, description="default: `epochs` passes over the data")
-    epochs: float = Field(1.0, gt=0)
+    epochs: float = Field(1.0, gt=0, description="passes over the data, where no steps are given")
     max_tokens: int | None = Field(None, ge=1, description="longest row; default: the model's context")
-    eval_data: Data = None
+    eval_data: Data = Field(None, description="held-out rows; or eval_fraction of `data`")
     eval_fraction: float = Field(0.0, ge=0, lt=1, description="share of the prompts held out, by hash")
     eval_every: int = Field(50, ge=1)
 
@@ -223,9 +224,10 @@ class Session:
         """A learner that checkpoints know by `name`; its rate is the optimizer's or the table's."""
         if not parameters:
             raise ConfigError(f"{name}: nothing to train, the model has no trainable parameter")
-        rate = optimizer.lr if optimizer.lr is not None else LEARNING_RATES[stage][config.lora is not None]
+        lora = any("lora_" in path for path in parameters)  # a critic of its own is trained whole beside an adapter
+        rate = optimizer.lr if optimizer.lr is not None else LEARNING_RATES[stage][lora]
         trained = sum(p.numel() for p in parameters.values())
-        source = "" if optimizer.lr is not None else f" (table: {stage}, {'LoRA' if config.lora else 'full'})"
+        source = "" if optimizer.lr is not None else f" (table: {stage}, {'LoRA' if lora else 'full'})"
         self.say(f"{name}: {trained:,} trained parameters, lr {rate:g}{source}")
         self.learners[name] = Learner(
             parameters, optimizer, lr=rate, total_steps=total_steps, budget=self.token_budget, say=self.say,

@@ -17,7 +17,6 @@ from klimb import metrics
 from klimb.batch import BatchTotals, Row, TokenBatch, sample_rows
 from klimb.data.load import load_examples, load_prompts
 from klimb.data.sampler import Sampler
-from klimb.errors import ConfigError
 from klimb.metrics import Metrics
 from klimb.models.faces import Policy, divergence
 from klimb.objective.supervised import distillation_loss, generalised_jsd
@@ -31,7 +30,7 @@ from klimb.stages.common import Session, TrainConfig, stream_seed
 from klimb.stages.evaluate import Judges, Measurement, local_engine
 from klimb.stages.experience import requests
 from klimb.stages.memory import of_distilling
-from klimb.stages.models import load_policy, load_reference, load_texts, prompt_room
+from klimb.stages.models import check_same_tokens, load_policy, load_reference, load_texts, prompt_room
 from klimb.stages.task import WithTask
 from klimb.types import Example, Group
 
@@ -78,7 +77,7 @@ def preview(config: DistillConfig) -> list[str]:
 def train(config: DistillConfig, run: Run, interrupt: Interrupt, say: Any) -> dict[str, Any]:
     session = Session.begin(config, run, interrupt, say)
     renderer, context = load_texts(config.model)
-    check_same_tokens(renderer.tokenizer, load_texts(config.teacher)[0].tokenizer, config)
+    check_same_tokens(renderer.tokenizer, load_texts(config.teacher)[0].tokenizer, f"teacher={config.teacher}")
     room = prompt_room(context, config.max_tokens)
     prompts = session.read(load_prompts, config.data, config, renderer, min(config.max_prompt_tokens or room, room))
     written = None
@@ -140,17 +139,3 @@ def batch_of(groups: Sequence[Group], examples: Sequence[Example]) -> TokenBatch
     ids = [sample.id for group in groups for sample in group.samples]
     rows += [[Row(e.prompt, e.completion, e.mask)] for e in examples]
     return TokenBatch.from_rows(rows, range(len(rows)), ids + [e.id for e in examples])
-
-
-def check_same_tokens(student: Any, teacher: Any, config: DistillConfig) -> None:
-    """Raises ConfigError where an id means different tokens: distributions over them could not be compared."""
-    ours, theirs = student.get_vocab(), teacher.get_vocab()
-    if ours == theirs:
-        return
-    token = min(token for token in {*ours, *theirs} if ours.get(token) != theirs.get(token))
-    here, there = ours.get(token, "none"), theirs.get(token, "none")
-    raise ConfigError(
-        f"teacher={config.teacher}: its vocabulary is another than the student's", where="distill",
-        why=f"token {token!r} has the id {here} in {config.model} and {there} there",
-        fix="distil within a family, or let the teacher write texts (klimb sample) and learn them (klimb sft)",
-    )  # fmt: skip

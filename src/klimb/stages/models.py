@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from klimb.data.render import Renderer
 from klimb.data.template import RenderError
@@ -28,7 +28,7 @@ from klimb.models.load import (
     save_causal,
     score_head,
 )
-from klimb.models.place import declared_context, load_tokenizer
+from klimb.models.place import declared_context, is_classifier, load_tokenizer
 from klimb.models.probe import probed_policy
 from klimb.models.rated import Judge, Ordinal, WrittenRatings
 from klimb.runtime import durable
@@ -126,10 +126,14 @@ def load_reference(session: Session, policy: Loaded, reference: str | None = Non
 
     moves: its weights are going to follow the policy's, so that on LoRA it is an adapter of its own.
 
+    Raises ConfigError where the named one has other tokens: log-probs of the two would be of different texts.
+
     On LoRA nothing is loaded twice: the reference is the base with the adapter off, or a frozen copy of the adapter
     that training started from, which is another thing than the base.
     """
     backbone, named = policy.backbone, reference or policy.source
+    if named != policy.source:
+        check_same_tokens(policy.renderer.tokenizer, load_tokenizer(named), f"reference={named}")
     if named == policy.source and backbone.peft is not None and not backbone.started_from_adapter and not moves:
         return Policy(backbone, None, policy.policy.own_head)
     if reference is None and backbone.peft is not None:
@@ -143,11 +147,26 @@ def load_reference(session: Session, policy: Loaded, reference: str | None = Non
     return Policy(frozen, None, policy.policy.own_head)
 
 
+def check_same_tokens(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase, place: str) -> None:
+    """Raises ConfigError where an id means different tokens: distributions over them could not be compared."""
+    mine, other = ours.get_vocab(), theirs.get_vocab()
+    if mine == other:
+        return
+    token = min(token for token in {*mine, *other} if mine.get(token) != other.get(token))
+    here, there = mine.get(token, "none"), other.get(token, "none")
+    raise ConfigError(
+        "its vocabulary is another than the trained model's", where=place,
+        why=f"token {token!r} has the id {here} in the trained model and {there} there",
+        fix="take one of the same family; a teacher of another can write texts (klimb sample) to learn (klimb sft)",
+    )  # fmt: skip
+
+
 def load_critic(session: Session, policy: Loaded, model: str | None) -> Critic:
     """The critic starts from a reward model's weights and head, or as a copy of the policy with a head of zeros."""
-    if model is not None and is_reward_model(model):
-        classifier = load_classifier(model, session.device, session.dtype)
-        return Critic(_trained(session, Backbone(classifier)), None, score_head(classifier))
+    if model is not None and is_classifier(model):
+        classifier, facts = load_classifier(model, session.device, session.dtype), reward_facts(model)
+        scale = {name: float(facts[name]) for name in ("mean", "std") if name in facts}
+        return Critic(_trained(session, Backbone(classifier)), None, score_head(classifier), **scale)
     backbone = policy.backbone
     if model is None and backbone.peft is not None:
         backbone.add_adapter("critic", "policy")
@@ -196,11 +215,3 @@ def _trained(session: Session, backbone: Backbone) -> Backbone:
     if session.checkpointing:
         backbone.checkpoint_activations()
     return backbone
-
-
-def is_reward_model(model: str) -> bool:
-    config = Path(model) / "config.json"
-    if not config.is_file():
-        return False
-    names = json.loads(config.read_text()).get("architectures") or []
-    return any(name.endswith("ForSequenceClassification") for name in names)

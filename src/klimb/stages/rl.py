@@ -82,9 +82,9 @@ def train(config: RlConfig, run: Run, interrupt: Interrupt, say: Any) -> dict[st
         )  # fmt: skip
 
     actors.loaded.save(run.model)
-    stays = actors.algorithm.reference is None or actors.loaded.backbone.started_from_adapter
-    reference = actors.reference if stays else None
-    reference = reference or (load_reference(session, actors.loaded, config.model) if judges else None)
+    reference = actors.reference if actors.algorithm.reference is None else None  # one that moved is no start any more
+    if judges and reference is None:
+        reference = load_reference(session, actors.loaded, config.reference or config.model)
     evaluation = judges.evaluate(actors.policy, reference, "evaluate") if judges and reference else None
     return {"model": str(run.model), "steps": taken, "algorithm": describe(actors.algorithm),
             "evaluation": evaluation}  # fmt: skip
