@@ -150,7 +150,7 @@ def test_help_lists_every_key_with_its_default(command: str) -> None:
     assert said.exit_code == 0
     listed = {line.split("=")[0].strip() for line in said.output.split("Keys, with their defaults:")[1].splitlines()}
     assert set(schema(command)["properties"]) <= {key.partition(".")[0] for key in listed}
-    assert {"sft": "optimizer.lr", "grpo": "critic.optimizer.lr", "dpo": "lora.rank", "evaluate": "max_tokens"}[
+    assert {"sft": "optimizer.lr", "grpo": "critic.optimizer.lr", "dpo": "lora.rank", "evaluate": "measure.max_tokens"}[
         command
     ] in listed
 
