@@ -1,4 +1,4 @@
-"""README's "Your own data", its commands taken from the text and run in an empty folder."""
+"""README's "Your own data", its commands taken from the text and run in an empty folder; GUIDE's recipe."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ from tiny import chat_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from world import lines
 
+from klimb.config import parse_yaml
+from klimb.stages.pipeline import check_recipe
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -24,6 +27,22 @@ def commands(model: str) -> str:
     script, named = re.subn(r"^DIR=\S+", f"DIR={model}", script, flags=re.MULTILINE)
     assert named == 1
     return script
+
+
+def test_commands_can_be_pasted_into_zsh_too() -> None:
+    """Typed in, it takes `#` for a word and brackets for file names; and a `\\` at an end takes in the next line."""
+    blocks = re.findall(r"^```\n(.*?)^```$", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    assert blocks
+    for block in blocks:
+        typed = re.sub(r"<<'END'\n.*?^END$", "", block, flags=re.MULTILINE | re.DOTALL)
+        assert not re.search(r"(^|\s)#|[][]", typed), typed
+        assert not typed.rstrip().endswith("\\")
+
+
+def test_the_recipe_of_the_guide_is_one() -> None:
+    section = (ROOT / "docs" / "GUIDE.md").read_text().split("\n## Recipes and keys\n")[1].split("\n## ")[0]
+    [text] = re.findall(r"^```yaml\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
+    assert [*check_recipe("sums", parse_yaml(text))["stages"]] == ["sft", "grpo"]
 
 
 @pytest.mark.slow

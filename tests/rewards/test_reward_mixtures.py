@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from klimb.config import parse_value
 from klimb.errors import RewardError
+from klimb.rewards.catalogue import pages
 from klimb.rewards.normalise import Normalised
 from klimb.rewards.protocol import Failure, FakeReward, Scores
 from klimb.rewards.scorer import Scorer
@@ -201,3 +204,16 @@ def test_what_was_opened_is_closed_when_a_later_part_is_wrong() -> None:
     with pytest.raises(RewardError, match="unknown reward 'exct'"):
         parse_reward({"gate": {"when": first, "then": "exct", "else": 0}})
     assert first.closed
+
+
+@pytest.mark.parametrize("source", ["gate", "product"])
+def test_the_documented_mixtures_pay_a_right_answer_in_its_form_and_nothing_else(source: str) -> None:
+    """The specs are read out of the pages that `klimb reward --list` and docs/REWARDS.md show."""
+    [page] = [page for page in pages() if page.name == source]
+    [spec] = re.findall(rf"``(\{{{source}: .*\}})``", page.text)
+    texts = [
+        "<think>3 + 4</think> <answer>7</answer>", "<think>3 + 4</think>\n<answer> 7 </answer>",
+        "<think>3 + 4</think> <answer>8</answer>", "<answer>7</answer>", "7",
+    ]  # fmt: skip
+    assert scored(parse_value(spec), texts, answer=["7"] * 5).values == [1, 1, 0, 0, 0]
+    assert spec in (Path(__file__).parents[2] / "docs" / "GUIDE.md").read_text() or source == "product"

@@ -106,7 +106,7 @@ class part:
 
 @dataclass(frozen=True, slots=True)
 class product:
-    """Π of the parts, as ``{product: [exact, {format: {tags: think}}]}``; None where a part abstains.
+    """Π of the parts, as ``{product: [numeric, {format: {tags: [think, answer]}}]}``; None where a part abstains.
 
     A row of which two factors are negative fails: two faults would make a reward.
     """
@@ -116,7 +116,8 @@ class product:
 class gate:
     """`then` where `when` lies above a bound, `else` where it does not: format before content.
 
-    Only the rows that pass are shown to `then`. As ``{gate: {when: {format: {tags: think}}, then: exact, else: 0}}``.
+    Only the rows that pass are shown to `then`, each as a whole, tags included. As
+    ``{gate: {when: {format: {tags: [think, answer]}}, then: {regex: {pattern: '<answer>(.*?)</answer>'}}, else: 0}}``.
     """
 
     when: Annotated[Any, "the reward that opens"]

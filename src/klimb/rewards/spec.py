@@ -19,9 +19,9 @@
                                                          less the mean and by the std of all scores so far, within ±5
     reward: {reward: runs/prm/model, dense: true}        a model of steps, each of which is paid where it ends
     reward: {http: {url: "http://scores:8000/score"}}    a server (remote.py)
-    reward: {product: [exact, {format: {tags: think}}]}
-    reward: {gate: {when: {format: {tags: think}}, then: exact, else: 0}}
-                                                         `then` where `when` is above 0 (or `above`); null: no score
+    reward: {product: [numeric, {format: {tags: [think, answer]}}]}
+    reward: {gate: {when: {format: {tags: [think, answer]}}, then: {regex: {pattern: '<answer>(.*?)</answer>'}},
+                    else: 0}}                            `then` where `when` is above 0 (or `above`); null: no score
     reward: {route: {column: source, to: {math: numeric, code: {code: {tests: test}}}}}
                                                          by a column of the data
 
