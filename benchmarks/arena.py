@@ -48,14 +48,22 @@ _TWO_REWARDS = ["${world.reward}", "${world.readable}"]
 _STALE = {"prompts_per_step": 720, "steps": 3, "updates_per_step": 15}
 """As many updates of as many samples as the others, from three batches: the last fifteenth of each was drawn by weights
 of 14 updates ago."""
+_ONE_BATCH = {"prompts_per_step": 2160, "steps": 1, "updates_per_step": 45}
+"""The same from a single batch: the last was drawn by weights of 44 updates ago."""
 CONTROLS: Mapping[str, dict[str, Any]] = {
     "grpo, clip-higher": {"algorithm": {"name": "grpo", "kl": "none", "surrogate": {"clip": [0.2, 0.28]}}},
     "grpo, shuffled rewards": {"reward": f"{HERE / 'arena_rewards.py'}:shuffled"},
     "grpo, two rewards": {"reward": _TWO_REWARDS},
     "grpo, stale": _STALE,
+    "grpo, one batch": _ONE_BATCH,
     # A weight held at 1 is no ratio at all; one of at most 2 is truncated importance sampling.
     "grpo, stale, no ratio": {**_STALE, "algorithm": {"name": "grpo", "kl": "none", "surrogate": {"cispo": [0, 0]}}},
     "grpo, stale, TIS": {**_STALE, "algorithm": {"name": "grpo", "kl": "none", "surrogate": {"cispo": [1, 1]}}},
+    "grpo, one batch, no ratio": {
+        **_ONE_BATCH,
+        "algorithm": {"name": "grpo", "kl": "none", "surrogate": {"cispo": [0, 0]}},
+    },
+    "grpo, one batch, TIS": {**_ONE_BATCH, "algorithm": {"name": "grpo", "kl": "none", "surrogate": {"cispo": [1, 1]}}},
 }
 """Of mini-countdown."""
 OWN: Mapping[str, dict[str, Any]] = {"gdpo": {"reward": _TWO_REWARDS}}

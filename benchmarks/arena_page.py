@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,9 @@ CLAIMS = (
     ("grpo, stale", "sft", "not below"),
     ("grpo, stale, TIS", "sft", "not below"),
     ("grpo, stale, no ratio", "sft", "below"),
+    ("grpo, one batch", "sft", "not below"),
+    ("grpo, one batch, TIS", "sft", "not below"),
+    ("grpo, one batch, no ratio", "sft", "below"),
     ("gdpo", "grpo, two rewards", "unknown"),
 )
 """Controls of mini-countdown: what is compared with what, and what has to come out."""
@@ -35,6 +39,8 @@ STYLE = (
 )
 ONLINE = ("pass@1", "pass@16", "kl", "entropy", "length", "seconds", "drawn")
 OFFLINE = ("pass@1", "pass@16", "kl", "chosen_log_ratio", "displaced", "length", "seconds")
+LINE = 19.0
+"""Height of a method in the picture."""
 LABELS = {"chosen_log_ratio": "chosen drift", "kl": "KL"}
 GOLD = {"pass@1": "gold", "pass@16": "gold of 16"}
 """In the clerk's world; of 16 replies the one that the learned reward likes best."""
@@ -180,35 +186,56 @@ def _cell(rows: Sequence[dict[str, Any]], column: str) -> str:
 
 
 def picture(rows: Sequence[dict[str, Any]]) -> str:
-    """A column a contest: every method's first figure, seed by seed, with its interval; dashed: the start."""
+    """A column a contest: every method's first figure, seed by seed, with its interval; dashed: the start. What lies so
+    far off that the others could not be told apart stands at the edge with its mean."""
     rows = [row for row in rows if "error" not in row]
     contests = [name for name in TITLES if any(row["contest"] == name for row in rows)]
     tallest = max((len({row["method"] for row in rows if row["contest"] == name}) for name in contests), default=1)
-    width, height, line = 420.0, 60.0 + 19 * tallest, 19.0
+    width, height = 420.0, 60.0 + LINE * tallest
     parts = [charts.tag("style", STYLE)]
     for place, name in enumerate(contests):
-        own = [row for row in rows if row["contest"] == name]
-        values = [row["pass@1"] for row in own]
-        frame = Frame(place * width + 150, 40, width - 170, height - 60, charts.span(values), (0, 1))
-        parts.append(charts.tag("text", TITLES[name], x=place * width + 8, y=18.0))
-        for tick in charts.ticks(*frame.x, 4):
-            x = frame.px(tick)
-            parts.append(charts.tag("path", d=f"M{x:.1f} 34V{height - 20:.1f}", class_="grid"))
-            parts.append(charts.tag("text", charts.tick_label(tick), x=x - 8, y=height - 6))
-        start = [row["pass@1"] for row in own if row["method"] == "sft"]
-        if start:
-            x = frame.px(sum(start) / len(start))
-            parts.append(charts.tag("path", d=f"M{x:.1f} 34V{height - 20:.1f}", class_="start"))
-        scores: dict[str, list[float]] = {}
-        for row in own:
-            scores.setdefault(row["method"], []).append(row["pass@1"])
-        for index, (method, found) in enumerate(sorted(scores.items(), key=lambda item: -sum(item[1]) / len(item[1]))):
-            y = 46 + line * index
-            parts.append(charts.tag("text", method, x=place * width + 8, y=y + 4))
-            if len(found) > 1:
-                interval = seeds_interval(found)
-                low, high = (frame.px(min(max(v, frame.x[0]), frame.x[1])) for v in (interval.low, interval.high))
-                parts.append(charts.tag("path", d=f"M{low:.1f} {y:.1f}H{high:.1f}", class_="bar"))
-            parts += [charts.tag("circle", cx=frame.px(value), cy=y, r=3.0, class_="seed") for value in found]
+        parts += _column(
+            name, _by_method([row for row in rows if row["contest"] == name]), place * width, width, height
+        )
     drawn = charts.svg(parts, width * max(len(contests), 1), height, "The arena: every method on equal terms")
     return str(drawn).replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
+
+
+def _column(
+    contest: str, ran: Mapping[str, Sequence[dict[str, Any]]], left: float, width: float, height: float
+) -> list[Any]:
+    means = {method: _mean(own, "pass@1") for method, own in ran.items()}
+    low, high = _usual(list(means.values()), means.get("sft"))
+    inside = [row["pass@1"] for method, own in ran.items() for row in own if low <= means[method] <= high]
+    frame = Frame(left + 150, 40, width - 170, height - 60, charts.span(inside), (0, 1))
+    parts = [charts.tag("text", TITLES[contest], x=left + 8, y=18.0)]
+    for tick in charts.ticks(*frame.x, 4):
+        x = frame.px(tick)
+        parts.append(charts.tag("path", d=f"M{x:.1f} 34V{height - 20:.1f}", class_="grid"))
+        parts.append(charts.tag("text", charts.tick_label(tick), x=x - 8, y=height - 6))
+    if "sft" in means:
+        parts.append(charts.tag("path", d=f"M{frame.px(means['sft']):.1f} 34V{height - 20:.1f}", class_="start"))
+    for index, method in enumerate(sorted(means, key=lambda method: -means[method])):
+        y = 46 + LINE * index
+        parts.append(charts.tag("text", method, x=left + 8, y=y + 4))
+        found = [row["pass@1"] for row in ran[method]]
+        if not low <= means[method] <= high:
+            below, told = means[method] < low, number(means[method], 3)
+            x = frame.px(frame.x[0]) - 4 if below else frame.px(frame.x[1]) - 44
+            parts.append(charts.tag("text", f"← {told}" if below else f"{told} →", x=x, y=y + 4))
+            continue
+        if len(found) > 1:
+            interval = seeds_interval(found)
+            ends = (frame.px(min(max(v, frame.x[0]), frame.x[1])) for v in (interval.low, interval.high))
+            parts.append(charts.tag("path", d="M{:.1f} {y:.1f}H{:.1f}".format(*ends, y=y), class_="bar"))
+        parts += [charts.tag("circle", cx=frame.px(value), cy=y, r=3.0, class_="seed") for value in found]
+    return parts
+
+
+def _usual(means: Sequence[float], start: float | None) -> tuple[float, float]:
+    """Three interquartile ranges beyond the quartiles (Tukey's outer fences), or twice the way from the start."""
+    if len(means) < 4:
+        return -math.inf, math.inf
+    first, middle, third = statistics.quantiles(means, n=4)
+    reach = max(3 * (third - first), 0.0 if start is None else 2 * abs(middle - start))
+    return first - reach, third + reach
