@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,8 @@ from world import World, lines, play, write
 import klimb
 from klimb import native
 from klimb.errors import RewardError
+from klimb.stages.sample import Keep, comparisons, demonstrations
+from klimb.types import Group, Prompt, Sample
 
 
 def test_sft_learns_eight_rows_by_heart(world: World, tmp_path: Path) -> None:
@@ -155,6 +158,20 @@ def test_sample_writes_scored_replies_and_comparisons(world: World, tmp_path: Pa
     assert done.result["pairs"] + done.result["left_out"] == 6 * 8 // 2
     scores = {(row["prompt"], row["completion"]): row["score"] for row in samples}
     assert all(scores[p["prompt"], p["chosen"]] > scores[p["prompt"], p["rejected"]] for p in pairs)
+
+
+@pytest.mark.parametrize("conversational", [False, True])
+def test_a_reply_that_says_nothing_is_no_demonstration_and_in_no_comparison(conversational: bool) -> None:
+    def sample(index: int, text: str, score: float) -> Sample:
+        reply: Any = [{"role": "assistant", "content": text}] if conversational else text
+        return Sample("p", index, [], "stop", reply, score=score)
+
+    texts = ["", "yes", "no", "yes"]
+    group = Group(Prompt("p", [], "?"), [sample(i, text, float(-i)) for i, text in enumerate(texts)])
+    [kept] = demonstrations([group], Keep())
+    assert kept["completion"] == group.samples[1].text
+    [pair] = comparisons([group], 0.0, random.Random(0))
+    assert pair["chosen"] == group.samples[2].text
 
 
 def test_sample_labels_steps_by_what_stands_up_to_their_end(world: World, tmp_path: Path) -> None:
