@@ -19,6 +19,7 @@ from world import World, lines, play, write
 import klimb
 from klimb import native
 from klimb.errors import RewardError
+from klimb.stages.evaluate import best_of_curve, best_of_row
 from klimb.stages.sample import Keep, comparisons, demonstrations
 from klimb.types import Group, Prompt, Sample
 
@@ -223,6 +224,32 @@ def test_evaluate_gives_intervals_kl_and_best_of_n(world: World, tmp_path: Path)
     assert plain.result["evaluation"]["kl"] > 0
     own = play("evaluate", tmp_path / "own", model=world.model, measure=measure)
     assert own.result["evaluation"]["kl"] == 0
+
+
+def test_best_of_n_leaves_out_prompts_with_too_few_scores(world: World, tmp_path: Path) -> None:
+    """`some` abstains on replies that begin with "no", and on all replies to "b ?" but one."""
+    measure = {"data": world.prompts, "reward": world.reward("some"), "samples_per_prompt": 16, "max_tokens": 4}
+    done = play("evaluate", tmp_path / "run", model=world.model, measure=measure, best_of=[2, 16], report_n=2)
+    found = {event["n"]: event["left_out"] for event in done.events if event["kind"] == "best_of"}
+    assert 1 <= found[2] < 6
+    assert found[2] <= found[16]
+    assert any(line.startswith("best of 2: ") for line in done.said)
+    [two, sixteen] = done.result["curve"]
+    assert 0 <= two["proxy"] <= 1
+    assert ("proxy" in sixteen) == (found[16] < 6)
+    assert done.result["evaluation"]["proxy_low"] <= done.result["evaluation"]["proxy_high"]
+
+
+def test_a_prompt_without_a_score_changes_nothing_of_the_others_best() -> None:
+    def group(name: str, *scores: float | None) -> Group:
+        return Group(Prompt(name, [], "?"), [Sample(name, i, [], "stop", score=s) for i, s in enumerate(scores)])
+
+    whole = [group("a", 0.0, 1.0, 2.0, 3.0), group("b", 1.0, 1.0, 5.0, 0.0)]
+    more = [*whole, group("c", None, 9.0, None, None), group("d")]
+    assert best_of_curve(more, [2]) == best_of_curve(whole, [2])
+    assert best_of_row(more, 2) == best_of_row(whole, 2)
+    # An abstention among enough others: the best of two among the three that are left.
+    assert best_of_curve([group("e", 0.0, None, 3.0, 6.0)], [2])[0]["proxy"] == pytest.approx((6 + 6 + 3) / 3)
 
 
 def test_the_token_budget_is_decided_once_and_stays(world: World, tmp_path: Path) -> None:
