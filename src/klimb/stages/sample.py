@@ -124,7 +124,9 @@ def train(config: SampleConfig, run: Run, interrupt: Interrupt, say: Any) -> dic
 def demonstrations(groups: Sequence[Group], keep: Keep) -> Iterator[dict[str, Any]]:
     """The best scored completions of each prompt, no text twice. What was cut off shows no one how to end."""
     for group in groups:
-        scored = [(s.score, s) for s in group.samples if s.score is not None and s.finish == "stop" and not is_empty(s.text)]
+        scored = [
+            (s.score, s) for s in group.samples if s.score is not None and s.finish == "stop" and not is_empty(s.text)
+        ]
         best = sorted(scored, key=lambda pair: -pair[0])  # stable: of equals the first drawn
         texts: list[Any] = []
         for score, sample in best:
