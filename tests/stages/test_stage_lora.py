@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 from world import SMALL_RL, Played, World, play, tuned_adapter
 
 from klimb.batch import Row, TokenBatch
+from klimb.errors import KlimbError
 from klimb.models.backbone import Backbone
 from klimb.models.faces import Critic, Policy, policy_logps
 from klimb.models.load import LoRA, load_causal
@@ -173,3 +175,10 @@ def test_a_reward_model_trained_with_an_adapter_is_saved_merged(world: World, tm
         pairs=True,
     )
     assert scored.result["pairs"] > 0
+
+
+def test_an_adapter_on_other_layers_than_those_asked_for_is_refused(tuned: Played) -> None:
+    [*on] = json.loads((Path(tuned.model) / "adapter_config.json").read_text())["target_modules"]
+    loaded(tuned.model, LoRA(**{**LORA, "targets": on[::-1]}))
+    with pytest.raises(KlimbError, match=r"lora.targets=.*is on"):
+        loaded(tuned.model, LoRA(**{**LORA, "targets": ["elsewhere"]}))
