@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,8 @@ from world import World, lines, play, write
 
 import klimb
 from klimb import native
-from klimb.errors import RewardError
+from klimb.errors import DataError, Interrupted, RewardError
+from klimb.rollout.engine import finished_groups
 from klimb.stages.evaluate import best_of_curve, best_of_row
 from klimb.stages.sample import Keep, comparisons, demonstrations
 from klimb.types import Group, Prompt, Sample
@@ -52,6 +55,54 @@ def test_sft_stops_when_the_answers_are_good_enough(world: World, tmp_path: Path
     scores = [row["eval/score"] for row in done.rows if "eval/score" in row]
     assert scores[-1] >= 0.9 > max(scores[:-1], default=0.0)
     assert done.result["steps"] == len(done.rows) == 10 * len(scores) < 500
+
+
+def test_early_stopping_asks_by_its_own_columns_and_refuses_what_has_no_room(world: World, tmp_path: Path) -> None:
+    rows = [{"question": f"{a} ?", "answer": a} for a in "ab"]
+    until = {"data": write(tmp_path / "until.jsonl", rows), "columns": {"prompt": "question"}, "at_least": 2.0,
+             "every": 2, "max_tokens": 3}  # fmt: skip
+    options: dict[str, Any] = {"model": world.model, "data": world.demonstrations, "steps": 2, "batch_size": 8}
+    assert "eval/score" in play("sft", tmp_path / "run", **options, until=until).rows[1]
+    write(tmp_path / "until.jsonl", [{"question": "a " * 22 + "?", "answer": "a"}])
+    with pytest.raises(DataError, match=r"until\.jsonl"):
+        play("sft", tmp_path / "long", **options, until=until)
+    assert not (tmp_path / "long" / "metrics.jsonl").exists()
+
+
+def _interrupted_after_a_group(monkeypatch: pytest.MonkeyPatch) -> list[Group]:
+    """Ctrl-C when the first group is finished; what was finished after it, too."""
+    finished: list[Group] = []
+
+    def told(stream: Any) -> Iterator[tuple[Any, Group]]:
+        for request, group in finished_groups(stream):
+            if not finished:
+                os.kill(os.getpid(), signal.SIGINT)
+            finished.append(group)
+            yield request, group
+
+    monkeypatch.setattr("klimb.rollout.engine.finished_groups", told)
+    return finished
+
+
+@pytest.mark.parametrize("stage", ["sample", "evaluate", "revise", "sft"])
+def test_ctrl_c_ends_sampling_outside_the_steps(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    measure = {"data": world.prompts, "reward": world.reward("count"), "samples_per_prompt": 2, "max_tokens": 4}
+    settings: dict[str, Any] = {
+        "sample": {"data": world.prompts, "max_tokens": 4}, "revise": {"data": world.prompts, "max_tokens": 4},
+        "evaluate": {"measure": measure},
+        "sft": {"data": world.demonstrations, "steps": 2, "checkpoint_every": 0, "measure": measure},
+    }[stage]  # fmt: skip
+    with monkeypatch.context() as patched:
+        finished = _interrupted_after_a_group(patched)
+        with pytest.raises(Interrupted, match="draws them anew"):
+            play(stage, tmp_path / "run", model=world.model, **settings)
+    assert len(finished) == 1
+    if stage == "sft":  # the training is kept, though no checkpoint was due
+        done = play(stage, tmp_path / "run", model=world.model, **settings)
+        assert "continuing after step 2" in done.said
+        assert done.result["evaluation"]["n"] == 12
 
 
 @pytest.mark.parametrize(

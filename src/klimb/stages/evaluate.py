@@ -112,7 +112,7 @@ class Judges:
         seed = stream_seed(self.seed, purpose)
         wanted = [Request(p, self.config.samples_per_prompt, params, seed) for p in self.prompts]
         with self.session.sampling(purpose, wanted) as requests:
-            groups = generate(engine, requests)
+            groups = generate(engine, requests, self.session.between_groups)
             if self.proxy is not None:
                 Scorer(self.proxy, min_scored=1, on_event=self._event).score(groups)
             if self.gold is not None:

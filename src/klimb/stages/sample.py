@@ -86,7 +86,7 @@ def train(config: SampleConfig, run: Run, interrupt: Interrupt, say: Any) -> dic
     seed = stream_seed(config.seed, "sample")
     engine = local_engine(loaded.policy, loaded, data.items, on_tokens=session.on_tokens, say=session.say)
     with session.sampling("sample", [Request(p, config.samples_per_prompt, params, seed) for p in data.items]) as asked:
-        groups = generate(engine, asked)
+        groups = generate(engine, asked, session.between_groups)
         if config.reward is not None:
             # What stands up to the end of a step was not sampled as a whole: it is scored as a text.
             reward = open_reward(config.reward, session, loaded.renderer if config.separator is None else None)
