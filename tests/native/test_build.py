@@ -25,12 +25,18 @@ def reason(cache: Path, **variables: str) -> str:
     ("compiler", "told"),
     [
         ("/nowhere/cc", "no C compiler was found; install gcc"),
+        ("'cc", "is no command"),
         ("false", "the C compiler does not run"),
         ("echo", "built nothing that can be loaded"),
     ],
 )
 def test_a_compiler_that_does_not_work_is_named(tmp_path: Path, compiler: str, told: str) -> None:
     assert told in reason(tmp_path, CC=compiler)
+
+
+@pytest.mark.skipif(native.why_not() is not None, reason=f"no kernels: {native.why_not()}")
+def test_a_compiler_may_be_started_by_another_program(tmp_path: Path) -> None:
+    assert reason(tmp_path, CC="env cc -pipe") == "None"
 
 
 @pytest.mark.skipif(native.why_not() is not None, reason=f"no kernels: {native.why_not()}")

@@ -435,3 +435,12 @@ def test_one_sample_that_does_not_fit_is_an_error_that_names_it() -> None:
     longest = max(prompts(), key=lambda prompt: len(prompt.tokens))
     with pytest.raises(KlimbError, match=f"^{longest.id}: one sample alone does not fit .*max_tokens is 24; lower max"):
         generate(one, requests(SamplingParams(24, STOP)))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_logits_that_are_no_numbers_are_refused(value: float, temperature: float) -> None:
+    logits = torch.zeros(2, 4)
+    logits[1, 2] = value
+    with pytest.raises(KlimbError, match="NaN or infinite"):
+        draw(logits, torch.full((2,), 0.5, dtype=torch.float64), SamplingParams(1, STOP, temperature))

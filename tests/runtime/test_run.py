@@ -127,6 +127,13 @@ def test_a_run_that_failed_before_its_first_step_makes_way(tmp_path: Path) -> No
         assert load_yaml(run.path / "config.yaml")["lr"] == 2e-6
 
 
+def test_a_run_that_failed_after_it_sampled_is_not_overwritten_unasked(tmp_path: Path) -> None:
+    with start(tmp_path / "run") as run:
+        (run.path / "samples.jsonl").write_text("{}\n")
+    with pytest.raises(RunError, match="holds a run of another config"):
+        start(tmp_path / "run", Config(lr=2e-6))
+
+
 def test_fresh_deletes_what_the_run_left_and_nothing_else(tmp_path: Path) -> None:
     with start(tmp_path / "run") as run:
         run.log(1, {"loss": 1.0})
@@ -134,6 +141,8 @@ def test_fresh_deletes_what_the_run_left_and_nothing_else(tmp_path: Path) -> Non
         run.model.mkdir()
         save(run.checkpoints, 1, {}, {})
         run.write_result({"stage": "rl"})
+        for name in ("samples", "steps", "preferences", "undecided", "demonstrations"):
+            (run.path / f"{name}.jsonl").write_text("{}\n")
         (run.path / "my-notes.txt").write_text("keep")
     with start(tmp_path / "run", Config(lr=1.0), fresh=True) as run:
         assert run.result is None

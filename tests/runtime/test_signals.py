@@ -20,7 +20,10 @@ def test_once_is_a_request_twice_is_now(number: signal.Signals, capfd: pytest.Ca
             os.kill(os.getpid(), number)
     assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == before
     said = capfd.readouterr().err
-    assert said == f"{number.name}: saving after this step, then leaving; once more leaves at once\n"
+    assert (
+        said
+        == f"{number.name}: saving after this step, or ending the sampling, then leaving; once more leaves at once\n"
+    )
 
 
 def test_handlers_come_back_after_an_error() -> None:

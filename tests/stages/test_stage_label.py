@@ -53,6 +53,20 @@ def test_rows_of_one_prompt_belong_together(tmp_path: Path) -> None:
     assert [row["completions"] for row in lines(done.path / "undecided.jsonl")] == [["b", "a"]]
 
 
+def test_completions_that_say_nothing_are_left_out_and_counted(tmp_path: Path) -> None:
+    """As `klimb sample` writes them where a model ends at once, in plain text and in a chat."""
+    rows: list[dict[str, Any]] = [{"prompt": "x", "completion": text} for text in ("a", "", "good")]
+    asked = [{"role": "user", "content": "y"}]
+    rows += [
+        {"prompt": asked, "completion": [{"role": "assistant", "content": text}]} for text in ("", "a", "good", "")
+    ]
+    with serving(honest) as served:
+        done = label(tmp_path / "run", served, rows)
+    assert done.result["pairs"] == done.result["compared"] == 2
+    assert json.loads((done.path / "manifest.json").read_text())["data"]["data"]["empty"] == 3
+    assert "3 of 7 rows are left out: their completions are empty" in done.said
+
+
 def test_what_a_judge_does_not_say_is_kept_and_counted(tmp_path: Path) -> None:
     def moody(handler: Handler, body: dict[str, Any]) -> None:
         prompt = block(body, "QUESTION")

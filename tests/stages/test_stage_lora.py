@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ from torch import Tensor
 from world import CONTEXT, SMALL_RL, WORDS, Played, World, play, tuned_adapter
 
 from klimb.batch import Row, TokenBatch
-from klimb.errors import ConfigError
+from klimb.errors import ConfigError, KlimbError
 from klimb.lab.scratch import make_model, word_tokenizer
 from klimb.models.backbone import Backbone
 from klimb.models.faces import Critic, Policy, policy_logps
@@ -187,7 +188,6 @@ def test_a_critic_of_its_own_beside_an_adapter_is_trained_whole_at_the_rate_for_
         "lora": LORA,
         "critic": {"model": world.model},
         "algorithm": "ppo",
-        "steps": 1,
     }
     said = play("rl", tmp_path, model=world.model, data=world.prompts, reward="exact", steps=1, **settings).said
     [policy] = [line for line in said if line.startswith("policy:")]
@@ -220,3 +220,10 @@ def test_a_reference_of_another_vocabulary(world: World, tmp_path: Path, stage: 
     own = {"preference": {"data": world.preferences}, "rl": {"data": world.prompts, "reward": "exact", **SMALL_RL}}
     with pytest.raises(ConfigError, match=r"reference=.*other: its vocabulary is another than the trained model's"):
         play(stage, tmp_path / "run", model=world.model, reference=str(other), steps=1, **own[stage])
+
+
+def test_an_adapter_on_other_layers_than_those_asked_for_is_refused(tuned: Played) -> None:
+    [*on] = json.loads((Path(tuned.model) / "adapter_config.json").read_text())["target_modules"]
+    loaded(tuned.model, LoRA(**{**LORA, "targets": on[::-1]}))
+    with pytest.raises(KlimbError, match=r"lora.targets=.*is on"):
+        loaded(tuned.model, LoRA(**{**LORA, "targets": ["elsewhere"]}))

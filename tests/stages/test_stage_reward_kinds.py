@@ -34,8 +34,9 @@ from klimb.models.load import load_classifier
 from klimb.models.place import load_tokenizer
 from klimb.rewards.model import ModelReward
 from klimb.stages.experience import by_token
-from klimb.stages.reward_kinds import process
+from klimb.stages.reward_kinds import in_order, process
 from klimb.types import Judged, Sample, Segment
+from klimb.watch.statistics import mean_interval, tally_interval
 
 ASK = [f"{letter} ?" for letter in LETTERS]
 
@@ -402,3 +403,21 @@ def test_an_encoder_that_gives_no_score_is_refused(world: World, tmp_path: Path)
     EncoderDecoderConfig.from_encoder_decoder_configs(small, small).save_pretrained(tmp_path / "pair")
     with pytest.raises(KlimbError, match="no sequence classifier for encoder-decoder"):
         is_encoder(str(tmp_path / "pair"))
+
+
+@pytest.mark.parametrize("count", [1, 7, 600])
+def test_order_is_counted_as_in_all_pairs(count: int) -> None:
+    """With ties of both kinds, in one part and in several; the interval is that of the values themselves."""
+    random = torch.Generator().manual_seed(count)
+    scores = torch.randint(0, 9, (count,), generator=random).float()
+    worth = torch.randint(0, 5, (count,), generator=random).double()
+    pairs = [
+        [
+            0.5 if scores[a] == scores[b] else float((scores[a] > scores[b]) == (worth[a] > worth[b]))
+            for b in range(count) if worth[a] != worth[b]
+        ]
+        for a in range(count)
+    ]  # fmt: skip
+    found = in_order(scores, worth)
+    assert [(each.size, each.total) for each in found] == [(len(values), sum(values)) for values in pairs]
+    assert [*tally_interval(found)] == pytest.approx([*mean_interval(pairs)], rel=1e-12, nan_ok=True)

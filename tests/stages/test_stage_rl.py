@@ -7,16 +7,20 @@ import math
 import statistics
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow.parquet
 import pytest
 from world import FAST, SMALL_RL, WORDS, World, lines, play, write
 
+from klimb.data.sampler import Sampler
 from klimb.errors import KlimbError, RewardError
 from klimb.objective.algorithms import ALGORITHMS, GRPO
 from klimb.objective.kl import NO_KL
 from klimb.stages import rl
+from klimb.stages.experience import next_prompts
+from klimb.types import Prompt
 
 BEST_FIRST = '''
 def best_first(completions, answer):
@@ -244,6 +248,23 @@ def test_dynamic_sampling_refills_until_groups_differ(world: World, tmp_path: Pa
     run |= {"data": hard, "reward": "exact", "prompts_per_step": 1}
     with pytest.raises(KlimbError, match="no group to learn from out of 6"):
         play("rl", tmp_path / "none", algorithm="dapo", max_refills=5, **run)
+
+
+def test_a_refill_takes_no_more_prompts_than_it_needs() -> None:
+    prompts = [Prompt(str(i), [], "?") for i in range(10)]
+    actors: Any = SimpleNamespace(prompts=prompts, sampler=Sampler(10, 4), algorithm=ALGORITHMS["dapo"])
+    drawn = [next_prompts(actors, wanted, 1) for wanted in (4, 1, 2, 3)]
+    assert [len(each) for each in drawn] == [4, 1, 2, 3]
+    assert {prompt.id for each in drawn for prompt in each} == {prompt.id for prompt in prompts}
+
+
+def test_the_parts_of_a_reward_are_logged_over_all_refills(world: World, tmp_path: Path) -> None:
+    done = play("rl", tmp_path / "run", model=world.model, data=world.prompts, reward=world.reward("rare"), steps=3,
+                algorithm="dapo", max_refills=30, **SMALL_RL)  # fmt: skip
+    assert any(row["groups/drawn"] > 6 for row in done.rows)
+    for step, row in enumerate(done.rows, start=1):
+        table = pyarrow.parquet.read_table(done.path / "samples" / f"step-{step:06d}.parquet").to_pylist()
+        assert row["reward/rare"] == pytest.approx(sum(each["score"] for each in table) / len(table))
 
 
 def test_training_ends_when_so_many_completions_are_drawn(world: World, tmp_path: Path) -> None:

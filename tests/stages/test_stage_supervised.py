@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import random
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +20,11 @@ from world import World, lines, play, write
 
 import klimb
 from klimb import native
-from klimb.errors import RewardError
+from klimb.errors import DataError, Interrupted, RewardError
+from klimb.rollout.engine import finished_groups
+from klimb.stages.evaluate import best_of_curve, best_of_row
+from klimb.stages.sample import Keep, comparisons, demonstrations
+from klimb.types import Group, Prompt, Sample
 
 
 def test_sft_learns_eight_rows_by_heart(world: World, tmp_path: Path) -> None:
@@ -48,6 +55,54 @@ def test_sft_stops_when_the_answers_are_good_enough(world: World, tmp_path: Path
     scores = [row["eval/score"] for row in done.rows if "eval/score" in row]
     assert scores[-1] >= 0.9 > max(scores[:-1], default=0.0)
     assert done.result["steps"] == len(done.rows) == 10 * len(scores) < 500
+
+
+def test_early_stopping_asks_by_its_own_columns_and_refuses_what_has_no_room(world: World, tmp_path: Path) -> None:
+    rows = [{"question": f"{a} ?", "answer": a} for a in "ab"]
+    until = {"data": write(tmp_path / "until.jsonl", rows), "columns": {"prompt": "question"}, "at_least": 2.0,
+             "every": 2, "max_tokens": 3}  # fmt: skip
+    options: dict[str, Any] = {"model": world.model, "data": world.demonstrations, "steps": 2, "batch_size": 8}
+    assert "eval/score" in play("sft", tmp_path / "run", **options, until=until).rows[1]
+    write(tmp_path / "until.jsonl", [{"question": "a " * 22 + "?", "answer": "a"}])
+    with pytest.raises(DataError, match=r"until\.jsonl"):
+        play("sft", tmp_path / "long", **options, until=until)
+    assert not (tmp_path / "long" / "metrics.jsonl").exists()
+
+
+def _interrupted_after_a_group(monkeypatch: pytest.MonkeyPatch) -> list[Group]:
+    """Ctrl-C when the first group is finished; what was finished after it, too."""
+    finished: list[Group] = []
+
+    def told(stream: Any) -> Iterator[tuple[Any, Group]]:
+        for request, group in finished_groups(stream):
+            if not finished:
+                os.kill(os.getpid(), signal.SIGINT)
+            finished.append(group)
+            yield request, group
+
+    monkeypatch.setattr("klimb.rollout.engine.finished_groups", told)
+    return finished
+
+
+@pytest.mark.parametrize("stage", ["sample", "evaluate", "revise", "sft"])
+def test_ctrl_c_ends_sampling_outside_the_steps(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    measure = {"data": world.prompts, "reward": world.reward("count"), "samples_per_prompt": 2, "max_tokens": 4}
+    settings: dict[str, Any] = {
+        "sample": {"data": world.prompts, "max_tokens": 4}, "revise": {"data": world.prompts, "max_tokens": 4},
+        "evaluate": {"measure": measure},
+        "sft": {"data": world.demonstrations, "steps": 2, "checkpoint_every": 0, "measure": measure},
+    }[stage]  # fmt: skip
+    with monkeypatch.context() as patched:
+        finished = _interrupted_after_a_group(patched)
+        with pytest.raises(Interrupted, match="draws them anew"):
+            play(stage, tmp_path / "run", model=world.model, **settings)
+    assert len(finished) == 1
+    if stage == "sft":  # the training is kept, though no checkpoint was due
+        done = play(stage, tmp_path / "run", model=world.model, **settings)
+        assert "continuing after step 2" in done.said
+        assert done.result["evaluation"]["n"] == 12
 
 
 @pytest.mark.parametrize(
@@ -157,6 +212,20 @@ def test_sample_writes_scored_replies_and_comparisons(world: World, tmp_path: Pa
     assert all(scores[p["prompt"], p["chosen"]] > scores[p["prompt"], p["rejected"]] for p in pairs)
 
 
+@pytest.mark.parametrize("conversational", [False, True])
+def test_a_reply_that_says_nothing_is_no_demonstration_and_in_no_comparison(conversational: bool) -> None:
+    def sample(index: int, text: str, score: float) -> Sample:
+        reply: Any = [{"role": "assistant", "content": text}] if conversational else text
+        return Sample("p", index, [], "stop", reply, score=score)
+
+    texts = ["", "yes", "no", "yes"]
+    group = Group(Prompt("p", [], "?"), [sample(i, text, float(-i)) for i, text in enumerate(texts)])
+    [kept] = demonstrations([group], Keep())
+    assert kept["completion"] == group.samples[1].text
+    [pair] = comparisons([group], 0.0, random.Random(0))
+    assert pair["chosen"] == group.samples[2].text
+
+
 def test_sample_labels_steps_by_what_stands_up_to_their_end(world: World, tmp_path: Path) -> None:
     """ "so" stands between steps; `settled` tells a beginning, behind which a separator stands, from a whole."""
     done = play("sample", tmp_path / "run", model=world.model, data=world.prompts, samples_per_prompt=20, max_tokens=6,
@@ -206,6 +275,32 @@ def test_evaluate_gives_intervals_kl_and_best_of_n(world: World, tmp_path: Path)
     assert plain.result["evaluation"]["kl"] > 0
     own = play("evaluate", tmp_path / "own", model=world.model, measure=measure)
     assert own.result["evaluation"]["kl"] == 0
+
+
+def test_best_of_n_leaves_out_prompts_with_too_few_scores(world: World, tmp_path: Path) -> None:
+    """`some` abstains on replies that begin with "no", and on all replies to "b ?" but one."""
+    measure = {"data": world.prompts, "reward": world.reward("some"), "samples_per_prompt": 16, "max_tokens": 4}
+    done = play("evaluate", tmp_path / "run", model=world.model, measure=measure, best_of=[2, 16], report_n=2)
+    found = {event["n"]: event["left_out"] for event in done.events if event["kind"] == "best_of"}
+    assert 1 <= found[2] < 6
+    assert found[2] <= found[16]
+    assert any(line.startswith("best of 2: ") for line in done.said)
+    [two, sixteen] = done.result["curve"]
+    assert 0 <= two["proxy"] <= 1
+    assert ("proxy" in sixteen) == (found[16] < 6)
+    assert done.result["evaluation"]["proxy_low"] <= done.result["evaluation"]["proxy_high"]
+
+
+def test_a_prompt_without_a_score_changes_nothing_of_the_others_best() -> None:
+    def group(name: str, *scores: float | None) -> Group:
+        return Group(Prompt(name, [], "?"), [Sample(name, i, [], "stop", score=s) for i, s in enumerate(scores)])
+
+    whole = [group("a", 0.0, 1.0, 2.0, 3.0), group("b", 1.0, 1.0, 5.0, 0.0)]
+    more = [*whole, group("c", None, 9.0, None, None), group("d")]
+    assert best_of_curve(more, [2]) == best_of_curve(whole, [2])
+    assert best_of_row(more, 2) == best_of_row(whole, 2)
+    # An abstention among enough others: the best of two among the three that are left.
+    assert best_of_curve([group("e", 0.0, None, 3.0, 6.0)], [2])[0]["proxy"] == pytest.approx((6 + 6 + 3) / 3)
 
 
 def test_the_token_budget_is_decided_once_and_stays(world: World, tmp_path: Path) -> None:

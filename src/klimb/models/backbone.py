@@ -202,3 +202,12 @@ def _check_same(adapter: Path, lora: LoRA) -> None:
             raise KlimbError(f"lora.{key}={wanted:g}: the adapter in {adapter} has {key} {has:g}",
                              fix=f"set lora.{key}={has:g} to train it further, or start from a model that it was "
                              "merged into (klimb export)")  # fmt: skip
+    has_targets = given["target_modules"]
+    if lora.targets != "all-linear" and _names(lora.targets) != _names(has_targets):
+        raise KlimbError(f"lora.targets={lora.targets}: the adapter in {adapter} is on {has_targets}",
+                         fix="leave lora.targets out to train it further, or start from a model that it was merged "
+                         "into (klimb export)")  # fmt: skip
+
+
+def _names(targets: str | list[str]) -> list[str]:
+    return [targets] if isinstance(targets, str) else sorted(targets)

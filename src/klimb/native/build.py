@@ -7,6 +7,7 @@ import hashlib
 import itertools
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -33,7 +34,7 @@ class Unavailable(Exception):
 def identity() -> str:
     """Of sources, compiler and processor: others may round differently. Raises Unavailable."""
     try:
-        version = subprocess.run([_compiler(), "--version"], capture_output=True, check=True, timeout=_PATIENCE).stdout
+        version = subprocess.run([*_compiler(), "--version"], capture_output=True, check=True, timeout=_PATIENCE).stdout
     except (OSError, subprocess.SubprocessError) as error:
         raise Unavailable(f"the C compiler does not run: {error}") from None
     sources = [path.read_bytes() for path in sorted(_FOLDER.glob("*.[ch]"))]
@@ -53,16 +54,22 @@ def library() -> ctypes.CDLL:
         _build(place)
         return ctypes.CDLL(str(place))
     except (OSError, subprocess.SubprocessError) as error:
-        raise Unavailable(f"{_compiler()} built nothing that can be loaded: {error}") from None
+        raise Unavailable(f"{shlex.join(_compiler())} built nothing that can be loaded: {error}") from None
 
 
-def _compiler() -> str:
+def _compiler() -> list[str]:
+    """With what comes before and behind it: CC="ccache gcc -m64"."""
     if sys.platform != "linux":
         raise Unavailable(f"they are built on Linux only, this is {sys.platform}")
-    compiler = shutil.which(os.environ.get("CC", "cc"))
+    given = os.environ.get("CC") or "cc"
+    try:
+        command, *more = shlex.split(given)
+    except ValueError as error:
+        raise Unavailable(f"CC={given} is no command: {error}") from None
+    compiler = shutil.which(command)
     if compiler is None:
-        raise Unavailable("no C compiler was found; install gcc")
-    return compiler
+        raise Unavailable("no C compiler was found; install gcc" + (f" (CC={given})" if "CC" in os.environ else ""))
+    return [compiler, *more]
 
 
 def _processor() -> bytes:
@@ -92,8 +99,8 @@ def _build(place: Path) -> None:
         objects = []
         for source, kind in itertools.product(_SOURCES, _KINDS):
             objects.append(Path(folder, f"{source}-{kind}.o"))
-            _run(_compiler(), *_COMPILE, *_KINDS[kind], _FOLDER / source, "-o", objects[-1])
-        _run(_compiler(), "-shared", *objects, "-o", linked, "-lm")
+            _run(*_compiler(), *_COMPILE, *_KINDS[kind], _FOLDER / source, "-o", objects[-1])
+        _run(*_compiler(), "-shared", *objects, "-o", linked, "-lm")
         linked.replace(place)  # whole or not at all: another process may build it too
 
 

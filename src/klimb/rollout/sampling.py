@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from klimb.errors import KlimbError
+
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _BLOCK = 64
 
@@ -64,6 +66,10 @@ def draw(logits: Tensor, u: Tensor, params: SamplingParams, seen: Tensor | None 
     largest = z.amax(-1, keepdim=True)
     weights = (z - largest).exp_()
     normaliser = weights.sum(-1, keepdim=True).log_().add_(largest)
+    if logits.device.type == "cpu" and not normaliser.isfinite().all():  # elsewhere to look would be to wait
+        raise KlimbError("the model's logits are NaN or infinite: no token can be drawn", where="sampling",
+                         why="the weights are broken, or their numbers overflow in the run's dtype",
+                         fix="set dtype=float32, or start from an earlier checkpoint")  # fmt: skip
     tokens = _invert(weights, u) if params.plain else _restricted(logits, u, params, seen)
     return tokens, (z.gather(1, tokens[:, None]) - normaliser).squeeze(1)
 

@@ -1,4 +1,4 @@
-"""Ctrl-C or SIGTERM once: finish the step, save, leave. Twice: leave at once."""
+"""Ctrl-C or SIGTERM once: finish the step, save, leave; outside the steps leave at the next border. Twice: at once."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from klimb.runtime.rehearsal import Rehearsal
 
 @dataclass
 class Interrupt:
-    """The loop reads `requested` at the border between two steps."""
+    """Stages read `requested` at the border between two steps, and between two groups that are sampled outside them."""
 
     requested: bool = False
     rehearsal: Rehearsal | None = None
@@ -34,7 +34,8 @@ def interruptible() -> Iterator[Interrupt]:
         if interrupt.requested:
             raise KeyboardInterrupt
         interrupt.requested = True
-        line = f"{signal.Signals(number).name}: saving after this step, then leaving; once more leaves at once\n"
+        after = "saving after this step, or ending the sampling, then leaving"
+        line = f"{signal.Signals(number).name}: {after}; once more leaves at once\n"
         os.write(2, line.encode())  # print() could interrupt itself here
 
     if threading.current_thread() is not threading.main_thread():

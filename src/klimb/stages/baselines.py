@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from klimb.types import Preference
-from klimb.watch.statistics import mean_interval
+from klimb.watch.statistics import Tally, tally_interval
 
 Baseline = Literal["length", "bag_of_words"]
 FEATURES: Mapping[Baseline, Callable[[str], Mapping[str, float]]] = {
@@ -31,12 +31,12 @@ _PENALTY = 1.0
 
 def accuracy_of(differences: Tensor) -> dict[str, float]:
     """differences [P]: chosen minus rejected. The share above 0 (a tie is half) with its 95 % interval over pairs."""
-    return with_interval([[value] for value in ((differences.sign() + 1) / 2).tolist()])
+    return with_interval([Tally.of([value]) for value in ((differences.sign() + 1) / 2).tolist()])
 
 
-def with_interval(right: Sequence[Sequence[float]]) -> dict[str, float]:
+def with_interval(right: Sequence[Tally]) -> dict[str, float]:
     """Of each item and all that it asks, 1 where it is right. The share of it, with its 95 % interval over items."""
-    interval = mean_interval(right)
+    interval = tally_interval(right)
     return {"accuracy": interval.mean, "accuracy_low": interval.low, "accuracy_high": interval.high}
 
 

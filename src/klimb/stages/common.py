@@ -37,9 +37,10 @@ from klimb.runtime.run import Run
 from klimb.runtime.signals import Interrupt
 from klimb.stages.given import Data
 from klimb.stages.memory import Target, admitted
-from klimb.stages.moment import Moment
+from klimb.stages.moment import Moment, leave
 from klimb.stages.progress import Live, Preparing, live_line
 from klimb.stages.trust import problems, trust
+from klimb.types import Group
 
 
 class RunConfig(StageConfig):
@@ -287,6 +288,11 @@ class Session:
         with self.interrupt.rehearsal.part(requests) as some:
             yield some
 
+    def between_groups(self, _: Group) -> None:
+        """Asked to leave outside the steps: what is drawn there is not kept, so that nothing is waited for."""
+        if self.interrupt.requested:
+            leave(self._unsaved, self.run, self.learners)
+
     def at_the_end(self, items: Chosen[Item]) -> Chosen[Item]:
         """What a stage goes through when it has trained; in a dry run a few of them."""
         return items if self.interrupt.rehearsal is None else items.part(np.arange(min(FEW, len(items))))
@@ -394,11 +400,6 @@ def say_aside(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _paths(value: Any) -> list[Any]:
-    """Those of several sources that are mixed."""
-    return [path for path, _ in parts_of(value) or []]
-
-
 def inputs_of(config: RunConfig, *further: Any) -> dict[str, Path | str]:
     """The files and folders that a config points at, for hashes; each once."""
     inputs: dict[str, Path | str] = {}
@@ -407,7 +408,9 @@ def inputs_of(config: RunConfig, *further: Any) -> dict[str, Path | str]:
         for key in ("model", "data", "eval_data", "reference", "teacher"):
             value = getattr(holder, key, None)
             paths = (
-                [value] if isinstance(value, str | Path) or key in ("model", "reference", "teacher") else _paths(value)
+                [value]
+                if isinstance(value, str | Path) or key in ("model", "reference", "teacher")
+                else [path for path, _ in parts_of(value) or []]
             )
             for number, path in enumerate(paths):
                 source = Path(path) if isinstance(path, str) and Path(path).exists() else path

@@ -112,7 +112,7 @@ class Judges:
         seed = stream_seed(self.seed, purpose)
         wanted = [Request(p, self.config.samples_per_prompt, params, seed) for p in self.prompts]
         with self.session.sampling(purpose, wanted) as requests:
-            groups = generate(engine, requests)
+            groups = generate(engine, requests, self.session.between_groups)
             if self.proxy is not None:
                 Scorer(self.proxy, min_scored=1, on_event=self._event).score(groups)
             if self.gold is not None:
@@ -232,6 +232,12 @@ def answer_score(loaded: Loaded, prompts: Sequence[Prompt], until: Any, seed: in
     return math.fsum(scores) / len(scores)
 
 
+def to_choose_from(groups: Sequence[Group], n: int) -> list[Group]:
+    """Their scored samples, of the groups that have n of them; of the others nothing is known of best-of-n."""
+    scored = [Group(g.prompt, [s for s in g.samples if s.score is not None]) for g in groups]
+    return [group for group in scored if len(group.samples) >= n]
+
+
 def best_of_curve(groups: Sequence[Group], ns: Sequence[int]) -> list[dict[str, Any]]:
     """Best-of-n by the proxy, unbiased for each prompt and averaged; KL is an upper bound."""
     curve = []
@@ -239,11 +245,11 @@ def best_of_curve(groups: Sequence[Group], ns: Sequence[int]) -> list[dict[str, 
         row: dict[str, Any] = {"n": n, "kl": best_of_n_kl(n)}
         for name in ("proxy", "gold"):
             per_prompt = []
-            for group in groups:
-                scored = [s for s in group.samples if s.score is not None]
-                values = [s.score if name == "proxy" else s.rewards.get("gold") for s in scored]
+            for group in to_choose_from(groups, n):
+                scores = [s.score for s in group.samples]
+                values = scores if name == "proxy" else [s.rewards.get("gold") for s in group.samples]
                 if all(v is not None for v in values):
-                    per_prompt.append(best_of_n([s.score for s in scored], values, n))  # type: ignore[misc, arg-type]
+                    per_prompt.append(best_of_n(scores, values, n))  # type: ignore[arg-type]
             if per_prompt:
                 row[name] = math.fsum(per_prompt) / len(per_prompt)
         curve.append(row)
@@ -252,10 +258,10 @@ def best_of_curve(groups: Sequence[Group], ns: Sequence[int]) -> list[dict[str, 
 
 def best_of_row(groups: Sequence[Group], n: int) -> dict[str, float]:
     """Best-of-n for the table, with intervals from disjoint blocks of each prompt's pool (10, or as many as hold n)."""
-    blocks = max(1, min(10, min(len(g.samples) for g in groups) // n))
     row: dict[str, float] = {"kl": best_of_n_kl(n)}
     per_prompt: dict[str, list[list[float]]] = {"proxy": [], "gold": []}
-    for group in groups:
+    for group in to_choose_from(groups, n):
+        blocks = min(10, len(group.samples) // n)
         parts = [Group(group.prompt, group.samples[block::blocks]) for block in range(blocks)]
         curves = [best_of_curve([part], [n])[0] for part in parts]
         for name, values in per_prompt.items():
@@ -292,6 +298,11 @@ def train(config: EvaluateConfig, run: Run, interrupt: Interrupt, say: Any) -> d
     if config.best_of:
         result["curve"] = best_of_curve(groups, config.best_of)
         n = config.report_n or config.best_of[-1]
+        for count in sorted({*config.best_of, n}):
+            if short := len(groups) - len(to_choose_from(groups, count)):
+                message = f"best of {count}: {short} of {len(groups)} prompts are left out, with fewer scored samples"
+                run.event("best_of", message, n=count, left_out=short)
+                say(message)
         if n > 1:  # best-of-1 is the policy itself
             result["evaluation"] |= best_of_row(groups, n) | {"replies": best_replies(groups, n)}
     return result

@@ -34,6 +34,7 @@ def rollout(actors: Actors, step: int) -> tuple[list[Group], list[Group], dict[s
     refused: list[Group] = []
     drawn: list[Group] = []
     counts: dict[str, float] = {}
+    rewards: dict[str, list[tuple[float, int]]] = {}
     for refill in range(config.max_refills + 1):
         prompts = next_prompts(actors, config.prompts_per_step - len(kept), step)
         seed = stream_seed(config.seed, f"rollout {refill}", step)
@@ -53,8 +54,10 @@ def rollout(actors: Actors, step: int) -> tuple[list[Group], list[Group], dict[s
             teaches = wanted is None or wanted([float(s.score or 0.0) for s in group.samples])
             (kept if teaches else refused).append(group)
         for key, value in report.metrics.items():
-            if key not in ("reward/mean", "reward/std"):
-                counts[key] = value + (counts.get(key, 0.0) if key.startswith("verdict/") else 0.0)
+            if key.startswith("verdict/"):
+                counts[key] = value + counts.get(key, 0.0)
+            elif key not in ("reward/mean", "reward/std"):
+                rewards.setdefault(key, []).append((value, max(report.scored, 1)))
         if wanted is None or len(kept) >= config.prompts_per_step:
             break
     if not kept:
@@ -63,6 +66,8 @@ def rollout(actors: Actors, step: int) -> tuple[list[Group], list[Group], dict[s
             why="every group was unscored or had equal scores",
             fix="look at samples/ and events.jsonl; use easier or harder prompts, or another sampling",
         )  # fmt: skip
+    for key, means in rewards.items():  # over all that was drawn: a refill counts by the samples that it scored
+        counts[key] = sum(mean * scored for mean, scored in means) / sum(scored for _, scored in means)
     if actors.algorithm.sampling is not None:
         counts["groups/refused"] = len(refused)
         if len(kept) < config.prompts_per_step:
@@ -73,7 +78,7 @@ def rollout(actors: Actors, step: int) -> tuple[list[Group], list[Group], dict[s
 def next_prompts(actors: Actors, wanted: int, step: int) -> list[Prompt]:
     """The next of the sampler's order, without those that rest; with them once it went round and found too few."""
     if actors.algorithm.curriculum is None:
-        return [actors.prompts[i] for i in actors.sampler.next_batch()][:wanted]
+        return [actors.prompts[i] for i in actors.sampler.next_batch(wanted)]
     found: list[Prompt] = []
     passed = 0
     while len(found) < wanted:

@@ -6,7 +6,8 @@
     klimb label model=DIR data=answers.jsonl principles=principles.yaml       a model on this machine, by principles
 
 Rows are `prompt, completions`; or `prompt, completion`, where those of one prompt belong together, as `klimb sample`
-writes them; or comparisons of people's (`chosen, rejected`), on which the judge's agreement with them is measured.
+writes them (empty ones are left out, and counted); or comparisons of people's (`chosen, rejected`), on which the
+judge's agreement with them is measured.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from klimb.runtime.signals import Interrupt
 from klimb.stages.common import RunConfig, Session
 from klimb.stages.given import Data
 from klimb.stages.memory import TYPICAL
-from klimb.stages.sample import write_rows
+from klimb.stages.sample import is_empty, write_rows
 from klimb.types import Text
 
 BATCH = 64
@@ -88,6 +89,8 @@ def train(config: LabelConfig, run: Run, interrupt: Interrupt, say: Any) -> dict
     if session.interrupt.rehearsal is not None:
         pairs = pairs[:TRIED]
     run.found("data", facts)
+    if facts["empty"]:
+        say(f"{facts['empty']:,} of {facts['rows']:,} rows are left out: their completions are empty")
     principles = load_principles(None if config.principles in (None, "default") else config.principles)
     given = config.judge.model_dump(exclude_unset=True) | ({} if config.judge.url else {"device": config.device})
     judge = Judge(JudgeConfig(**given, model=config.model), run.path)
@@ -185,7 +188,11 @@ def read_pairs(config: LabelConfig) -> tuple[list[Pair], dict[str, int]]:
     rows, problems = read_rows(config.data, config.columns)
     pairs: list[Pair] = []
     by_prompt: dict[str, tuple[Text, list[Text]]] = {}
+    empty = 0
     for row in rows:
+        if "prompt" in row.values and is_empty(row.values.get("completion")):
+            empty += 1
+            continue
         try:
             pairs += _pairs_of(row, by_prompt)
         except BadRow as error:
@@ -198,7 +205,8 @@ def read_pairs(config: LabelConfig) -> tuple[list[Pair], dict[str, int]]:
     if not different:
         raise DataError("nothing to compare", where=name, why="no prompt has two different completions",
                         fix="give prompts with two or more, as of klimb sample samples_per_prompt=2")  # fmt: skip
-    return different, {"rows": len(rows), "dropped": len(problems), "the same twice": len(pairs) - len(different)}
+    same = len(pairs) - len(different)
+    return different, {"rows": len(rows), "dropped": len(problems), "empty": empty, "the same twice": same}
 
 
 def _pairs_of(row: Row, by_prompt: dict[str, tuple[Text, list[Text]]]) -> list[Pair]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor
 
@@ -62,6 +62,13 @@ class Moment:
         if leaving:
             raise Interrupted(self.told(run)) from error
         raise RewardError(f"{error}; {self.told(run)}") from error
+
+
+def leave(unsaved: Moment | None, run: Run, learners: Learners) -> NoReturn:
+    """Of a stage that samples outside its steps, with what its last step left unsaved. Raises Interrupted."""
+    if unsaved is not None:
+        unsaved.save(run, learners)
+    raise Interrupted(f"{run.path}: the samples in progress are not kept; the same command draws them anew")
 
 
 def _steps(learners: Learners) -> dict[str, int]:

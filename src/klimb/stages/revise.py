@@ -62,6 +62,7 @@ class Writer:
         self.params = SamplingParams(config.max_tokens, loaded.stop_tokens(prompts), config.temperature)
         say, on_tokens = session.say, session.on_tokens
         self._engine = local_engine(loaded.policy, loaded, prompts, on_tokens=on_tokens, say=say)
+        self._between_groups = session.between_groups
         self._room = prompt_room(loaded.backbone.context, config.max_tokens)
         self.lost = {"cut off": 0, "empty": 0, "too long": 0}
 
@@ -80,7 +81,8 @@ class Writer:
             requests.append(Request(Prompt(draft.prompt.id, tokens, text), 1, self.params, seed))
             waiting.append(draft)
         written = []
-        for draft, group in zip(waiting, generate(self._engine, requests) if requests else [], strict=True):
+        groups = generate(self._engine, requests, self._between_groups) if requests else []
+        for draft, group in zip(waiting, groups, strict=True):
             [sample] = group.samples
             if sample.finish != "stop" or not shown(sample.text).strip():
                 self.lost["cut off" if sample.finish != "stop" else "empty"] += 1

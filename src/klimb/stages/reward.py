@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
-import torch
 from pydantic import Field
 
 from klimb import metrics
@@ -155,8 +154,9 @@ def train(config: RewardConfig, run: Run, interrupt: Interrupt, say: Any) -> dic
             measured = learner.step(batch, lambda micro, totals: kind.loss(model, micro, totals))
         measured["tokens"] = metrics.total(batch.totals.tokens)
         if held_out and (step % config.eval_every == 0 or step == steps):
-            measured["eval/accuracy"] = found_accuracy = metrics.mean(
-                torch.tensor([right for each in kind.rightness(model, held_out, session.scoring) for right in each])
+            right = kind.rightness(model, held_out, session.scoring)
+            measured["eval/accuracy"] = found_accuracy = metrics.ratio(
+                sum(each.total for each in right), sum(each.size for each in right)
             )
             if config.until_accuracy is not None and found_accuracy.result() >= config.until_accuracy:
                 reached = step

@@ -86,7 +86,7 @@ def train(config: SampleConfig, run: Run, interrupt: Interrupt, say: Any) -> dic
     seed = stream_seed(config.seed, "sample")
     engine = local_engine(loaded.policy, loaded, data.items, on_tokens=session.on_tokens, say=session.say)
     with session.sampling("sample", [Request(p, config.samples_per_prompt, params, seed) for p in data.items]) as asked:
-        groups = generate(engine, asked)
+        groups = generate(engine, asked, session.between_groups)
         if config.reward is not None:
             # What stands up to the end of a step was not sampled as a whole: it is scored as a text.
             reward = open_reward(config.reward, session, loaded.renderer if config.separator is None else None)
@@ -124,7 +124,9 @@ def train(config: SampleConfig, run: Run, interrupt: Interrupt, say: Any) -> dic
 def demonstrations(groups: Sequence[Group], keep: Keep) -> Iterator[dict[str, Any]]:
     """The best scored completions of each prompt, no text twice. What was cut off shows no one how to end."""
     for group in groups:
-        scored = [(s.score, s) for s in group.samples if s.score is not None and s.finish == "stop" and s.text]
+        scored = [
+            (s.score, s) for s in group.samples if s.score is not None and s.finish == "stop" and not is_empty(s.text)
+        ]
         best = sorted(scored, key=lambda pair: -pair[0])  # stable: of equals the first drawn
         texts: list[Any] = []
         for score, sample in best:
@@ -141,10 +143,15 @@ def comparisons(groups: Sequence[Group], noise: float, stream: random.Random) ->
     """Consecutive samples of a prompt, the better scored one chosen; a share `noise` of them the other way round."""
     for group in groups:
         for a, b in zip(group.samples[0::2], group.samples[1::2], strict=False):
-            if a.score is None or b.score is None or a.score == b.score or not (a.text and b.text):
+            if a.score is None or b.score is None or a.score == b.score or is_empty(a.text) or is_empty(b.text):
                 continue  # unscored, a tie, or nothing said: a comparison needs two texts
             chosen, rejected = (a, b) if (a.score > b.score) != (stream.random() < noise) else (b, a)
             yield {"prompt": group.prompt.text, "chosen": chosen.text, "rejected": rejected.text}
+
+
+def is_empty(completion: Any) -> bool:
+    """Did the model end at once? As a text, and as a message in a chat."""
+    return completion in ("", [{"role": "assistant", "content": ""}])
 
 
 def labelled_steps(groups: Sequence[Group], separator: str, scorer: Scorer) -> Iterator[dict[str, Any]]:

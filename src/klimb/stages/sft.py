@@ -26,7 +26,7 @@ from klimb.stages.common import Session, SupervisedConfig
 from klimb.stages.evaluate import Judges, Measurement, answer_score
 from klimb.stages.given import Data, Given
 from klimb.stages.memory import of_supervised
-from klimb.stages.models import Loaded, load_policy
+from klimb.stages.models import Loaded, load_policy, prompt_room
 from klimb.stages.task import WithTask
 from klimb.types import Example
 
@@ -35,6 +35,7 @@ class Until(StageConfig):
     """Stop early, when sampled answers to the prompts of `data` score at least `at_least` on average."""
 
     data: Data
+    columns: dict[str, str] = Field({}, description="names of its columns: {prompt: question}")
     reward: Given = "exact"
     at_least: float
     every: int = Field(25, ge=1)
@@ -112,9 +113,12 @@ def train(config: SftConfig, run: Run, interrupt: Interrupt, say: Any) -> dict[s
 def _early_stop(config: SftConfig, loaded: Loaded) -> Any:
     if config.until is None:
         return None
-    prompts = load_prompts(config.until.data, loaded.renderer, max_length=loaded.backbone.context).items
-    chosen = prompts[: config.until.prompts]
-    return lambda step: answer_score(loaded, chosen, config.until, config.seed, step)
+    until, room = config.until, prompt_room(loaded.backbone.context, config.until.max_tokens)
+    prompts = load_prompts(
+        until.data, loaded.renderer, max_length=room, columns=until.columns, transcripts=config.transcripts
+    ).items
+    chosen = prompts[: until.prompts]
+    return lambda step: answer_score(loaded, chosen, until, config.seed, step)
 
 
 @torch.no_grad()

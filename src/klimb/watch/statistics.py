@@ -18,21 +18,38 @@ class Interval(NamedTuple):
     high: float
 
 
+class Tally(NamedTuple):
+    """What an interval needs of a group of values: how many, their sum, and their variance (unbiased, 0 of one)."""
+
+    size: int
+    total: float
+    variance: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Tally:
+        return cls(len(values), math.fsum(values), _variance(values))
+
+
 def mean_interval(groups: Sequence[Sequence[float]]) -> Interval:
+    """As `tally_interval`, from the values themselves."""
+    return tally_interval([Tally.of(group) for group in groups])
+
+
+def tally_interval(groups: Sequence[Tally]) -> Interval:
     """Mean over the groups' means (one group a prompt) with a normal 95 % interval.
 
     From 30 prompts on the prompts are the sample (answers to one prompt are alike, so they count once); fewer are a
     fixed panel, and the interval tells how well *its* mean is known: Σ_g s²_g / n_g over the squared number of groups.
     """
-    groups = [group for group in groups if group]
+    groups = [group for group in groups if group.size]
     if not groups:
         return Interval(math.nan, math.nan, math.nan)
-    means = [math.fsum(group) / len(group) for group in groups]
+    means = [group.total / group.size for group in groups]
     mean = math.fsum(means) / len(means)
     if len(groups) >= _MANY:
         variance = _variance(means) / len(means)
     else:
-        variance = math.fsum(_variance(group) / len(group) for group in groups) / len(groups) ** 2
+        variance = math.fsum(group.variance / group.size for group in groups) / len(groups) ** 2
     half = _Z * math.sqrt(variance)
     return Interval(mean, mean - half, mean + half)
 

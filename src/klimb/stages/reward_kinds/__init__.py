@@ -17,9 +17,12 @@ from klimb.models.faces import reward_scores
 from klimb.models.packing import Budget
 from klimb.models.rated import Judge
 from klimb.objective.judging import right
+from klimb.watch.statistics import Tally
 
-Right = list[list[float]]
-"""Of each item and each thing that it asks: 1 right, ½ undecided, 0 wrong."""
+Right = list[Tally]
+"""Of each item, over all that it asks: 1 right, ½ undecided, 0 wrong."""
+_TOGETHER = 256
+"""Completions that are compared with all others at once: in memory that grows with their number, not its square."""
 
 
 @dataclass(frozen=True)
@@ -49,16 +52,24 @@ def batch(rows: Sequence[Row], ids: Sequence[str]) -> TokenBatch:
 def labelled_right(model: Judge, batch: TokenBatch, labels: Sequence[bool], budget: Budget) -> Right:
     """Does the score have the sign of the label?"""
     found = right(reward_scores(model, batch, budget=budget), torch.tensor(labels, dtype=torch.float64))
-    return [[value] for value in found.tolist()]
+    return [Tally.of([value]) for value in found.tolist()]
 
 
 def in_order(scores: Tensor, worth: Tensor) -> Right:
     """Of each completion: is it in the right order with every other one, of any prompt? scores, worth [N]."""
-    found = []
-    for score, value in zip(scores, worth):
-        others = worth != value
-        found.append((((score - scores).sign() * (value - worth).sign() + 1) / 2)[others].tolist())
+    found: Right = []
+    for own, value in zip(scores.split(_TOGETHER), worth.split(_TOGETHER)):
+        better = (value[:, None] - worth).sign()
+        agreement = (own[:, None] - scores).sign() * better  # 1 right, -1 wrong; 0 undecided, or nothing asked
+        counts = zip(*(which.sum(1).tolist() for which in (better != 0, agreement > 0, agreement < 0)), strict=True)
+        found += [_tally(*each) for each in counts]
     return found
+
+
+def _tally(asked: int, right: int, wrong: int) -> Tally:
+    total = right + (asked - right - wrong) / 2
+    squares = right + (asked - right - wrong) / 4
+    return Tally(asked, total, (squares - total**2 / asked) / (asked - 1) if asked > 1 else 0.0)
 
 
 def exactly(names: Sequence[str], found: Tensor, given: Tensor) -> dict[str, dict[str, float]]:

@@ -15,6 +15,7 @@ from klimb.models.packing import Budget
 from klimb.objective.critic import reward_loss
 from klimb.stages.reward_kinds import Kind, Right
 from klimb.types import Preference
+from klimb.watch.statistics import Tally
 
 
 def kind(centering: float) -> Kind:
@@ -52,4 +53,4 @@ def pair_loss(model: RewardModel, batch: TokenBatch, totals: BatchTotals, center
 @torch.no_grad()
 def rightness(model: RewardModel, pairs: Sequence[Preference], budget: Budget) -> Right:
     scores = reward_scores(model, batch_of(pairs), budget=budget)
-    return [[value] for value in (((scores[0::2] - scores[1::2]).sign() + 1) / 2).tolist()]
+    return [Tally.of([value]) for value in (((scores[0::2] - scores[1::2]).sign() + 1) / 2).tolist()]

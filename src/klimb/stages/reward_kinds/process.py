@@ -16,6 +16,7 @@ from klimb.models.packing import Budget
 from klimb.objective.judging import Combine, right, step_loss
 from klimb.stages.reward_kinds import Kind, Right, batch
 from klimb.types import Judged
+from klimb.watch.statistics import Tally
 
 
 def kind(separator: str, combine: Combine) -> Kind:
@@ -39,6 +40,6 @@ def rightness(model: RewardModel, items: Sequence[Judged], budget: Budget) -> Ri
     """Of every step."""
     logits = step_logits(model, batch_of(items), budget=budget)
     return [
-        right(line[: len(item.values)], torch.tensor(item.values)).tolist()
+        Tally.of(right(line[: len(item.values)], torch.tensor(item.values)).tolist())
         for line, item in zip(logits, items, strict=True)
     ]

@@ -16,6 +16,7 @@ from klimb.models.packing import Budget
 from klimb.objective.judging import ordered_pairs, ranking_loss
 from klimb.stages.reward_kinds import Kind, Right
 from klimb.types import Judged
+from klimb.watch.statistics import Tally
 
 
 def kind(centering: float) -> Kind:
@@ -40,5 +41,5 @@ def rightness(model: RewardModel, items: Sequence[Judged], budget: Budget) -> Ri
     found = []
     for own, item in zip(scores, items, strict=True):
         better, worse = ordered_pairs(torch.tensor(item.values), torch.zeros(len(item.values)))
-        found.append((((own[better] - own[worse]).sign() + 1) / 2).tolist())
+        found.append(Tally.of((((own[better] - own[worse]).sign() + 1) / 2).tolist()))
     return found
