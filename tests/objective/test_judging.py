@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import statistics
 from dataclasses import replace
 
 import numpy as np
@@ -205,6 +206,21 @@ def test_steps_make_a_completion(combine, expected):
     assert combined(lines, mask, combine).tolist() == pytest.approx([expected[-1], 0.4, 0.0])
     paid = step_rewards(so_far(lines, mask, combine), mask)
     assert paid.sum(dim=1).tolist() == pytest.approx([expected[-1], 0.4, 0.0])
+
+
+def test_only_steps_are_classified_and_what_stands_elsewhere_does_not_matter():
+    mask = torch.tensor([[True, True, False], [True, False, False]])
+    labels = tensor([1.0, 0.0, 0.0], [0.0, 1.0, 1.0])
+    logits = tensor([2.0, 1.0, math.nan], [-3.0, math.nan, math.nan]).requires_grad_()
+    loss, found = step_loss(logits, labels, mask, BatchTotals.of(mask, torch.arange(2)))
+    expected = [math.log1p(math.exp(-2.0)), math.log1p(math.exp(1.0)), math.log1p(math.exp(-3.0))]
+    assert loss.item() == pytest.approx(statistics.mean(expected))
+    figures = results(found)
+    assert figures["loss"] == pytest.approx(statistics.mean(expected))
+    assert figures["accuracy"] == pytest.approx(2 / 3)
+    assert figures["score/mean"] == pytest.approx(0.0)
+    loss.backward()
+    assert torch.equal(logits.grad != 0, mask)
 
 
 # Steps in reinforcement learning ----------------------------------------------------------------------------------

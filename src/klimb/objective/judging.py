@@ -37,9 +37,9 @@ def ranking_loss(
     better, worse = ordered_pairs(worth, group)
     size = group_size(group).to(scores.dtype)[better]
     per_pair = bradley_terry(scores[better], scores[worse], centering=centering)
-    gap = (scores[better] - scores[worse]).detach()
+    gap = scores[better] - scores[worse]
     return pair_mean(per_pair * 2 / (size * (size - 1)), groups), {
-        "loss": metrics.ratio((per_pair.detach() * 2 / (size * (size - 1))).sum(), group.unique().numel()),
+        "loss": metrics.ratio((per_pair * 2 / (size * (size - 1))).sum(), group.unique().numel()),
         "accuracy": metrics.mean((gap.sign() + 1) / 2),
         "margin": metrics.mean(gap),
         "score/mean": metrics.mean(scores),
@@ -51,7 +51,7 @@ def label_loss(scores: Tensor, labels: Tensor, *, samples: int) -> tuple[Tensor,
     per_sample = -logsigmoid(scores * (2 * labels - 1))
     return pair_mean(per_sample, samples), {
         "loss": metrics.mean(per_sample),
-        "accuracy": metrics.mean(right(scores.detach(), labels)),
+        "accuracy": metrics.mean(right(scores, labels)),
         "score/mean": metrics.mean(scores),
     }
 
@@ -64,7 +64,7 @@ def step_loss(logits: Tensor, labels: Tensor, mask: Tensor, totals: BatchTotals)
     per_step = -logsigmoid(torch.where(mask, logits * (2 * labels - 1), 0.0))
     return token_mean(per_step, mask, totals), {
         "loss": metrics.mean(per_step, mask),
-        "accuracy": metrics.mean(right(logits.detach(), labels), mask),
+        "accuracy": metrics.mean(right(logits, labels), mask),
         "score/mean": metrics.mean(logits, mask),
     }
 
@@ -106,7 +106,7 @@ def ordinal_loss(scores: Tensor, levels: Tensor, thresholds: Tensor, *, samples:
     per_sample = -logps.gather(1, levels[:, None]).squeeze(1)
     return pair_mean(per_sample, samples), {
         "loss": metrics.mean(per_sample),
-        "accuracy": metrics.mean((logps.detach().argmax(dim=1) == levels).to(scores.dtype)),
+        "accuracy": metrics.mean((logps.argmax(dim=1) == levels).to(scores.dtype)),
         "score/mean": metrics.mean(scores),
     }
 
@@ -119,13 +119,12 @@ def right(scores: Tensor, labels: Tensor) -> Tensor:
 def so_far(probabilities: Tensor, mask: Tensor, combine: Combine) -> Tensor:
     """P(right) of each step [B, T], left aligned → what they make of the completion up to each step [B, T]."""
     if combine == "last":
-        return torch.where(mask, probabilities, 0.0)
-    if combine == "mean":
-        count = mask.cumsum(dim=1).clamp(min=1)
-        return torch.where(mask, torch.where(mask, probabilities, 0.0).cumsum(dim=1) / count, 0.0)
-    kept = torch.where(mask, probabilities, 1.0)
-    found = kept.cummin(dim=1).values if combine == "min" else kept.cumprod(dim=1)
-    return torch.where(mask, found, 0.0)
+        found = probabilities
+    elif combine == "mean":
+        found = probabilities.cumsum(dim=1) / torch.arange(1, mask.shape[1] + 1, device=mask.device)
+    else:
+        found = probabilities.cummin(dim=1).values if combine == "min" else probabilities.cumprod(dim=1)
+    return torch.where(mask, found, 0.0)  # what comes behind the last step is in no number before it
 
 
 def combined(probabilities: Tensor, mask: Tensor, combine: Combine) -> Tensor:

@@ -65,8 +65,7 @@ class RunConfig(StageConfig):
         "auto", description="flat tokens in a micro-batch; changes memory, not results. auto: 1024 on a CPU, else 8192"
     )
     kernels: Literal["auto", "native", "torch"] = Field(
-        "auto",
-        description="who computes attention and small layers on a CPU; auto: klimb's C, else torch",
+        "auto", description="who computes attention and small layers on a CPU; auto: klimb's C, else torch"
     )
     method: str = Field("", description="how the result is called in tables and pictures")
 
@@ -219,8 +218,8 @@ class Session:
         return session
 
     def learner(
-        self, name: str, stage: Stage, parameters: Mapping[str, torch.nn.Parameter], config: TrainConfig,
-        optimizer: Optimizer, total_steps: int,
+        self, name: str, stage: Stage, parameters: Mapping[str, torch.nn.Parameter], optimizer: Optimizer,
+        total_steps: int,
     ) -> Learner:  # fmt: skip
         """A learner that checkpoints know by `name`; its rate is the optimizer's or the table's."""
         if not parameters:
@@ -407,11 +406,8 @@ def inputs_of(config: RunConfig, *further: Any) -> dict[str, Path | str]:
         holder = getattr(config, section, None) if section else config
         for key in ("model", "data", "eval_data", "reference", "teacher"):
             value = getattr(holder, key, None)
-            paths = (
-                [value]
-                if isinstance(value, str | Path) or key in ("model", "reference", "teacher")
-                else [path for path, _ in parts_of(value) or []]
-            )
+            alone = isinstance(value, str | Path) or not key.endswith("data")
+            paths = [value] if alone else [path for path, _ in parts_of(value) or []]
             for number, path in enumerate(paths):
                 source = Path(path) if isinstance(path, str) and Path(path).exists() else path
                 if isinstance(source, str | Path) and source not in inputs.values():

@@ -86,7 +86,7 @@ def train(config: DistillConfig, run: Run, interrupt: Interrupt, say: Any) -> di
     loaded = load_policy(session, config.model, config.lora, config.seed, renderer)
     loaded.conversational = prompts.conversational
     teacher = load_reference(session, loaded, config.teacher)
-    learner = session.learner("policy", "distill", loaded.policy.trainable(), config, config.optimizer, config.steps)
+    learner = session.learner("policy", "distill", loaded.policy.trainable(), config.optimizer, config.steps)
     samplers = {"prompts": Sampler(len(prompts.items), max(config.drawn, 1), config.seed)}
     if written is not None:
         samplers["written"] = Sampler(len(written), config.prompts_per_step - config.drawn, config.seed)

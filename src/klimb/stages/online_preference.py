@@ -95,7 +95,7 @@ def train(config: OnlinePreferenceConfig, run: Run, interrupt: Interrupt, say: A
     loaded.conversational = data.conversational
     reference = load_reference(session, loaded, config.reference)
     update = Update(loaded.policy, parse_preference(config.loss), session, reference)
-    learner = session.learner("policy", "preference", loaded.policy.trainable(), config, config.optimizer, config.steps)
+    learner = session.learner("policy", "preference", loaded.policy.trainable(), config.optimizer, config.steps)
     engine = partial(local_engine, loaded=loaded, prompts=data.items, on_tokens=session.on_tokens, say=session.say)
     engines = [engine(loaded.policy), engine(reference)] if config.opponent == "reference" else [engine(loaded.policy)]
     params = SamplingParams(config.max_tokens, loaded.stop_tokens(data.items), config.temperature)

@@ -178,7 +178,7 @@ def train(config: PreferenceConfig, run: Run, interrupt: Interrupt, say: Any) ->
     steps = config.steps or max(1, round(config.epochs * len(training) / config.batch_size))
     update = Update(loaded.policy, loss, session)
     known, known_held_out = _compare(config, update, loaded, training, held_out, steps)
-    learner = session.learner("policy", "preference", loaded.policy.trainable(), config, config.optimizer, steps)
+    learner = session.learner("policy", "preference", loaded.policy.trainable(), config.optimizer, steps)
     sampler = Sampler(len(training), config.batch_size, config.seed)
     judges = Judges.for_measurement(config.measure, session, loaded, config.seed)
     displacement = Displacement()

@@ -139,7 +139,7 @@ def train(config: RewardConfig, run: Run, interrupt: Interrupt, say: Any) -> dic
     model = load_reward_model(session, config.model, config.lora, config.seed, facts)
     check_vocabulary(model.backbone.model, tokenizer, config.model)
     steps = config.steps or max(1, round(config.epochs * len(training) / config.batch_size))
-    learner = session.learner("reward", "reward", model.trainable(), config, config.optimizer, steps)
+    learner = session.learner("reward", "reward", model.trainable(), config.optimizer, steps)
     sampler = Sampler(len(training), config.batch_size, config.seed)
     start, reached = 0, None
     if found := session.resume():

@@ -126,14 +126,10 @@ def prepare(config: RlConfig, session: Session) -> Actors:
     critic = load_critic(session, loaded, config.critic.model) if needs.critic else None
     updates = config.steps * config.updates_per_step
     warmup = config.critic.warmup_steps * config.updates_per_step if critic else 0
-    policy_learner = session.learner(
-        "policy", "rl", loaded.policy.trainable(), config, config.optimizer, updates - warmup
-    )
+    policy_learner = session.learner("policy", "rl", loaded.policy.trainable(), config.optimizer, updates - warmup)
     critic_learner = None
     if critic is not None:
-        critic_learner = session.learner(
-            "critic", "critic", critic.trainable(), config, config.critic.optimizer, updates
-        )
+        critic_learner = session.learner("critic", "critic", critic.trainable(), config.critic.optimizer, updates)
     samples = config.prompts_per_step * config.samples_per_prompt
     rows = int(session.run.decide("rollout_rows", lambda: min(256, samples)))
 

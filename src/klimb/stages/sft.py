@@ -76,7 +76,7 @@ def train(config: SftConfig, run: Run, interrupt: Interrupt, say: Any) -> dict[s
         held_out = session.read(load_examples, config.eval_data, config, loaded.renderer, max_length, "eval_data").items
     steps = config.steps or max(1, round(config.epochs * len(training) / config.batch_size))
 
-    learner = session.learner("policy", "sft", loaded.policy.trainable(), config, config.optimizer, steps)
+    learner = session.learner("policy", "sft", loaded.policy.trainable(), config.optimizer, steps)
     sampler = Sampler(len(training), config.batch_size, config.seed)
     judges = Judges.for_measurement(config.measure, session, loaded, config.seed)
     until = _early_stop(config, loaded)
