@@ -151,6 +151,7 @@ def test_which_further_samples_a_baseline_wants():
     assert greedy_baseline().draws == Draws(1, greedy=True, of_reference=False)
     assert optimal_value(samples=3).draws == Draws(3, greedy=False, of_reference=True)
     assert preferred(0.25, samples=3).draws == Draws(3, mixture=0.25)
+    assert (Draws(3).greedy, Draws(3).of_reference, Draws(3).mixture) == (False, False, 0.0)
     assert preferred(samples=3).summary(torch.tensor([3.0, 5.0])).tolist() == [3.0, 5.0, 3.0]
 
 
@@ -160,6 +161,12 @@ def test_a_share_that_is_none(share):
         preferred(share)
     with pytest.raises(ValueError, match="preferred: samples = 0: it has to be at least 1"):
         preferred(samples=0)
+
+
+def test_a_preference_is_a_mean_over_opponents():
+    rewards = replace(outcomes([1.0, 0.0]), baseline=torch.tensor([[0.0, 2.0], [0.0, -1.0]]))
+    sigma = [1 / (1 + math.exp(-x)) for x in (1.0, -1.0, 0.0, 1.0)]
+    assert preferred()(rewards).tolist() == pytest.approx([sum(sigma[:2]) / 2 - 0.5, sum(sigma[2:]) / 2 - 0.5])
 
 
 def test_a_preference_needs_its_opponent():

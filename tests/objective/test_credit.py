@@ -168,6 +168,13 @@ def test_an_interrupted_sample_is_not_weighed_and_does_not_weigh():
     assert torch.equal(weighed[interrupted], plain[interrupted])
 
 
+def test_what_is_paid_where_no_token_is_is_not_paid():
+    paid = torch.where(MASK, 0.25, 0.0).double()
+    junk = torch.where(MASK, paid, torch.nan)
+    plain, holed = (credit(RETURNS_TO_GO, step_rewards=each).advantages for each in (paid, junk))
+    assert torch.equal(plain[MASK], holed[MASK])
+
+
 def test_a_value_of_the_prompt_alone_cannot_stand_in_for_a_score():
     interrupted = torch.tensor([True, False, False, False, False])
     with pytest.raises(ValueError, match="only values can stand in"):

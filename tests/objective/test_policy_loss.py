@@ -13,7 +13,7 @@ from klimb.metrics import merge, results
 from klimb.objective import ALGORITHMS, GRPO, KL, NO_KL, REINFORCE, assign_credit, k2, policy_loss, update_columns
 from klimb.objective.aggregate import sequence_sum
 from klimb.objective.importance import truncate
-from klimb.objective.surrogate import clip, product_clip, tv_mask
+from klimb.objective.surrogate import PerToken, clip, product_clip, sequence_clip, tv_mask
 from klimb.objective.tokens import clip_cov
 
 SAMPLES, LENGTH = 8, 5
@@ -209,6 +209,79 @@ def test_a_filter_knows_what_the_surrogate_lets_go(surrogate, anchor):
     kept = columns_of(row, given, advantages)["kept"]
     assert torch.equal(kept, MASK & clipped)
     assert 0 < int(kept.sum()) < int(MASK.sum())
+
+
+def test_a_filter_is_given_the_mask_that_ratios_of_sequences_are_made_with():
+    given = inputs()
+    row = replace(GRPO, surrogate=sequence_clip(0.05, 0.05), token_filter=clip_cov(share=1.0, low=-1e9, high=1e9))
+    advantages = advantages_of(row, given)
+    gap = torch.where(MASK, given["logps"] - given["old_logps"], 0.0)
+    s = (gap.sum(dim=1) / LENGTHS.clamp(min=1)).exp()[:, None]
+    clipped = ((advantages > 0) & (s > 1.05)) | ((advantages < 0) & (s < 0.95))
+    kept = columns_of(row, given, advantages)["kept"]
+    assert torch.equal(kept, MASK & clipped)
+    assert 0 < int(kept.sum()) < int(MASK.sum())
+
+
+class Summing:
+    """Functions of one's own that add up over a sample and never look at the mask."""
+
+    anchor = "old"
+
+    def __init__(self, anchor="old"):
+        self.anchor = anchor
+
+    def __call__(self, logps, old_logps, advantages, mask):
+        whole = ((logps - old_logps) * advantages).sum(dim=1, keepdim=True) + advantages.sum(dim=1, keepdim=True)
+        return PerToken(whole.expand_as(logps), whole.expand_as(logps) > 0)
+
+
+def weigh_by_the_whole(log_weight, mask, advantages):
+    return (log_weight + 0.1 * advantages).sum(dim=1, keepdim=True).exp().expand_as(log_weight)
+
+
+def above_the_mean(tokens):
+    """Over everything that it is given."""
+    return tokens.logps + tokens.behavior_logps + tokens.advantages > tokens.logps.mean() + tokens.advantages.mean()
+
+
+def kl_of_the_whole(log_ratio):
+    return log_ratio.sum(dim=1, keepdim=True).expand_as(log_ratio)
+
+
+@pytest.mark.parametrize("anchor", ["old", "behavior"])
+def test_what_is_given_to_functions_of_ones_own_is_zero_where_no_token_is(anchor):
+    row = replace(
+        GRPO, surrogate=Summing(anchor), importance=weigh_by_the_whole if anchor == "old" else None,
+        token_filter=above_the_mean, kl=KL("loss", kl_of_the_whole, 0.1),
+    )  # fmt: skip
+    clean, holed = inputs(), inputs(hole=torch.nan)
+    junk = torch.where(MASK, advantages_of(row, clean), torch.nan)
+    kept = columns_of(row, holed, junk)["kept"]
+    logps, behavior, advantages = clean["logps"], clean["behavior_logps"], advantages_of(row, clean)
+    above = logps + behavior + advantages > logps.sum() / MASK.numel() + advantages.sum() / MASK.numel()
+    assert torch.equal(kept[MASK], above[MASK])
+    found = []
+    for given, advantages in ((clean, advantages_of(row, clean)), (holed, junk)):
+        logps = given["logps"].clone().requires_grad_()
+        others = {name: given[name] for name in ("old_logps", "behavior_logps", "ref_logps")}
+        loss, _ = policy_loss(row, logps=logps, advantages=advantages, mask=MASK, totals=TOTALS, kept=kept, **others)
+        loss.backward()
+        found.append((loss.item(), logps.grad))
+    assert found[0][0] == found[1][0]
+    assert torch.equal(found[0][1], found[1][1])
+
+
+def test_an_imitation_is_masked_too():
+    given, holed = inputs(), torch.where(MASK, 0.1, torch.nan).double()
+    vapo = VARIANTS["vapo"]
+    losses = [
+        policy_loss(
+            vapo, logps=given["logps"], old_logps=given["old_logps"], advantages=torch.zeros(MASK.shape), mask=MASK,
+            totals=TOTALS, imitation=imitation,
+        )[0] for imitation in (torch.nan_to_num(holed), holed)
+    ]  # fmt: skip
+    assert losses[0] == losses[1] != 0
 
 
 def test_importance_weighs_the_surrogate_and_not_the_leash():

@@ -428,6 +428,45 @@ def test_beta_dpo_follows_the_margins_and_leaves_out_the_unusual() -> None:
     assert statistics_of(beta_dpo(), pairs, far)[0]["beta"].item() == pytest.approx(1e-3)
 
 
+def of_margins(margins: list[float]) -> Pairs:
+    values = torch.tensor(margins, dtype=torch.float64)[:, None]
+    mask = torch.ones_like(values, dtype=torch.bool)
+    return Pairs(*(Completions(side, torch.zeros_like(side), mask) for side in (values, torch.zeros_like(values))))
+
+
+def test_beta_dpo_draws_the_pairs_by_the_normal_density_of_their_margins() -> None:
+    """One of three is kept. M = 0.9 · 1 + 0.1 · 4/3, σ = 0.9 · 1 + 0.1 · std, over 3,000 seeds."""
+    margins = [0.0, 3.0, 1.0]
+    pairs, state = of_margins(margins), {"mean": torch.tensor(1.0), "spread": torch.tensor(1.0)}
+    loss = beta_dpo(keep=0.34)
+    kept = sum(statistics_of(loss, pairs, state, seed)[0]["weight"] / 3 for seed in range(3000))
+    mean, spread = 0.9 + 0.1 * 4 / 3, 0.9 + 0.1 * torch.tensor(margins).std().item()
+    density = [math.exp(-0.5 * ((margin - mean) / spread) ** 2) for margin in margins]
+    expected = [3000 * each / sum(density) for each in density]
+    assert sum((a - b) ** 2 / b for a, b in zip(kept.tolist(), expected)) < 13.8  # χ², two degrees, p = 0.001
+
+
+def test_beta_dpo_at_its_start_and_with_few_pairs() -> None:
+    alike = [statistics_of(beta_dpo(), of_margins([0.0] * 5), {}, seed)[0]["weight"] for seed in range(200)]
+    assert (torch.stack(alike) > 0).double().mean(dim=0).min() > 0.7  # four of five, by lot: nothing sets them apart
+    assert (statistics_of(beta_dpo(keep=0.2), of_margins([1.0, 2.0, 3.0, 4.0]), {})[0]["weight"] > 0).sum() == 1
+    after = statistics_of(beta_dpo(), of_margins([1.0, 4.0]), {})[1]
+    assert after["spread"].item() == pytest.approx(0.1 * 3 / math.sqrt(2))
+
+
+def test_a_baseline_below_the_reference_is_none() -> None:
+    pairs = replace(pairs_of(made_up("kto")), mismatched=torch.tensor([-3.0, 1.0]))
+    assert statistics_of(kto(), pairs, {})[0]["baseline"].item() == 0.0
+    pairs = replace(pairs, mismatched=torch.tensor([3.0, -1.0]))
+    assert statistics_of(kto(), pairs, {})[0]["baseline"].item() == 1.0
+
+
+def test_a_mixture_needs_what_any_of_its_parts_needs() -> None:
+    assert Mixed(((1.0, dpo()),)).needs == needs_of(dpo())
+    assert Mixed(((1.0, dpo()), (1.0, wpo()))).needs == Needs(collisions=True)
+    assert Mixed(((1.0, simpo()), (1.0, dpo()))).needs == Needs()
+
+
 def test_a_mixture_keeps_the_state_of_each_part() -> None:
     mixed = Mixed(((0.5, bco(0.1)), (2.0, bco(0.4)), (1.0, kto())))
     assert mixed.needs == Needs(data="labels", mismatched=True)

@@ -78,24 +78,25 @@ def test_every_loss_says_what_a_person_has_to_know(name: str) -> None:
 
 
 def test_displacement_is_counted() -> None:
-    """Chosen below the reference and margin above 0: one of four."""
-    chosen = torch.tensor([[-1.0], [-1.0], [1.0], [0.0]])
-    rejected = torch.tensor([[-2.0], [-0.5], [0.0], [0.0]])
+    """Chosen below the reference and margin above 0: two of seven; a margin of 0, or a chosen that stays, is none."""
+    chosen = torch.tensor([[-1.0], [-1.0], [1.0], [0.0], [-3.0], [0.0], [-2.0]])
+    rejected = torch.tensor([[-2.0], [-0.5], [0.0], [0.0], [-5.0], [-1.0], [-2.0]])
     sides = [Completions(x, torch.zeros_like(x), torch.ones_like(x, dtype=torch.bool)) for x in (chosen, rejected)]
-    found = results(preference_loss(dpo(), Pairs(*sides), 4)[1])
-    assert found["displaced"] == 0.25
-    assert found["chosen_logps"] == found["chosen_log_ratio"] == -0.25
-    assert found["accuracy"] == pytest.approx((1 + 0 + 1 + 0.5) / 4)
-    assert found["rejected_logps"] == found["rejected_log_ratio"] == pytest.approx(-2.5 / 4)
-    assert found["margin"] == pytest.approx(1.5 / 4)
+    found = results(preference_loss(dpo(), Pairs(*sides), 7)[1])
+    assert found["displaced"] == pytest.approx(2 / 7)
+    assert found["chosen_logps"] == found["chosen_log_ratio"] == pytest.approx(-6 / 7)
+    assert found["accuracy"] == pytest.approx((1 + 0 + 1 + 0.5 + 1 + 1 + 0.5) / 7)
+    assert found["rejected_logps"] == found["rejected_log_ratio"] == pytest.approx(-10.5 / 7)
+    assert found["margin"] == pytest.approx(4.5 / 7)
 
 
 def test_what_is_reported_of_labels_and_without_a_reference() -> None:
-    """Desirable completions at h = −1 and 2, undesirable ones at 1 and −3: two of four on their side, one fell."""
-    up, down = torch.tensor([[-1.0], [2.0]]), torch.tensor([[1.0], [-3.0]])
+    """Desirable completions at h = −1, 2, 0 and 0.5, undesirable ones at −1, −3 and 1: 2½ and two of seven are on their
+    side, one of four fell."""
+    up, down = torch.tensor([[-1.0], [2.0], [0.0], [0.5]]), torch.tensor([[-1.0], [-3.0], [1.0]])
     sides = [Completions(x, torch.zeros_like(x), torch.ones_like(x, dtype=torch.bool)) for x in (up, down)]
-    found = results(preference_loss(kto(), Pairs(*sides, given={"baseline": torch.zeros(())}), 4)[1])
-    assert (found["displaced"], found["accuracy"]) == (0.5, 0.5)
+    found = results(preference_loss(kto(), Pairs(*sides, given={"baseline": torch.zeros(())}), 7)[1])
+    assert (found["displaced"], found["accuracy"]) == (0.25, pytest.approx(4.5 / 7))
     assert "margin" not in found
     logps, mask = torch.tensor([[-1.0, -2.0]]), torch.ones(1, 2, dtype=torch.bool)
     free = Pairs(Completions(logps, None, mask), Completions(2 * logps, None, mask))

@@ -107,3 +107,27 @@ def test_distillation_is_a_mean_over_the_updates_tokens_however_it_is_split() ->
     assert results(found)["loss"] == pytest.approx(0.6)
     parts = [distillation_loss(divergence[i : i + 1], mask[i : i + 1], totals)[0] for i in range(2)]
     assert sum(parts).item() == pytest.approx(0.6)
+
+
+@pytest.mark.parametrize("loss", [sft_loss, distillation_loss])
+def test_what_stands_where_nothing_is_learnt_reaches_neither_loss_nor_gradient(loss):
+    values = torch.tensor([[-0.5, math.nan, -3.0]], dtype=torch.float64, requires_grad=True)
+    mask = torch.tensor([[True, False, True]])
+    found, _ = loss(values, mask, BatchTotals.of(mask, torch.zeros(1)))
+    found.backward()
+    assert abs(found.item()) == pytest.approx(1.75)
+    assert values.grad[0].abs().tolist() == pytest.approx([0.5, 0.0, 0.5])
+
+
+def test_a_token_that_neither_can_say_is_in_no_divergence():
+    """ln 2 less the entropy of (¼, ¾), whichever is on top; and no NaN in the gradient of either."""
+    ruled_out = torch.tensor([0.0, 0.0, -math.inf], dtype=torch.float64)
+    p, q = (torch.zeros(1, 3, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    even = (p + ruled_out).log_softmax(-1)
+    uneven = (q + torch.tensor([0.0, math.log(3.0), 0.0], dtype=torch.float64) + ruled_out).log_softmax(-1)
+    found = forward_kl(even, uneven)
+    assert found.item() == pytest.approx(-math.log(2) - 0.5 * math.log(0.25 * 0.75))
+    found.sum().backward()
+    assert q.grad[0].tolist() == pytest.approx([0.25 - 0.5, 0.75 - 0.5, 0.0])
+    assert p.grad.isfinite().all()
+    assert p.grad[0, 2] == 0

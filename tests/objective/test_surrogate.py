@@ -147,9 +147,10 @@ def test_a_ratio_of_a_sequence_is_made_of_its_own_tokens(surrogate):
     logps, old = moved(0.1)
     mask = MASK & torch.tensor([[True], [True], [False]])
     beyond = torch.where(mask, logps.detach(), 7.0)
-    clean, holed = (surrogate(x, old, ADVANTAGES, mask).loss for x in (logps, beyond))
-    assert torch.equal(clean[mask], holed[mask])
-    assert clean.isfinite().all()
+    for advantages in (ADVANTAGES, -ADVANTAGES):
+        clean, holed = (surrogate(x, old, advantages, mask).loss for x in (logps, beyond))
+        assert torch.equal(clean[mask], holed[mask])
+        assert clean.isfinite().all()
 
 
 @pytest.mark.parametrize(("ratio", "weight"), [(9.0, 5.0), (4.9, 4.9), (0.01, 0.01), (1.0, 1.0)])
@@ -200,6 +201,7 @@ def test_a_divergence_lets_go_on_the_outward_side_only(surrogate, old, new, adva
 def test_a_taper_imitates_the_good_and_lets_go_of_the_bad(ratio):
     """A good sample pulls alike however rare it is; a bad one by what is left of it, never by more than the bound."""
     assert one(taper(), ratio, 2.0)[1:] == pytest.approx((-2.0, False))
+    assert one(taper(), 9.0, 0.0)[2] is False
     assert one(taper(), ratio, -2.0)[1:] == pytest.approx((2.0 * min(ratio, 1.0), ratio > 1))
     assert one(taper(bound=3.0), ratio, -2.0)[1:] == pytest.approx((2.0 * min(ratio, 3.0), ratio > 3))
 

@@ -212,7 +212,7 @@ class prompt_value:
     def __call__(self, rewards: Rewards) -> Tensor:
         if rewards.values is None:
             raise ValueError("advantage prompt_value: no values were given; it needs a critic, or use leave_one_out.")
-        return rewards.returns - torch.where(rewards.mask, rewards.values.double(), 0.0)[:, 0]
+        return rewards.returns - rewards.values.double()[:, 0]
 
     def targets(self, rewards: Rewards) -> Tensor:
         soft = rewards.returns if rewards.leash is None else rewards.returns - rewards.leash

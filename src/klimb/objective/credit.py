@@ -57,7 +57,7 @@ def assign_credit(
     scores [B]; mask [B, T] left aligned; group [B]; logps (as sampled), ref_logps, values [B, T]; interrupted
     [B] bool marks samples without a score whose end is bootstrapped (with `gae` only); parts [B, K] of a summed
     score with part_weights [K], baseline [B] or [B, N], collisions [B, T]: see `Rewards`. step_rewards [B, T]: what of
-    the score is paid at its own token instead of the last one, zero elsewhere. A sample without a policy token takes
+    the score is paid at its own token instead of the last one. A sample without a policy token takes
     part in nothing and gets zeros. Raises ValueError: a score is not finite, or an input that the algorithm needs is
     missing.
     """
@@ -126,12 +126,13 @@ def _token_rewards(
     if algorithm.overlong is not None:
         final = final + algorithm.overlong(mask.sum(dim=1))
     if step_rewards is not None:
-        final = final - step_rewards.double().sum(dim=1)
+        step_rewards = torch.where(mask, step_rewards.double(), 0.0)
+        final = final - step_rewards.sum(dim=1)
     if interrupted is not None:
         final = torch.where(interrupted, 0.0, final)
     rewards = torch.where(last_token(mask), final[:, None], 0.0)
     if step_rewards is not None:
-        rewards = rewards + torch.where(mask, step_rewards.double(), 0.0)
+        rewards = rewards + step_rewards
     if algorithm.kl.in_reward and log_ratio is not None:
         penalty = algorithm.kl.penalty(log_ratio, mask)
         rewards = rewards - torch.where(mask, algorithm.kl.coefficient(state) * penalty, 0.0)

@@ -78,4 +78,4 @@ def _kl(p: Tensor, q: Tensor) -> Tensor:
     # 0 · log 0 = 0; written so that a token of probability zero leaves no NaN in the gradient either.
     possible = p > -torch.inf
     gap = torch.where(possible, p, 0.0) - torch.where(possible, q, 0.0)
-    return torch.where(possible, p.exp() * gap, 0.0).sum(dim=-1)
+    return (p.exp() * gap).sum(dim=-1)

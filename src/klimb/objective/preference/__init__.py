@@ -139,7 +139,7 @@ def _measured(loss: PreferenceLoss, pairs: Pairs) -> Metrics:
         right = torch.cat([up.sign(), -down.sign()])
         fell = up < 0
     else:
-        margin = (up - down).detach()
+        margin = up - down
         found["margin"] = metrics.mean(margin)
         right, fell = margin.sign(), (up < 0) & (margin > 0)
     return {**found, "accuracy": metrics.mean((right + 1) / 2)} | (
