@@ -171,8 +171,12 @@ def test_an_interrupted_sample_is_not_weighed_and_does_not_weigh():
 def test_what_is_paid_where_no_token_is_is_not_paid():
     paid = torch.where(MASK, 0.25, 0.0).double()
     junk = torch.where(MASK, paid, torch.nan)
-    plain, holed = (credit(RETURNS_TO_GO, step_rewards=each).advantages for each in (paid, junk))
+    row = replace(REINFORCE, advantage=discounted_return(0.5), kl=NO_KL)
+    plain, holed = (credit(row, step_rewards=each).advantages for each in (paid, junk))
     assert torch.equal(plain[MASK], holed[MASK])
+    for i in PRESENT:  # the last token has what is left of the score
+        length = int(MASK[i].sum())
+        assert holed[i, length - 1].item() == pytest.approx(SCORES[i].item() - 0.25 * (length - 1))
 
 
 def test_a_value_of_the_prompt_alone_cannot_stand_in_for_a_score():

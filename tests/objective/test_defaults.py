@@ -7,7 +7,10 @@ from dataclasses import fields
 import pytest
 
 from klimb.objective import ALGORITHMS, KL, PREFERENCE_LOSSES, Critic, k1, k2, k3
+from klimb.objective.advantage import gae, optimal_value
 from klimb.objective.spec import AXES
+from klimb.objective.surrogate import cispo, clip, dual_clip, geometric_clip, sequence_clip
+from klimb.objective.tokens import imitate_correct
 
 DEFAULTS = {
     "running_mean": (0.9,),
@@ -119,3 +122,16 @@ def test_of_the_leash_of_a_row(name):
 def test_of_the_leash_and_the_critic_themselves():
     assert (KL("reward", k1, 0.1).gain, KL("reward", k1, 0.1).target) == (0.1, None)
     assert (Critic().value_clip, ALGORITHMS["ppo"].critic, ALGORITHMS["vapo"].critic.lam) == (0.2, Critic(0.2), 1.0)
+
+
+def test_of_what_a_row_sets_itself():
+    rows = ALGORITHMS
+    assert rows["gspo"].surrogate == sequence_clip(3e-4, 4e-4)
+    assert rows["luspo"].surrogate == sequence_clip(2e-3, 2.5e-3)
+    assert rows["gmpo"].surrogate == geometric_clip(0.4, 0.4)
+    assert rows["cispo"].surrogate == cispo(1.0, 4.0)
+    assert rows["intellect2"].surrogate == dual_clip(0.2, 0.2, 4.0)
+    assert rows["a_star_po"].advantage == optimal_value(0.5, 8)
+    vapo = rows["vapo"]
+    assert (vapo.advantage, vapo.critic) == (gae(1.0, 0.95, 0.05), Critic(0.2, 1.0))
+    assert (vapo.surrogate, vapo.imitation) == (clip(0.2, 0.28), imitate_correct(0.1))

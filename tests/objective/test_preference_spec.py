@@ -78,16 +78,16 @@ def test_every_loss_says_what_a_person_has_to_know(name: str) -> None:
 
 
 def test_displacement_is_counted() -> None:
-    """Chosen below the reference and margin above 0: two of seven; a margin of 0, or a chosen that stays, is none."""
-    chosen = torch.tensor([[-1.0], [-1.0], [1.0], [0.0], [-3.0], [0.0], [-2.0]])
-    rejected = torch.tensor([[-2.0], [-0.5], [0.0], [0.0], [-5.0], [-1.0], [-2.0]])
+    """Chosen below the reference and margin above 0: three of eight; a margin of 0, or a chosen that stays, is none."""
+    chosen = torch.tensor([[-1.0], [-1.0], [1.0], [0.0], [-3.0], [0.0], [-2.0], [-1.0]])
+    rejected = torch.tensor([[-2.0], [-0.5], [0.0], [0.0], [-5.0], [-1.0], [-2.0], [-4.0]])
     sides = [Completions(x, torch.zeros_like(x), torch.ones_like(x, dtype=torch.bool)) for x in (chosen, rejected)]
-    found = results(preference_loss(dpo(), Pairs(*sides), 7)[1])
-    assert found["displaced"] == pytest.approx(2 / 7)
-    assert found["chosen_logps"] == found["chosen_log_ratio"] == pytest.approx(-6 / 7)
-    assert found["accuracy"] == pytest.approx((1 + 0 + 1 + 0.5 + 1 + 1 + 0.5) / 7)
-    assert found["rejected_logps"] == found["rejected_log_ratio"] == pytest.approx(-10.5 / 7)
-    assert found["margin"] == pytest.approx(4.5 / 7)
+    found = results(preference_loss(dpo(), Pairs(*sides), 8)[1])
+    assert found["displaced"] == 3 / 8
+    assert found["chosen_logps"] == found["chosen_log_ratio"] == -7 / 8
+    assert found["accuracy"] == pytest.approx((1 + 0 + 1 + 0.5 + 1 + 1 + 0.5 + 1) / 8)
+    assert found["rejected_logps"] == found["rejected_log_ratio"] == -14.5 / 8
+    assert found["margin"] == 7.5 / 8
 
 
 def test_what_is_reported_of_labels_and_without_a_reference() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -109,14 +110,15 @@ def test_distillation_is_a_mean_over_the_updates_tokens_however_it_is_split() ->
     assert sum(parts).item() == pytest.approx(0.6)
 
 
-@pytest.mark.parametrize("loss", [sft_loss, distillation_loss])
+@pytest.mark.parametrize("loss", [sft_loss, partial(sft_loss, loss=dft), distillation_loss])
 def test_what_stands_where_nothing_is_learnt_reaches_neither_loss_nor_gradient(loss):
     values = torch.tensor([[-0.5, math.nan, -3.0]], dtype=torch.float64, requires_grad=True)
     mask = torch.tensor([[True, False, True]])
     found, _ = loss(values, mask, BatchTotals.of(mask, torch.zeros(1)))
     found.backward()
-    assert abs(found.item()) == pytest.approx(1.75)
-    assert values.grad[0].abs().tolist() == pytest.approx([0.5, 0.0, 0.5])
+    weight = [math.exp(-0.5), math.exp(-3.0)] if isinstance(loss, partial) else [1.0, 1.0]
+    assert abs(found.item()) == pytest.approx((0.5 * weight[0] + 3 * weight[1]) / 2)
+    assert values.grad[0].abs().tolist() == pytest.approx([weight[0] / 2, 0.0, weight[1] / 2])
 
 
 def test_a_token_that_neither_can_say_is_in_no_divergence():

@@ -70,8 +70,7 @@ def generalised_jsd(teacher_logps: Tensor, student_logps: Tensor, beta: float) -
 
 def distillation_loss(divergence: Tensor, mask: Tensor, totals: BatchTotals) -> tuple[Tensor, Metrics]:
     """Mean over the update's tokens of a divergence from the teacher, [B, T], in nats."""
-    per_token = torch.where(mask, divergence, 0.0)
-    return token_mean(per_token, mask, totals), {"loss": metrics.mean(per_token, mask)}
+    return token_mean(divergence, mask, totals), {"loss": metrics.mean(divergence, mask)}
 
 
 def _kl(p: Tensor, q: Tensor) -> Tensor:
