@@ -13,6 +13,7 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GenerationConfig
 from world import SMALL_RL, Played, World, klimb, lines, play
 
+from klimb import __version__
 from klimb.runtime.durable import file_hash
 
 LORA = {"rank": 4, "alpha": 8.0}
@@ -86,7 +87,7 @@ def test_the_card_tells_where_the_model_comes_from(runs: dict[str, Played], worl
         assert f"`{file}` (SHA-256 `{file_hash(Path(file))[:16]}…`)" in training
     assert f"trained from `{world.model}`" in card
     assert "Nothing was measured on held-out data." in card
-    assert "seed 0, klimb 0.1.0" in training
+    assert f"seed 0, klimb {__version__}" in training
     assert "LoRA of rank 4" in training
 
 

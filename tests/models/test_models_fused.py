@@ -155,8 +155,13 @@ class GatedRMSNorm(nn.Module):
         return x * self.weight * gate
 
 
+class AtTimesGatedRMSNorm(GatedRMSNorm):
+    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
+        return x * self.weight * gate.sigmoid()  # type: ignore[union-attr]
+
+
 def test_a_layer_that_is_called_otherwise_is_left_alone() -> None:
-    model = nn.Sequential(GatedRMSNorm(), nn.Linear(4, 4))
+    model = nn.Sequential(GatedRMSNorm(), AtTimesGatedRMSNorm(), nn.Linear(4, 4))
     native.use(False)
     fused.take_over(model)
     assert [type(module).__name__ for module in taken(model)] == ["Linear"]

@@ -49,6 +49,7 @@ def test_an_adapter_is_no_classifier(tmp_path: Path) -> None:
         (transformers.BertConfig(max_position_embeddings=512), 512),
         (transformers.RobertaConfig(max_position_embeddings=514, pad_token_id=1), 512),
         (transformers.XLMRobertaConfig(max_position_embeddings=514, pad_token_id=1), 512),
+        (transformers.MPNetConfig(max_position_embeddings=514, pad_token_id=1), 512),
         (transformers.GPT2Config(n_positions=64), 64),
     ],
     ids=lambda value: getattr(value, "model_type", None),

@@ -159,7 +159,7 @@ def test_which_further_samples_a_baseline_wants():
 def test_a_share_that_is_none(share):
     with pytest.raises(ValueError, match=f"preferred: mixture = {share:g}: it has to be at least 0 and at most 1"):
         preferred(share)
-    with pytest.raises(ValueError, match="preferred: samples = 0: it has to be at least 1"):
+    with pytest.raises(ValueError, match="preferred: samples = 0: it has to be a whole number, at least 1"):
         preferred(samples=0)
 
 

@@ -235,7 +235,10 @@ def test_what_people_write(spec, expected):
         ({"name": "grpo", "kl": 0.1}, "algorithm.kl: 0.1"),
         ({"name": "dapo", "kl": {"beta": 0.1}}, "set kl.where"),
         ({"name": "grpo", "entropy_bonus": "adaptive"}, "algorithm.entropy_bonus: expected a number, got 'adaptive'"),
-        ({"name": "grpo", "reference": {"moving": [0, 1]}}, "moving: every = 0: it has to be at least 1"),
+        (
+            {"name": "grpo", "reference": {"moving": [0, 1]}},
+            "moving: every = 0: it has to be a whole number",
+        ),
         ({"name": "grpo", "kl": {"where": "none", "beta": 0.5}}, "algorithm.kl: where is none and beta is set"),
         ({"name": "grpo", "surrogate": {"clip": [-0.2, 0.2]}}, r"clip: low = -0\.2: it has to be at least 0"),
         ({"name": "grpo", "surrogate": {"dual_clip": {"bound": 0.5}}}, r"dual_clip: bound = 0\.5"),
@@ -251,6 +254,11 @@ def test_what_people_write(spec, expected):
         ({"name": "grpo", "importance": {"geometric_drop": [3, 1]}}, "geometric_drop: low = 3, high = 1"),
         ({"name": "grpo", "token_filter": {"clip_cov": [0.1, 5, 1]}}, "clip_cov: low = 5, high = 1"),
         ({"name": "grpo", "entropy_bonus": {"adaptive_entropy": {"low": 2}}}, "adaptive_entropy: low = 2, high = 1"),
+        ({"name": "grpo", "surrogate": {"clip": [0.2, None]}}, "surrogate.clip: high = none: it has to be at least 0"),
+        (
+            {"name": "a_star_po", "advantage": {"optimal_value": [1, 2.5]}},
+            r"samples = 2\.5: it has to be a whole",
+        ),
         ({"name": "ppo", "critic": {"value_clip": 0}}, "algorithm.critic: value_clip = 0: it has to be above 0"),
         ({"name": "ppo", "advantage": {"gae": [1, 1.5]}}, r"gae: lam = 1\.5: it has to be at least 0 and at most 1"),
         ({"name": "grpo", "token_filter": "top_entropi"}, "algorithm.token_filter: unknown 'top_entropi'"),

@@ -48,7 +48,7 @@ def test_what_people_write(spec: Any, expected: Any) -> None:
         ({"mix": {"dpo": {"beta": 0.1}}}, "loss.mix.dpo: it has no weight"),
         ({"mix": ["dpo"]}, "loss.mix: expected names with weights"),
         ({"mix": {}}, "loss.mix: nothing to mix"),
-        ({"exo": {"epsilon": 0}}, "exo: epsilon = 0: it has to be above 0 and below 1"),
+        ({"exo": {"epsilon": 0}}, "exo: epsilon = 0: it has to be above 0 and below 0.5"),
         ({"robust": {"epsilon": 0.5}}, "robust: epsilon = 0.5: it has to be at least 0 and below 0.5"),
         ({"kto": {"desirable": -1}}, "kto: desirable = -1: it has to be at least 0"),
         ({"dpo": -0.1}, r"dpo: beta = -0\.1: it has to be above 0"),

@@ -209,5 +209,5 @@ def _check_same(adapter: Path, lora: LoRA) -> None:
                          "into (klimb export)")  # fmt: skip
 
 
-def _names(targets: str | list[str]) -> list[str]:
-    return [targets] if isinstance(targets, str) else sorted(targets)
+def _names(targets: str | list[str]) -> set[str]:
+    return {targets} if isinstance(targets, str) else set(targets)

@@ -80,8 +80,10 @@ class EncoderReward(nn.Module):
         return torch.stack([found[i] for i in range(len(texts))])
 
     def _called(self, texts: Sequence[Sequence[int]]) -> Tensor:
-        if (longest := max(map(len, texts), default=0)) > self.backbone.context:
-            raise KlimbError(f"a text has {longest} tokens", where=str(self.backbone.model.config.name_or_path),
+        config = self.backbone.model.config
+        relative = hasattr(config, "relative_attention_num_buckets")  # T5's positions have no end
+        if (longest := max(map(len, texts), default=0)) > self.backbone.context and not relative:
+            raise KlimbError(f"a text has {longest} tokens", where=str(config.name_or_path),
                              why=f"this model takes {self.backbone.context}",
                              fix="lower max_prompt_tokens or max_tokens, or take a model with more")  # fmt: skip
         rows = [torch.tensor(text) for text in texts]

@@ -61,9 +61,10 @@ def _config(model: str) -> PretrainedConfig:
         raise KlimbError(f"model={model}: cannot be loaded ({first_line(error)})") from None
 
 
-_FROM_PADDING = frozenset(
-    {"roberta", "xlm-roberta", "camembert", "roberta-prelayernorm", "data2vec-text", "longformer"}
-)
+_FROM_PADDING = frozenset({
+    "roberta", "xlm-roberta", "xlm-roberta-xl", "roberta-prelayernorm", "camembert", "data2vec-text", "longformer",
+    "mpnet", "ibert", "esm",
+})  # fmt: skip
 """Families whose first position is the one behind their padding's: BERT's 512 tokens of 514 positions."""
 
 
@@ -71,7 +72,7 @@ def context_length(config: PretrainedConfig) -> int:
     """Longest sequence the positions allow."""
     config = config.get_text_config()
     found = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 1 << 30
-    return int(found) - (config.pad_token_id + 1 if config.model_type in _FROM_PADDING else 0)
+    return int(found) - ((config.pad_token_id or 0) + 1 if config.model_type in _FROM_PADDING else 0)
 
 
 def check_place(model: str) -> None:

@@ -38,7 +38,7 @@ def identity() -> str:
     except (OSError, subprocess.SubprocessError) as error:
         raise Unavailable(f"the C compiler does not run: {error}") from None
     sources = [path.read_bytes() for path in sorted(_FOLDER.glob("*.[ch]"))]
-    flags = " ".join([*_COMPILE, *itertools.chain(*_KINDS.values())]).encode()
+    flags = " ".join([*_compiler()[1:], *_COMPILE, *itertools.chain(*_KINDS.values())]).encode()
     return hashlib.sha256(b"\0".join([*sources, version, flags, _processor()])).hexdigest()[:16]
 
 

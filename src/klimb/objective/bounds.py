@@ -4,6 +4,7 @@ has no gradient, or is not a number, and nothing of that would be seen in a run 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from types import NoneType
 from typing import Annotated, Any, get_args, get_type_hints
 
 
@@ -15,6 +16,7 @@ class Bound:
     above: float | None = None
     most: float | None = None
     below: float | None = None
+    whole: bool = False
 
     def holds(self, value: float) -> bool:
         return (
@@ -23,11 +25,13 @@ class Bound:
             and (self.above is None or value > self.above)
             and (self.most is None or value <= self.most)
             and (self.below is None or value < self.below)
+            and (not self.whole or value == int(value))
         )
 
     def __str__(self) -> str:
         limits = {"at least": self.least, "above": self.above, "at most": self.most, "below": self.below}
-        return " and ".join(f"{word} {limit:g}" for word, limit in limits.items() if limit is not None)
+        told = " and ".join(f"{word} {limit:g}" for word, limit in limits.items() if limit is not None)
+        return f"a whole number, {told}" if self.whole else told
 
 
 Positive = Annotated[float, Bound(above=0)]
@@ -36,19 +40,22 @@ OneOrMore = Annotated[float, Bound(least=1)]
 Share = Annotated[float, Bound(least=0, most=1)]
 SomeShare = Annotated[float, Bound(above=0, most=1)]
 ShareBelowOne = Annotated[float, Bound(least=0, below=1)]
-OpenShare = Annotated[float, Bound(above=0, below=1)]
+SmallShare = Annotated[float, Bound(above=0, below=0.5)]
 ShareBelowHalf = Annotated[float, Bound(least=0, below=0.5)]
-Count = Annotated[int, Bound(least=1)]
+Count = Annotated[int, Bound(least=1, whole=True)]
 
 
 class Bounded:
     """A dataclass whose fields are annotated with bounds: one that lies outside raises ValueError by name."""
 
     def __post_init__(self) -> None:
-        for name, bound in bounds_of(type(self)).items():
+        for name, (bound, may_be_none) in bounds_of(type(self)).items():
             value = getattr(self, name)
-            if value is not None and not bound.holds(value):
-                raise ValueError(f"{type(self).__name__}: {name} = {value:g}: it has to be {bound}.")
+            if value is None and may_be_none:
+                continue
+            if value is None or not bound.holds(value):
+                told = "none" if value is None else f"{value:g}"
+                raise ValueError(f"{type(self).__name__}: {name} = {told}: it has to be {bound}.")
 
 
 def increasing(value: Any) -> None:
@@ -59,11 +66,12 @@ def increasing(value: Any) -> None:
         )
 
 
-def bounds_of(kind: type) -> dict[str, Bound]:
-    """By the names of the fields that have one."""
+def bounds_of(kind: type) -> dict[str, tuple[Bound, bool]]:
+    """By the names of the fields that have one; and whether None is as good."""
     hints = get_type_hints(kind, include_extras=True)
-    found = {field.name: _bound_in(hints[field.name]) for field in fields(kind)}
-    return {name: bound for name, bound in found.items() if bound is not None}
+    own = {field.name: hints[field.name] for field in fields(kind)}
+    found = {name: (_bound_in(hint), NoneType in get_args(hint)) for name, hint in own.items()}
+    return {name: (bound, may_be_none) for name, (bound, may_be_none) in found.items() if bound is not None}
 
 
 def _bound_in(hint: Any) -> Bound | None:

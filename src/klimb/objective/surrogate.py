@@ -229,7 +229,7 @@ class taper(Bounded):
     the sampler preferred among good samples. Degrades to `reinforce` with one update a batch.
     """
 
-    bound: Positive = 1.0
+    bound: NotNegative = 1.0
     anchor: ClassVar[Anchor] = "behavior"
 
     def __call__(self, logps: Tensor, old_logps: Tensor, advantages: Tensor, mask: Tensor) -> PerToken:

@@ -9,7 +9,7 @@ from pathlib import Path
 from klimb.batch import Row, TokenBatch
 from klimb.data.judged import StepEnds, question, up_to_verdict
 from klimb.data.render import Renderer, Tokens
-from klimb.errors import RewardError
+from klimb.errors import KlimbError, RewardError
 from klimb.models.faces import RewardModel, Verdicts, reward_scores, step_logits
 from klimb.models.load import reward_facts
 from klimb.models.packing import Budget
@@ -62,9 +62,12 @@ class ModelReward:
 
     def __call__(self, prompts: Sequence[Text], completions: Sequence[Text], columns: Columns) -> Scores:
         batch = self._read(prompts, completions, columns)
-        if self.dense:
-            return self._by_steps(batch)
-        scores = reward_scores(self.model, batch, budget=self.budget).double()
+        try:
+            if self.dense:
+                return self._by_steps(batch)
+            scores = reward_scores(self.model, batch, budget=self.budget).double()
+        except KlimbError as error:  # a text that it cannot take: what was trained so far is kept
+            raise RewardError(str(error), where=f"reward {self.name}") from error
         return Scores([float(value) for value in (scores - self.mean) / self.std])
 
     def _read(self, prompts: Sequence[Text], completions: Sequence[Text], columns: Columns) -> TokenBatch:

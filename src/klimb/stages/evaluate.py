@@ -258,9 +258,10 @@ def best_of_curve(groups: Sequence[Group], ns: Sequence[int]) -> list[dict[str, 
 
 def best_of_row(groups: Sequence[Group], n: int) -> dict[str, float]:
     """Best-of-n for the table, with intervals from disjoint blocks of each prompt's pool (10, or as many as hold n)."""
-    row: dict[str, float] = {"kl": best_of_n_kl(n)}
+    chosen = to_choose_from(groups, n)
+    row: dict[str, float] = {"kl": best_of_n_kl(n)} if chosen else {}  # of none the policy itself is told
     per_prompt: dict[str, list[list[float]]] = {"proxy": [], "gold": []}
-    for group in to_choose_from(groups, n):
+    for group in chosen:
         blocks = min(10, len(group.samples) // n)
         parts = [Group(group.prompt, group.samples[block::blocks]) for block in range(blocks)]
         curves = [best_of_curve([part], [n])[0] for part in parts]
@@ -304,5 +305,5 @@ def train(config: EvaluateConfig, run: Run, interrupt: Interrupt, say: Any) -> d
                 run.event("best_of", message, n=count, left_out=short)
                 say(message)
         if n > 1:  # best-of-1 is the policy itself
-            result["evaluation"] |= best_of_row(groups, n) | {"replies": best_replies(groups, n)}
+            result["evaluation"] |= best_of_row(groups, n) | {"replies": best_replies(to_choose_from(groups, n), n)}
     return result

@@ -150,10 +150,13 @@ def load_reference(session: Session, policy: Loaded, reference: str | None = Non
 def check_same_tokens(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase, place: str) -> None:
     """Raises ConfigError where an id means different tokens: distributions over them could not be compared."""
     mine, other = ours.get_vocab(), theirs.get_vocab()
-    if mine == other:
+    clashes = [token for token in {*mine} & {*other} if mine[token] != other[token]]
+    names = {place: token for token, place in other.items()}
+    clashes += [token for token, place in mine.items() if token not in other and place in names]
+    if not clashes:  # what one of them has besides is not in the other's texts
         return
-    token = min(token for token in {*mine, *other} if mine.get(token) != other.get(token))
-    here, there = mine.get(token, "none"), other.get(token, "none")
+    token = min(clashes)
+    here, there = mine[token], other.get(token, "none")
     raise ConfigError(
         "its vocabulary is another than the trained model's", where=place,
         why=f"token {token!r} has the id {here} in the trained model and {there} there",

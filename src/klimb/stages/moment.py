@@ -66,7 +66,7 @@ class Moment:
 
 def leave(unsaved: Moment | None, run: Run, learners: Learners) -> NoReturn:
     """Of a stage that samples outside its steps, with what its last step left unsaved. Raises Interrupted."""
-    if unsaved is not None:
+    if unsaved is not None and unsaved.learnt == _steps(learners):
         unsaved.save(run, learners)
     raise Interrupted(f"{run.path}: the samples in progress are not kept; the same command draws them anew")
 

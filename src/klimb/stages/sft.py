@@ -35,7 +35,6 @@ class Until(StageConfig):
     """Stop early, when sampled answers to the prompts of `data` score at least `at_least` on average."""
 
     data: Data
-    columns: dict[str, str] = Field({}, description="names of its columns: {prompt: question}")
     reward: Given = "exact"
     at_least: float
     every: int = Field(25, ge=1)
@@ -114,9 +113,7 @@ def _early_stop(config: SftConfig, loaded: Loaded) -> Any:
     if config.until is None:
         return None
     until, room = config.until, prompt_room(loaded.backbone.context, config.until.max_tokens)
-    prompts = load_prompts(
-        until.data, loaded.renderer, max_length=room, columns=until.columns, transcripts=config.transcripts
-    ).items
+    prompts = load_prompts(until.data, loaded.renderer, max_length=room, transcripts=config.transcripts).items
     chosen = prompts[: until.prompts]
     return lambda step: answer_score(loaded, chosen, until, config.seed, step)
 

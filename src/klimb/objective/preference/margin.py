@@ -9,7 +9,7 @@ from typing import ClassVar
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from klimb.objective.bounds import Bounded, NotNegative, OpenShare, Positive, Share, ShareBelowHalf
+from klimb.objective.bounds import Bounded, NotNegative, Positive, Share, ShareBelowHalf, SmallShare
 from klimb.objective.preference.pairs import Needs, Page, Pairs, logistic
 
 _FALLS = "the chosen may become less likely, as long as the rejected falls faster"
@@ -154,7 +154,7 @@ class exo(Bounded):
     """The reverse KL from the policy's preference to the label smoothed by ε; DPO is the forward one."""
 
     beta: Positive = 0.1
-    epsilon: OpenShare = 1e-3
+    epsilon: SmallShare = 1e-3
     page: ClassVar[Page] = Page(
         "q (log q − log(1−ε)) + (1−q)(log(1−q) − log ε), q = σ(βΔ)",
         "arXiv 2402.00856, equation 16 (ε = 1e-3)",
