@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from klimb.commands.algorithms import RULE_OF_THUMB, pages, said_by
+from klimb.commands.algorithms import NOT_HERE, RULE_OF_THUMB, pages, said_by
 from klimb.objective.spec import AXES
 
 PAGE = Path(__file__).with_name("ALGORITHMS.md")
@@ -42,6 +42,7 @@ def _lines() -> Iterator[str]:
     yield from (
         "", "## On preferences", "",
         "h = log π/π_ref summed over a completion, Δ = h_w − h_l its difference between chosen and rejected.",
+        NOT_HERE,
     )  # fmt: skip
     for page in pages(offline=True):
         defaults = ", ".join(f"{key} {value:g}" for key, value in page["defaults"].items())

@@ -193,7 +193,7 @@ def algorithms(
         print(told.text_of(told.page(name)))
     else:
         _print_table(told.listing(offline))
-        print("", *told.RULE_OF_THUMB, sep="\n")
+        print("", *([told.NOT_HERE, ""] if offline else []), *told.RULE_OF_THUMB, sep="\n")
 
 
 commands.add_to(app)

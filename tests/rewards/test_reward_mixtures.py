@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,8 @@ TEXTS = ["a", "b", "c", "d", "e", "f"]
 
 
 def scored(spec: Any, texts: list[str] = TEXTS, **columns: list[Any]) -> Scores:
-    return parse_reward(spec)(["p"] * len(texts), texts, columns)
+    with contextlib.closing(parse_reward(spec)) as reward:
+        return reward(["p"] * len(texts), texts, columns)
 
 
 def table(name: str, *values: float | str | None) -> Table:

@@ -57,13 +57,12 @@ def test_sft_stops_when_the_answers_are_good_enough(world: World, tmp_path: Path
     assert done.result["steps"] == len(done.rows) == 10 * len(scores) < 500
 
 
-def test_early_stopping_asks_by_its_own_columns_and_refuses_what_has_no_room(world: World, tmp_path: Path) -> None:
-    rows = [{"question": f"{a} ?", "answer": a} for a in "ab"]
-    until = {"data": write(tmp_path / "until.jsonl", rows), "columns": {"prompt": "question"}, "at_least": 2.0,
-             "every": 2, "max_tokens": 3}  # fmt: skip
+def test_early_stopping_refuses_prompts_that_leave_no_room_for_answers(world: World, tmp_path: Path) -> None:
+    rows = [{"prompt": f"{a} ?", "answer": a} for a in "ab"]
+    until = {"data": write(tmp_path / "until.jsonl", rows), "at_least": 2.0, "every": 2, "max_tokens": 3}
     options: dict[str, Any] = {"model": world.model, "data": world.demonstrations, "steps": 2, "batch_size": 8}
     assert "eval/score" in play("sft", tmp_path / "run", **options, until=until).rows[1]
-    write(tmp_path / "until.jsonl", [{"question": "a " * 22 + "?", "answer": "a"}])
+    write(tmp_path / "until.jsonl", [{"prompt": "a " * 22 + "?", "answer": "a"}])
     with pytest.raises(DataError, match=r"until\.jsonl"):
         play("sft", tmp_path / "long", **options, until=until)
     assert not (tmp_path / "long" / "metrics.jsonl").exists()

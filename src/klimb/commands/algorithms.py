@@ -22,6 +22,10 @@ from klimb.objective.refusals import problems
 from klimb.objective.spec import algorithm_row
 from klimb.plugin import is_reference, load_attribute, unknown_name
 
+NOT_HERE = (
+    "PG-DPO, which some lists have, is not here: no formula of it could be found. Its neighbours are beta_dpo, "
+    "dpo_shift and dpop."
+)
 RULE_OF_THUMB = (
     "Which one? A program can check the answer: grpo.",
     "Preferences, and a small budget: dpo.",

@@ -57,8 +57,7 @@ PREFERENCE_LOSSES: Mapping[str, Any] = {
     **{row.__name__: row for row in _ROWS},
     "mpo": Mixed(((0.8, dpo()), (0.2, bco_pair()), (1.0, chosen_nll()))),
 }
-"""The losses by name. PG-DPO, which some lists have, is missing: no formula of it could be found; its neighbours are
-beta_dpo and dpo_shift, and dpop, which it is named with."""
+"""The losses by name."""
 
 
 def parse_preference(spec: str | Mapping[str, Any] | PreferenceLoss) -> PreferenceLoss:
