@@ -249,7 +249,7 @@ class Preparation(Generic[Item]):
         self._task: Task[Item] = task
         self._opened, self._renderer, self._options = opened, renderer, options
         self._detector = Detector(task.kinds, task.prompts_only, options.transcripts == "chat")
-        self._good = 0
+        self._done = self._good = 0
         self._problems: list[Problem] = []
         self._spelled_out = (0, "")
         self._labels: Counter[str] = Counter()
@@ -262,20 +262,22 @@ class Preparation(Generic[Item]):
         """
         rows = self._detector.records(rows_of(self._opened, self._options.columns))
         with _no_garbage(), ThreadPoolExecutor(1) as tokenising:
-            begun: Future[list[Item]] | None = None
+            begun: tuple[int, Future[list[Item]]] | None = None
             while piece := list(islice(rows, CHUNK)):
-                before, begun = begun, tokenising.submit(self._items, piece)
+                before, begun = begun, (len(piece), tokenising.submit(self._items, piece))
                 if before is not None:
-                    yield self._told(before.result())
+                    yield self._told(*before)
             if begun is not None:
-                yield self._told(begun.result())
+                yield self._told(*begun)
         if not self._good + len(self._problems):
             raise no_rows(self._opened.name)
         refuse_bad(self._opened.name, self._problems, self._good, self._options.on_bad)
 
-    def _told(self, items: list[Item]) -> list[Item]:
+    def _told(self, rows: int, piece: Future[list[Item]]) -> list[Item]:
+        items = piece.result()
+        self._done += rows  # the next piece is on its way by now, and in the other counts
         if self._options.progress is not None:
-            self._options.progress(self._good + len(self._problems), self._opened.fraction())
+            self._options.progress(self._done, self._opened.fraction())
         return items
 
     def _items(self, piece: list[Record | Problem]) -> list[Item]:
