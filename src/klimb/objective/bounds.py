@@ -25,7 +25,7 @@ class Bound:
             and (self.above is None or value > self.above)
             and (self.most is None or value <= self.most)
             and (self.below is None or value < self.below)
-            and (not self.whole or value == int(value))
+            and (not self.whole or value % 1 == 0)
         )
 
     def __str__(self) -> str:
@@ -58,12 +58,17 @@ class Bounded:
                 raise ValueError(f"{type(self).__name__}: {name} = {told}: it has to be {bound}.")
 
 
-def increasing(value: Any) -> None:
-    """Raises ValueError where `low` is above `high`: nothing lies between them."""
-    if not value.low <= value.high:
-        raise ValueError(
-            f"{type(value).__name__}: low = {value.low:g}, high = {value.high:g}: nothing lies between; swap them."
-        )
+class Ordered(Bounded):
+    """One with `low` and `high`, of which `low` is not above `high`: else nothing would lie between them."""
+
+    low: float
+    high: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.low <= self.high:
+            found = f"low = {self.low:g}, high = {self.high:g}"
+            raise ValueError(f"{type(self).__name__}: {found}: nothing lies between; swap them.")
 
 
 def bounds_of(kind: type) -> dict[str, tuple[Bound, bool]]:

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from klimb.objective.bounds import Bounded, NotNegative, Positive, increasing
+from klimb.objective.bounds import NotNegative, Ordered, Positive
 from klimb.objective.kl import State
 
 
 @dataclass(frozen=True)
-class adaptive_entropy(Bounded):
+class adaptive_entropy(Ordered):
     """A bonus that works only while the entropy is at most `target` nats a token: after each step its coefficient goes
     up by `step` where that holds, else down, within [low, high] (Skywork-OR1, arXiv 2505.22312, section 3.3).
 
@@ -25,10 +25,6 @@ class adaptive_entropy(Bounded):
     low: NotNegative = 0.0
     high: NotNegative = 1.0
     start: NotNegative = 0.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        increasing(self)
 
     def __call__(self, state: State) -> float:
         """The coefficient of this update."""

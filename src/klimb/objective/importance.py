@@ -16,7 +16,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from klimb.objective.bounds import Bounded, NotNegative, Positive, increasing
+from klimb.objective.bounds import Bounded, NotNegative, Ordered, Positive
 from klimb.objective.kl import bounded_exp
 
 Importance = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -36,15 +36,11 @@ class truncate(Bounded):
 
 
 @dataclass(frozen=True)
-class drop_outside(Bounded):
+class drop_outside(Ordered):
     """π_old/μ of a token where it lies in [low, high], else 0 (IcePop, arXiv 2510.18855): no token too far off."""
 
     low: NotNegative = 0.5
     high: Positive = 2.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        increasing(self)
 
     def __call__(self, log_weight: Tensor, mask: Tensor, advantages: Tensor) -> Tensor:
         return _inside(bounded_exp(log_weight), bounded_exp(log_weight), self.low, self.high)
@@ -62,15 +58,11 @@ class sequence_truncate(Bounded):
 
 
 @dataclass(frozen=True)
-class sequence_drop(Bounded):
+class sequence_drop(Ordered):
     """Π_t π_old/μ where it lies in [low, high], else 0: whole completions leave (TRL's default, with high = 3)."""
 
     low: NotNegative = 0.0
     high: Positive = 3.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        increasing(self)
 
     def __call__(self, log_weight: Tensor, mask: Tensor, advantages: Tensor) -> Tensor:
         weight = _product(log_weight)
@@ -78,7 +70,7 @@ class sequence_drop(Bounded):
 
 
 @dataclass(frozen=True)
-class geometric_drop(Bounded):
+class geometric_drop(Ordered):
     """π_old/μ of each token where their geometric mean over the completion lies in [low, high], else 0 (as in OpenRLHF
     and NVIDIA's NeMo RL, whose bounds these are).
 
@@ -87,10 +79,6 @@ class geometric_drop(Bounded):
 
     low: NotNegative = 0.999
     high: Positive = 1.002
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        increasing(self)
 
     def __call__(self, log_weight: Tensor, mask: Tensor, advantages: Tensor) -> Tensor:
         return _inside(bounded_exp(log_weight), bounded_exp(_mean(log_weight, mask)), self.low, self.high)

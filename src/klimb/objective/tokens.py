@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from klimb.objective.bounds import Bounded, NotNegative, Positive, Share, SomeShare, increasing
+from klimb.objective.bounds import Bounded, NotNegative, Ordered, Positive, Share, SomeShare
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class top_entropy(Bounded):
 
 
 @dataclass(frozen=True)
-class clip_cov(Bounded):
+class clip_cov(Ordered):
     """A random `share` of all tokens does not count: of those with low < (A − mean A)(log π − mean log π) < high
     (Clip-Cov, arXiv 2505.22617).
 
@@ -64,10 +64,6 @@ class clip_cov(Bounded):
     share: Share = 2e-4
     low: float = 1.0
     high: float = 5.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        increasing(self)
 
     def __call__(self, tokens: Tokens) -> Tensor:
         covariance = _covariance(tokens)
