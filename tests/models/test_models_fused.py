@@ -10,23 +10,25 @@ from families import CONFIGS, ragged, tiny
 from torch import Tensor, nn
 
 from klimb import native
-from klimb.models import fused
+from klimb.models import fused, gradients
 from klimb.models.backbone import Backbone
 from klimb.models.faces import Policy
+from klimb.models.logprobs import Head, token_logps
 
 pytestmark = pytest.mark.skipif(native.why_not() is not None, reason=f"no kernels: {native.why_not()}")
 
-# What of each family is taken over: norms, gated MLPs, attentions by their rotary positions, GELUs, linear layers.
+# What of each family is taken over: norms, gated MLPs, attentions by their rotary positions, GELUs, linear layers,
+# embeddings (Gemma scales its own; GPT-2 has positions besides).
 TAKEN = {
-    "llama": (5, 2, 2, 0, 15),
-    "llama-tied": (5, 2, 2, 0, 15),
-    "qwen2": (5, 2, 2, 0, 15),
-    "qwen3": (9, 2, 2, 0, 15),
-    "mistral-window": (5, 2, 2, 0, 15),
-    "gemma2": (9, 0, 2, 2, 15),
-    "gemma3": (13, 0, 2, 2, 15),
-    "cohere-scaled": (0, 2, 0, 0, 15),
-    "gpt2": (0, 0, 0, 2, 1),
+    "llama": (5, 2, 2, 0, 15, 1),
+    "llama-tied": (5, 2, 2, 0, 15, 1),
+    "qwen2": (5, 2, 2, 0, 15, 1),
+    "qwen3": (9, 2, 2, 0, 15, 1),
+    "mistral-window": (5, 2, 2, 0, 15, 1),
+    "gemma2": (9, 0, 2, 2, 15, 0),
+    "gemma3": (13, 0, 2, 2, 15, 0),
+    "cohere-scaled": (0, 2, 0, 0, 15, 1),
+    "gpt2": (0, 0, 0, 2, 1, 2),
 }
 
 
@@ -45,7 +47,7 @@ def taken(model: nn.Module) -> list[nn.Module]:
 def test_what_is_taken_over(family: str) -> None:
     model = tiny(family)
     modules = taken(model)
-    names = ("RMSNorm", "MLP", "Attention", "GELU", "Linear")
+    names = ("RMSNorm", "MLP", "Attention", "GELU", "Linear", "Embedding")
     kinds = [sum(word in type(module).__name__ for module in modules) for word in names]
     assert tuple(kinds) == TAKEN[family]
     assert len(modules) == sum(kinds)
@@ -62,11 +64,11 @@ def test_log_probs_and_gradients_are_those_of_torch(family: str) -> None:
         logps = policy(batch).logps
         logps.square().mean().backward()
         found.append((logps.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
-    (ours, gradients), (theirs, expected) = found
+    (ours, slopes), (theirs, expected) = found
     # The log-probs reach -30 and the weights were spread by 4: rounding of both paths, not only of the kernels.
     torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=2e-5)
-    assert gradients.keys() == expected.keys()
-    for name, gradient in gradients.items():
+    assert slopes.keys() == expected.keys()
+    for name, gradient in slopes.items():
         assert (gradient - expected[name]).norm() <= 1e-4 * expected[name].norm() + 1e-6, name
 
 
@@ -82,8 +84,7 @@ def test_in_bfloat16_they_are_nearer_to_float32_than_those_of_torch_or_as_near(f
         which.zero_grad()
         logps = which(batch).logps
         logps.square().mean().backward()
-        gradients = [p.grad.float().flatten() for p in which.parameters() if p.grad is not None]
-        return logps.detach(), torch.cat(gradients)
+        return logps.detach(), torch.cat([p.grad.float().flatten() for p in which.parameters() if p.grad is not None])
 
     expected, ours, theirs = passed(exact, False), passed(policy, True), passed(policy, False)
     for found, torchs, right in zip(ours, theirs, expected, strict=True):
@@ -109,10 +110,47 @@ def test_gradients_of_several_micro_batches_are_added_in_place(family: str) -> N
             policy(batch).logps.square().mean().backward()
         assert sum(arrived) == len(weights) * (1 if on else 3)  # what is added in place comes to no hook
         found.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
-    gradients, expected = found
-    assert gradients.keys() == expected.keys()
-    for name, gradient in gradients.items():
+    ours, expected = found
+    assert ours.keys() == expected.keys()
+    for name, gradient in ours.items():
         assert (gradient - expected[name]).norm() <= 1e-4 * expected[name].norm() + 1e-6, name
+
+
+@pytest.mark.parametrize("padding", [None, 0, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_that_were_looked_up_are_added_where_the_sum_is(dtype: torch.dtype, padding: int | None) -> None:
+    """In 16 bits to the master's gradient, in float32: the third of three equal batches counts as much as the first."""
+    layer = nn.Embedding(9, 6, padding_idx=padding, dtype=dtype)
+    fused.take_over(nn.Sequential(layer))
+    tokens, expected = torch.tensor([[4, 4, 0, 7, 4]]), nn.Embedding(9, 6, padding_idx=padding)
+    factor = torch.arange(30.0).view(1, 5, 6) / 8  # nothing here is rounded by bfloat16, their sums are
+    for _ in range(3):
+        (layer(tokens).float() * factor).sum().backward()
+        (expected(tokens) * factor).sum().backward()
+        assert layer.weight.grad is not None
+        if dtype == torch.bfloat16 and getattr(layer.weight, "main_grad", None) is None:
+            gradients.share(layer.weight, layer.weight.grad.float())
+            layer.weight.grad.zero_()
+    found = layer.weight.grad if dtype == torch.float32 else layer.weight.main_grad  # type: ignore[attr-defined]
+    assert torch.equal(found, expected.weight.grad)
+    if dtype == torch.bfloat16:
+        assert not layer.weight.grad.any()  # all of it came to the sum
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_the_heads_gradient_is_added_where_the_sum_is(on: bool) -> None:
+    native.use(on)
+    weight, targets = nn.Parameter(torch.randn(11, 6)), torch.randint(0, 11, (40,))
+    arrived: list[Tensor] = []
+    weight.register_hook(arrived.append)
+    plain = weight.detach().clone().requires_grad_()
+    for seed in range(3):
+        states = torch.randn(40, 6, generator=torch.Generator().manual_seed(seed))
+        token_logps(Head(weight), states, targets)[0].sum().backward()
+        (states @ plain.T).log_softmax(-1).gather(1, targets[:, None]).sum().backward()
+    assert [gradient is not None for gradient in arrived] == [True, False, False]
+    assert weight.grad is not None
+    torch.testing.assert_close(weight.grad, plain.grad, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("on", [True, False])

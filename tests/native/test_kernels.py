@@ -221,3 +221,47 @@ def test_rotary_positions_and_their_transposed_map(width: int, dtype: torch.dtyp
     assert error(native.rope(x, cosine, sine), definition) < CLOSE[dtype]
     (theirs,) = torch.autograd.grad(definition, exact, grad.double())
     assert error(native.rope(grad, cosine, sine, inverse=True), theirs) < CLOSE[dtype]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("entropy", [False, True])
+@pytest.mark.parametrize(
+    ("rows", "vocabulary", "spread"), [(1, 1, 1.0), (5, 37, 20.0), (3, 40_000, 3.0), (17, 1024, 0.0)]
+)
+def test_log_probs_of_chosen_tokens_and_their_gradient(
+    rows: int, vocabulary: int, spread: float, entropy: bool, threads: int
+) -> None:
+    logits, targets = spread * numbers(rows, vocabulary), torch.arange(rows) * 7 % vocabulary
+    grads, entropy_grads = numbers(rows, seed=1), numbers(rows, seed=2)
+    entropy_grads[0] = 0.0
+    exact = logits.double().requires_grad_()
+    log_p = (exact / 0.7).log_softmax(-1)
+    logps, entropies = log_p.gather(1, targets[:, None]).squeeze(1), -(log_p.exp() * log_p).sum(-1)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        ours, normalisers, found = native.token_logps_forward(logits, targets, 0.7, entropy)
+        gradient = native.token_logps_backward_(
+            logits.clone(), targets, 0.7, normalisers, normalisers if found is None else found, grads,
+            entropy_grads if entropy else None,
+        )  # fmt: skip
+    finally:
+        torch.set_num_threads(before)
+    assert error(ours, logps) < CLOSE[torch.float32]
+    assert error(normalisers, (exact / 0.7).logsumexp(-1)) < CLOSE[torch.float32]
+    total = (logps * grads).sum()
+    if entropy:
+        assert found is not None
+        assert error(found, entropies) < CLOSE[torch.float32]
+        total = total + (entropies * entropy_grads).sum()
+    assert error(gradient, torch.autograd.grad(total, exact)[0]) < CLOSE[torch.float32]
+
+
+def test_logits_that_are_far_apart_or_none() -> None:
+    logits = torch.tensor([[1e4, 0.0, -1e4], [-3e38, 3e38, 0.0], [0.0, torch.nan, 0.0]])
+    logps, _, entropies = native.token_logps_forward(logits, torch.tensor([1, 1, 0]), 1.0, True)
+    assert logps[:2].tolist() == [-1e4, 0.0]
+    assert entropies is not None
+    assert entropies[:2].abs().max() < 1e-30
+    assert logps[2].isnan()
+    assert entropies[2].isnan()

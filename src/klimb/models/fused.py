@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from klimb import native
+from klimb.models.gradients import sum_so_far
 
 _TOLERANCE = 1e-5
 _ROTARY = "apply_rotary_pos_emb"
@@ -26,7 +27,7 @@ Forward = Callable[..., Any]
 
 
 def take_over(model: nn.Module) -> None:
-    """RMSNorms, gated MLPs, GELUs, rotary positions and the linear layers of a model, each if it proves equal.
+    """RMSNorms, gated MLPs, GELUs, rotary positions, linear layers and embeddings of a model, each if it proves equal.
 
     Needs the kernels.
     """
@@ -37,7 +38,7 @@ def take_over(model: nn.Module) -> None:
             for module in model.modules():
                 forward = (
                     _rms_norm_of(module) or _gated_mlp_of(module) or _gelu_of(module) or _with_rotary(module)
-                    or _linear_of(module)
+                    or _linear_of(module) or _embedding_of(module)
                 )  # fmt: skip
                 if forward is not None:
                     module.forward = MethodType(forward, module)
@@ -245,11 +246,50 @@ class _Linear(torch.autograd.Function):
         dbias = grad.flatten(0, -2).sum(0) if needs_bias else None
         rows, grads = x.flatten(0, -2), grad.flatten(0, -2)
         by_row = weight.is_contiguous()  # a gradient that lies the other way round would be copied by autograd
-        sum_so_far = weight.grad
-        if sum_so_far is None or sum_so_far.stride() != weight.stride():
-            return dx, grads.t() @ rows if by_row else (rows.t() @ grads).t(), dbias
-        if by_row:
-            sum_so_far.addmm_(grads.t(), rows)
+        total = sum_so_far(weight)
+        if total is None or total.dtype != rows.dtype or total.stride() != weight.stride():
+            product = grads.t() @ rows if by_row else (rows.t() @ grads).t()
+            if total is None:
+                return dx, product, dbias
+            total.add_(product)
+        elif by_row:
+            total.addmm_(grads.t(), rows)
         else:
-            sum_so_far.t().addmm_(rows.t(), grads)
+            total.t().addmm_(rows.t(), grads)
         return dx, None, dbias
+
+
+# Embeddings -----------------------------------------------------------------------------------------------------------
+
+
+def _embedding_of(module: nn.Module) -> Forward | None:
+    plain = type(module) is nn.Embedding and module.max_norm is None and not module.scale_grad_by_freq
+    return _embedding if plain and not module.sparse else None
+
+
+def _embedding(self: Any, tokens: Tensor) -> Tensor:
+    if not (torch.is_grad_enabled() and self.weight.requires_grad and native.takes(self.weight)):
+        return nn.functional.embedding(tokens, self.weight, self.padding_idx)
+    return _Embedding.apply(tokens, self.weight, -1 if self.padding_idx is None else self.padding_idx)
+
+
+class _Embedding(torch.autograd.Function):
+    """From the second micro-batch on the rows that were looked up are added where the sum is: torch makes a matrix of
+    zeros for them, as large as the vocabulary, and adds that."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, weight: Tensor, padding: int) -> Tensor:
+        ctx.save_for_backward(tokens, weight)
+        ctx.padding = padding
+        return nn.functional.embedding(tokens, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        tokens, weight = ctx.saved_tensors
+        total = sum_so_far(weight)
+        if total is None:
+            return None, torch.ops.aten.embedding_dense_backward(grad, tokens, len(weight), ctx.padding, False), None
+        rows = grad.masked_fill((tokens == ctx.padding)[..., None], 0).flatten(0, -2)
+        total.index_add_(0, tokens.flatten(), rows.to(total.dtype))
+        return None, None, None

@@ -10,6 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from klimb import native
+from klimb.models.gradients import sum_so_far
+
 _CHUNK_ELEMENTS = 1 << 20  # logits held at once: 4 MB in fp32 stay in a core's cache
 _CHUNK_ROWS = 128  # but never fewer rows: each chunk reads the whole weight
 
@@ -144,15 +147,13 @@ class _TokenLogps(torch.autograd.Function):
         entropies = torch.zeros_like(logps)
         ready = head.in_precision()
         for part in _chunks(len(hidden), weight.shape[0]):
-            z = ready.logits(hidden[part]).div_(temperature)
-            normaliser = z.logsumexp(-1)
-            logps[part] = z.gather(1, targets[part, None]).squeeze(1) - normaliser
-            normalisers[part] = normaliser
-            if with_entropy:
-                p = (z - normaliser[:, None]).exp_()
-                entropies[part] = normaliser - torch.einsum("mv,mv->m", p, z)
+            logits = ready.logits(hidden[part])
+            found = _from_logits(logits, targets[part], temperature, with_entropy)
+            logps[part], normalisers[part] = found[:2]
+            if found[2] is not None:
+                entropies[part] = found[2]
         ctx.save_for_backward(hidden, weight, bias, targets, normalisers, entropies)
-        ctx.head, ctx.temperature = head, temperature
+        ctx.head, ctx.temperature = ready, temperature
         ctx.set_materialize_grads(False)  # entropies that are only looked at cost the backward pass nothing
         return logps, entropies
 
@@ -161,36 +162,68 @@ class _TokenLogps(torch.autograd.Function):
         grad_logps, grad_entropies = grads
         hidden, weight, bias, targets, normalisers, entropies = ctx.saved_tensors
         grad_logps = torch.zeros_like(normalisers) if grad_logps is None else grad_logps
-        head: Head = ctx.head
+        head: Head = ctx.head  # in precision, as the forward pass made it
+        assert head.weight is not None
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         dtype = normalisers.dtype
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=dtype) if need_weight else None
+        total = sum_so_far(weight) if need_weight else None
+        grad_weight = total if total is not None and total.dtype == dtype else None
         grad_bias = torch.zeros(bias.shape, dtype=dtype, device=bias.device) if need_bias else None
-        ready = head.in_precision()
-        assert ready.weight is not None
         for part in _chunks(len(hidden), weight.shape[0]):
-            logits = ready.logits(hidden[part])
-            log_p = logits / ctx.temperature - normalisers[part, None]
-            p = log_p.exp()
-            dz = p * -grad_logps[part, None]
-            dz.scatter_add_(1, targets[part, None], grad_logps[part, None])
-            if grad_entropies is not None:
-                dz -= p * (log_p + entropies[part, None]) * grad_entropies[part, None]
-            dz /= ctx.temperature
-            if head.softcap is not None:
-                dz *= 1 - (logits / head.softcap).square()
+            logits = head.logits(hidden[part])
+            slope = None if head.softcap is None else 1 - (logits / head.softcap).square()
+            dz = _to_logits(
+                logits, targets[part], ctx.temperature, normalisers[part], entropies[part], grad_logps[part],
+                None if grad_entropies is None else grad_entropies[part],
+            )  # fmt: skip
+            if slope is not None:
+                dz *= slope
             if head.scale != 1.0:
                 dz *= head.scale
             if grad_hidden is not None:
-                grad_hidden[part] = (dz @ ready.weight).to(hidden.dtype)
-            if grad_weight is not None:
-                grad_weight.addmm_(dz.T, hidden[part].to(dtype))
+                grad_hidden[part] = (dz @ head.weight).to(hidden.dtype)
+            if need_weight:
+                states = hidden[part].to(dtype)
+                grad_weight = dz.T @ states if grad_weight is None else grad_weight.addmm_(dz.T, states)
             if grad_bias is not None:
                 grad_bias += dz.sum(0)
         return (
             grad_hidden,
-            None if grad_weight is None else grad_weight.to(weight.dtype),
+            None if grad_weight is None or grad_weight is total else grad_weight.to(weight.dtype),
             None if grad_bias is None else grad_bias.to(bias.dtype),
             None, None, None, None,
         )  # fmt: skip
+
+
+def _from_logits(
+    logits: Tensor, targets: Tensor, temperature: float, with_entropy: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Log-probs of the targets, logs of the normalising sums, entropies. Takes the logits [m, V] for itself."""
+    if native.takes(logits):
+        return native.token_logps_forward(logits, targets, temperature, with_entropy)
+    z = logits.div_(temperature)
+    normalisers = z.logsumexp(-1)
+    logps = z.gather(1, targets[:, None]).squeeze(1) - normalisers
+    if not with_entropy:
+        return logps, normalisers, None
+    p = (z - normalisers[:, None]).exp_()
+    return logps, normalisers, normalisers - torch.einsum("mv,mv->m", p, z)
+
+
+def _to_logits(
+    logits: Tensor, targets: Tensor, temperature: float, normalisers: Tensor, entropies: Tensor, grad_logps: Tensor,
+    grad_entropies: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """Gradients of log-probs and entropies → the gradient of the logits [m, V], which it takes for itself."""
+    if native.takes(logits):
+        return native.token_logps_backward_(
+            logits, targets, temperature, normalisers, entropies, grad_logps, grad_entropies
+        )
+    log_p = logits.div_(temperature).sub_(normalisers[:, None])
+    p = log_p.exp()
+    dz = p * -grad_logps[:, None]
+    dz.scatter_add_(1, targets[:, None], grad_logps[:, None])
+    if grad_entropies is not None:
+        dz -= p * (log_p + entropies[:, None]) * grad_entropies[:, None]
+    return dz.div_(temperature)

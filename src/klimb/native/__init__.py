@@ -77,6 +77,8 @@ _SIGNATURES = {
     "rope": [c_void_p] + [c_int64] * 2 + [c_void_p] * 3 + [c_int64] * 5,
     "swiglu_forward": [c_void_p] * 3 + [c_int64] * 2,
     "swiglu_backward": [c_void_p] * 5 + [c_int64] * 2,
+    "token_logps_forward": [c_void_p] * 2 + [c_float] + [c_void_p] * 3 + [c_int64] * 3,
+    "token_logps_backward": [c_void_p] * 2 + [c_float] + [c_void_p] * 4 + [c_int64] * 3,
 }
 
 
@@ -251,3 +253,31 @@ def swiglu_backward(gate: Tensor, up: Tensor, grad: Tensor) -> tuple[Tensor, Ten
         _threads(gate.numel()),
     )  # fmt: skip
     return dgate, dup
+
+
+def token_logps_forward(
+    logits: Tensor, targets: Tensor, temperature: float, with_entropy: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Of softmax(logits / temperature), logits [m, V] dense, targets [m] int64: log-probs of the targets, logs of the
+    normalising sums, entropies; [m] each, float32."""
+    logps, normalisers, entropies = (logits.new_empty(len(logits), dtype=torch.float32) for _ in range(3))
+    _kernels(logits).token_logps_forward(
+        logits.data_ptr(), targets.data_ptr(), 1 / temperature, logps.data_ptr(), normalisers.data_ptr(),
+        entropies.data_ptr() if with_entropy else None, *logits.shape, _threads(logits.numel()),
+    )  # fmt: skip
+    return logps, normalisers, entropies if with_entropy else None
+
+
+def token_logps_backward_(
+    logits: Tensor, targets: Tensor, temperature: float, normalisers: Tensor, entropies: Tensor, grad_logps: Tensor,
+    grad_entropies: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """The gradient of the logits, written over them."""
+    grads = grad_logps.contiguous()
+    of_entropies = None if grad_entropies is None else grad_entropies.contiguous()
+    _kernels(logits).token_logps_backward(
+        logits.data_ptr(), targets.data_ptr(), 1 / temperature, normalisers.data_ptr(), entropies.data_ptr(),
+        grads.data_ptr(), None if of_entropies is None else of_entropies.data_ptr(), *logits.shape,
+        _threads(logits.numel()),
+    )  # fmt: skip
+    return logits

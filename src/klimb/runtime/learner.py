@@ -22,6 +22,7 @@ from klimb.batch import BatchTotals, TokenBatch
 from klimb.config import StageConfig
 from klimb.errors import KlimbError
 from klimb.metrics import Metric, Metrics
+from klimb.models import gradients
 from klimb.models.packing import flat_length, split_by_budget
 from klimb.runtime.adam8bit import AdamW8bit
 from klimb.runtime.loss_scale import LossScale
@@ -173,6 +174,7 @@ class Learner:
                 if master is not parameter and parameter.grad is not None:
                     master.grad = parameter.grad.float() if master.grad is None else master.grad.add_(parameter.grad)
                     parameter.grad = None
+                    gradients.share(parameter, master.grad)
         return parts, []
 
     def _shrink(self, batch: TokenBatch, index: list[int]) -> None:
@@ -225,6 +227,7 @@ class Learner:
     def _forget_gradients(self) -> None:
         for parameter in [*self.masters.values(), *self.working.values()]:
             parameter.grad = None
+            gradients.share(parameter, None)
 
     def _accusation(self, batch: TokenBatch, loss: Loss, totals: BatchTotals) -> str:
         """Which rows it was: each (of pairs: each pair) on its own, forward and backward."""
