@@ -111,7 +111,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--pairs", type=int, help="timed steps of each side, after one that is not; default: 7 or more")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--malloc", choices=["default", "tuned"], default="default", help="glibc's, for both sides")
-    parser.add_argument("--minutes", type=float, default=39, help="--all: no row begins later; else: for TRL's trials")
+    parser.add_argument("--minutes", type=float, default=36, help="--all: no row begins later; else: for TRL's trials")
     every = parser.add_argument_group("with --all")
     every.add_argument(
         "--rows", nargs="+", choices=bars.names(), default=bars.names(), help="only these", metavar="ROW"

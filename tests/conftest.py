@@ -13,6 +13,21 @@ from klimb import native
 for folder in ("data", "models", "objective", "parity", "report", "rewards", "stages"):
     sys.path.insert(0, str(Path(__file__).parent / folder))
 
+_SLOW = (
+    "commands/", "examples/", "gpu/", "parity/", "report/", "stages/", "test_arena.py", "test_benchmarks.py",
+    "test_examples.py", "test_readme.py", "test_recipes.py",  # they start whole runs
+    "data/test_sandbox.py", "native/test_build.py", "rewards/test_reward_code.py", "rewards/test_reward_worker.py",
+    "rewards/test_sandbox_escapes.py",  # they start processes and wait for them
+)  # fmt: skip
+"""Left out by `make test-fast`, beside what is marked where it stands."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    for item in items:
+        if item.path.relative_to(here).as_posix().startswith(_SLOW):
+            item.add_marker(pytest.mark.slow)
+
 
 @pytest.fixture(params=["native", "torch"])
 def kernels(request: pytest.FixtureRequest) -> Iterator[str]:

@@ -265,3 +265,9 @@ def test_logits_that_are_far_apart_or_none() -> None:
     assert entropies[:2].abs().max() < 1e-30
     assert logps[2].isnan()
     assert entropies[2].isnan()
+
+
+@pytest.mark.parametrize("target", [-1, 3])
+def test_a_target_that_no_logit_belongs_to(target: int) -> None:
+    with pytest.raises(IndexError, match=r"targets from (-1 to 0|0 to 3) of 3 tokens"):
+        native.token_logps_forward(numbers(2, 3), torch.tensor([0, target]), 1.0, False)

@@ -7,13 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import ragged
+from families import ragged, tiny
 from torch import Tensor, nn
 
 from klimb import metrics
 from klimb.batch import BatchTotals, TokenBatch
 from klimb.errors import KlimbError
 from klimb.metrics import Metrics
+from klimb.models.backbone import Backbone
+from klimb.models.faces import Policy
 from klimb.models.packing import flat_length
 from klimb.runtime import checkpoint
 from klimb.runtime.learner import Learner, Loss, NotFinite, Optimizer
@@ -232,6 +234,33 @@ def test_gradients_of_micro_batches_are_summed_in_fp32() -> None:
     learner = Learner({"w": weight}, Optimizer(max_grad_norm=None), lr=0.1, total_steps=1, budget=1)
     found = learner.step(batch, lambda micro, totals: ((weight * micro["y"].bfloat16()).sum(), {}))
     assert metrics.results(found)["grad_norm"] == pytest.approx(1 + 9 * 0.001, rel=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_an_update_that_was_broken_off_leaves_no_gradient_to_the_next(dtype: torch.dtype) -> None:
+    """Nor to another learner of the same weights: sums of micro-batches hang on the weights themselves."""
+    batch = ragged(groups=5, samples=2)
+
+    def learner_and_policy() -> tuple[Learner, Policy]:
+        policy = Policy(Backbone(tiny("llama", dtype=dtype)), None)
+        return Learner(policy.trainable(), Optimizer(), lr=0.0, total_steps=9, budget=1), policy
+
+    def norm(learner: Learner, policy: Policy, at_most: int = 100) -> float:
+        left = iter(range(at_most))
+
+        def loss(micro: TokenBatch, totals: BatchTotals) -> tuple[Tensor, Metrics]:
+            if next(left, None) is None:
+                raise KeyboardInterrupt
+            return policy(micro).logps.sum() / totals.tokens, {}
+
+        return metrics.results(learner.step(batch, loss))["grad_norm"]
+
+    expected = norm(*learner_and_policy())
+    learner, policy = learner_and_policy()
+    with pytest.raises(KeyboardInterrupt):
+        norm(learner, policy, at_most=3)
+    another = Learner(policy.trainable(), Optimizer(), lr=0.0, total_steps=9, budget=1)
+    assert norm(another, policy) == norm(learner, policy) == expected
 
 
 # Resume -------------------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ Forward = Callable[..., Any]
 
 
 def take_over(model: nn.Module) -> None:
-    """RMSNorms, gated MLPs, GELUs, rotary positions, linear layers and embeddings of a model, each if it proves equal.
+    """RMSNorms, gated MLPs, GELUs and rotary positions, each if it proves equal; linear layers and embeddings by type.
 
     Needs the kernels.
     """
@@ -288,8 +288,8 @@ class _Embedding(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         tokens, weight = ctx.saved_tensors
         total = sum_so_far(weight)
-        if total is None:
+        if total is None or total.dtype != torch.float32:
             return None, torch.ops.aten.embedding_dense_backward(grad, tokens, len(weight), ctx.padding, False), None
         rows = grad.masked_fill((tokens == ctx.padding)[..., None], 0).flatten(0, -2)
-        total.index_add_(0, tokens.flatten(), rows.to(total.dtype))
+        total.index_add_(0, tokens.flatten(), rows.float())
         return None, None, None

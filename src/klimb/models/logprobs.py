@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from klimb import native
@@ -148,22 +149,22 @@ class _TokenLogps(torch.autograd.Function):
         ready = head.in_precision()
         for part in _chunks(len(hidden), weight.shape[0]):
             logits = ready.logits(hidden[part])
-            found = _from_logits(logits, targets[part], temperature, with_entropy)
-            logps[part], normalisers[part] = found[:2]
-            if found[2] is not None:
-                entropies[part] = found[2]
-        ctx.save_for_backward(hidden, weight, bias, targets, normalisers, entropies)
-        ctx.head, ctx.temperature = ready, temperature
+            logps[part], normalisers[part], found = _from_logits(logits, targets[part], temperature, with_entropy)
+            if found is not None:
+                entropies[part] = found
+        # The weight as it is computed with is kept where autograd lets it go as soon as the gradient is there.
+        ctx.save_for_backward(hidden, weight, ready.weight, bias, targets, normalisers, entropies)
+        ctx.head, ctx.temperature = head, temperature
         ctx.set_materialize_grads(False)  # entropies that are only looked at cost the backward pass nothing
         return logps, entropies
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         grad_logps, grad_entropies = grads
-        hidden, weight, bias, targets, normalisers, entropies = ctx.saved_tensors
+        hidden, weight, ready, bias, targets, normalisers, entropies = ctx.saved_tensors
         grad_logps = torch.zeros_like(normalisers) if grad_logps is None else grad_logps
-        head: Head = ctx.head  # in precision, as the forward pass made it
-        assert head.weight is not None
+        head: Head = replace(ctx.head, weight=ready)
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         dtype = normalisers.dtype
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
@@ -182,7 +183,7 @@ class _TokenLogps(torch.autograd.Function):
             if head.scale != 1.0:
                 dz *= head.scale
             if grad_hidden is not None:
-                grad_hidden[part] = (dz @ head.weight).to(hidden.dtype)
+                grad_hidden[part] = (dz @ ready).to(hidden.dtype)
             if need_weight:
                 states = hidden[part].to(dtype)
                 grad_weight = dz.T @ states if grad_weight is None else grad_weight.addmm_(dz.T, states)

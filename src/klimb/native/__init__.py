@@ -82,11 +82,17 @@ _SIGNATURES = {
 }
 
 
+_HEADS = ("token_logps_forward", "token_logps_backward")
+"""For float32 alone."""
+
+
 class _Kernels:
     """The functions of the library for tensors of one type, with their signatures."""
 
     def __init__(self, loaded: ctypes.CDLL, suffix: str) -> None:
         for name, signature in _SIGNATURES.items():
+            if suffix and name in _HEADS:
+                continue
             function = getattr(loaded, name + suffix)
             function.argtypes, function.restype = signature, None
             setattr(self, name, function)
@@ -258,8 +264,11 @@ def swiglu_backward(gate: Tensor, up: Tensor, grad: Tensor) -> tuple[Tensor, Ten
 def token_logps_forward(
     logits: Tensor, targets: Tensor, temperature: float, with_entropy: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Of softmax(logits / temperature), logits [m, V] dense, targets [m] int64: log-probs of the targets, logs of the
-    normalising sums, entropies; [m] each, float32."""
+    """Of softmax(logits / temperature), logits [m, V] float32 and dense, targets [m] int64: log-probs of the targets,
+    logs of the normalising sums, entropies; [m] each. Raises IndexError for a target that no logit belongs to."""
+    if len(targets) and not 0 <= int(targets.min()) <= int(targets.max()) < logits.shape[1]:
+        raise IndexError(f"targets from {targets.min()} to {targets.max()} of {logits.shape[1]} tokens")
+    targets = targets.contiguous()
     logps, normalisers, entropies = (logits.new_empty(len(logits), dtype=torch.float32) for _ in range(3))
     _kernels(logits).token_logps_forward(
         logits.data_ptr(), targets.data_ptr(), 1 / temperature, logps.data_ptr(), normalisers.data_ptr(),
@@ -272,8 +281,8 @@ def token_logps_backward_(
     logits: Tensor, targets: Tensor, temperature: float, normalisers: Tensor, entropies: Tensor, grad_logps: Tensor,
     grad_entropies: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """The gradient of the logits, written over them."""
-    grads = grad_logps.contiguous()
+    """The gradient of the logits, written over them. The targets are those of the forward pass."""
+    targets, grads = targets.contiguous(), grad_logps.contiguous()
     of_entropies = None if grad_entropies is None else grad_entropies.contiguous()
     _kernels(logits).token_logps_backward(
         logits.data_ptr(), targets.data_ptr(), 1 / temperature, normalisers.data_ptr(), entropies.data_ptr(),

@@ -108,6 +108,7 @@ class Learner:
         Raises NotFinite, with the ids of the rows, before any weight has changed.
         """
         totals = totals or batch.totals
+        self._forget_gradients()  # of an update that an exception ended
         parts = self._accumulate(batch, loss, totals)
         self._share_gradients()
         self._unscale()
@@ -235,8 +236,8 @@ class Learner:
         for unit in split_by_budget(batch, budget=1):
             value, _ = loss(batch.select(unit).to(self.device), totals)
             value.backward()
-            gradients = [p.grad for p in self.working.values() if p.grad is not None]
-            if not all(bool(x.isfinite().all()) for x in [value, *gradients]):
+            found = [p.grad for p in self.working.values() if p.grad is not None]
+            if not all(bool(x.isfinite().all()) for x in [value, *found]):
                 guilty += [batch.ids[i] for i in unit]
             self._forget_gradients()
         rows = f"rows {', '.join(guilty[:8])}" if guilty else "no single row (the gradient overflowed)"
