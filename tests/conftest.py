@@ -16,8 +16,10 @@ for folder in ("data", "models", "objective", "parity", "report", "rewards", "st
 _SLOW = (
     "commands/", "examples/", "gpu/", "parity/", "report/", "stages/", "test_arena.py", "test_benchmarks.py",
     "test_examples.py", "test_readme.py", "test_recipes.py",  # they start whole runs
-    "data/test_sandbox.py", "native/test_build.py", "rewards/test_reward_code.py", "rewards/test_reward_worker.py",
-    "rewards/test_sandbox_escapes.py",  # they start processes and wait for them
+    "data/test_sandbox.py", "native/test_build.py", "rewards/test_judge_server.py", "rewards/test_reward_code.py",
+    "rewards/test_reward_functions.py", "rewards/test_reward_math.py", "rewards/test_reward_worker.py",
+    "rewards/test_sandbox_escapes.py",  # they start processes or wait for something to end
+    "lab/test_bandit_fixed_points.py", "models/test_models_outline.py", "rollout/test_rollout_mixture.py",
 )  # fmt: skip
 """Left out by `make test-fast`, beside what is marked where it stands."""
 
