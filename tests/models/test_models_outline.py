@@ -10,6 +10,7 @@ from families import CONFIGS
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from klimb import native
 from klimb.models import attention, fused
 from klimb.models.backbone import Backbone
 from klimb.models.faces import Policy
@@ -89,6 +90,17 @@ def test_adapters_are_counted_and_the_frozen_base_has_no_gradients(tmp_path: Pat
     assert (outline.masters, outline.gradients) == (4 * outline.trained, 6 * outline.trained)
     full = Outline(path, torch.bfloat16)
     assert (full.masters, full.gradients) == (4 * full.trained, 6 * full.trained)
+
+
+@pytest.mark.skipif(native.why_not() is not None, reason=f"no kernels: {native.why_not()}")
+@pytest.mark.parametrize("lora", [None, LoRA(rank=2)], ids=["full", "lora"])
+def test_what_a_rollout_holds_a_second_time_is_counted(lora: LoRA | None, tmp_path: Path) -> None:
+    model, policy = made("qwen2", tmp_path)
+    fused.take_over(policy.backbone.model)
+    backbone = Backbone(policy.backbone.model, None, lora)
+    layers = [layer for layer in backbone.panels() if isinstance(layer.weight, Tensor)]
+    assert len(layers) == 7 * LAYERS
+    assert Outline(model, torch.float32, lora).panels == size(layer.weight for layer in layers)
 
 
 def test_a_plan_draws_no_random_numbers(tmp_path: Path) -> None:

@@ -271,3 +271,39 @@ def test_logits_that_are_far_apart_or_none() -> None:
 def test_a_target_that_no_logit_belongs_to(target: int) -> None:
     with pytest.raises(IndexError, match=r"targets from (-1 to 0|0 to 3) of 3 tokens"):
         native.token_logps_forward(numbers(2, 3), torch.tensor([0, target]), 1.0, False)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.integers(1, 40), st.integers(1, 90), st.integers(1, 130), st.booleans(), st.booleans(), st.integers(1, 3),
+    st.sampled_from([*CLOSE]),
+)  # fmt: skip
+def test_a_product_by_panels(
+    rows: int, inputs: int, outputs: int, by_column: bool, bias: bool, threads: int, dtype: torch.dtype
+) -> None:
+    x, weight = numbers(rows, inputs, dtype=dtype), numbers(outputs, inputs, dtype=dtype, seed=1)
+    shift = numbers(outputs, dtype=dtype, seed=2) if bias else None
+    weight = weight.t().contiguous().t() if by_column else weight
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        found = native.product(x[None], native.panels(weight), shift)
+    finally:
+        torch.set_num_threads(before)
+    exact = x.double() @ weight.double().T + (0.0 if shift is None else shift.double())
+    assert found.shape == (1, rows, outputs)
+    assert found.dtype == dtype
+    assert error(found[0], exact) <= CLOSE[dtype]
+
+
+@DTYPES
+def test_a_row_of_a_product_is_what_it_is_alone(dtype: torch.dtype) -> None:
+    """So a sample's numbers do not depend on who else is running, nor on threads."""
+    x, weight = numbers(37, 65, dtype=dtype), native.panels(numbers(200, 65, dtype=dtype, seed=1))
+    together = native.product(x, weight, None)
+    assert all(torch.equal(together[i], native.product(x[i], weight, None)) for i in range(37))
+    torch.set_num_threads(3)
+    try:
+        assert torch.equal(together, native.product(x, weight, None))
+    finally:
+        torch.set_num_threads(1)

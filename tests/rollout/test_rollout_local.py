@@ -13,6 +13,7 @@ import torch
 from families import VOCABULARY, ragged, tiny
 from torch import Tensor
 
+from klimb import native
 from klimb.batch import TokenBatch, pad_tokens, sample_rows
 from klimb.errors import KlimbError
 from klimb.models.backbone import Backbone
@@ -236,6 +237,43 @@ def test_new_weights_are_drawn_from_at_once_though_the_head_was_made_ready() -> 
     generator.update_weights(2)
     ((_, second),) = stream
     assert second.logps == pytest.approx([-math.log(VOCABULARY)] * 30, rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_tokens_are_multiplied_by_panels_until_the_rollout_ends(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seven products in each of two layers and the head's, laid out once a rollout; without the kernels none."""
+    laid_out: list[native.Panels] = []
+    read: list[native.Panels] = []
+    panels, product = native.panels, native.product
+
+    def lay_out(weight: Tensor) -> native.Panels:
+        laid_out.append(panels(weight))
+        return laid_out[-1]
+
+    def multiply(x: Tensor, weight: native.Panels, bias: Tensor | None) -> Tensor:
+        read.append(weight)
+        return product(x, weight, bias)
+
+    monkeypatch.setattr(native, "panels", lay_out)
+    monkeypatch.setattr(native, "product", multiply)
+    generator = LocalEngine(Policy(Backbone(tiny("qwen2", dtype=dtype)), None), str)
+    [_] = generate(generator, requests(SamplingParams(9, frozenset()), samples=2, n=1))
+    kernels = native.takes(torch.zeros(1))
+    assert len(laid_out) == kernels * 15
+    assert len(read) == kernels * (8 * 15 + 1)  # the first token is drawn from the prompt's last state
+    assert generator._panels is None
+    assert generator._head is None
+
+
+def test_weights_too_large_to_be_held_twice_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "_MOST", 1000)
+    monkeypatch.setattr(native, "product", lambda *_: pytest.fail("by panels"))
+    generator = engine()
+    [group] = generate(generator, requests(SamplingParams(9, frozenset()), samples=2, n=1))
+    logps = policy_logps(generator.policy, as_batch([group]), budget=10_000).logps
+    assert torch.allclose(logps.flatten(), as_batch([group])["behavior"].flatten(), atol=2e-5)
 
 
 def test_a_late_unordered_aborting_engine_still_gives_whole_groups() -> None:

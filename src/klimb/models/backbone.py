@@ -21,6 +21,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from klimb.batch import TokenBatch
 from klimb.errors import KlimbError
+from klimb.models import fused
 from klimb.models.attention import AttentionPlan
 from klimb.models.last_layer import skip_unread, worth_skipping
 from klimb.models.load import HALF, LoRA
@@ -117,6 +118,10 @@ class Backbone(nn.Module):
         if logits:
             return self.model(**inputs, logits_to_keep=keep).logits[0]
         return self.model.base_model(**inputs).last_hidden_state[0].index_select(0, keep)
+
+    def panels(self) -> fused.Panels:
+        """Its weights as a rollout multiplies by them, until they change."""
+        return fused.panels_of(self.model, self.model.get_output_embeddings())
 
     def packed_states(self, packed: Packed, keep: Tensor, read: Tensor, *, logits: bool = False) -> Tensor:
         """`states` of a packed batch. Raises KlimbError where a row has more tokens than the model has positions."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from klimb.batch import TokenBatch
 from klimb.models.attention import AttentionPlan
 from klimb.models.backbone import Backbone
+from klimb.models.fused import Panels
 from klimb.models.load import score_head
 from klimb.models.logprobs import Head, full_divergence, full_kl, log_collisions, precision, token_logps
 from klimb.models.packing import Budget, Packed, in_parts
@@ -56,6 +57,9 @@ class Policy(nn.Module):
         """What `head` makes logits of, at the flat places `keep` [K]; see `Backbone.states`."""
         self.backbone.use(self.adapter)
         return self.backbone.states(tokens, positions, plan, keep, read, logits=self.own_head)
+
+    def panels(self) -> Panels:
+        return self.backbone.panels()
 
     @property
     def device(self) -> torch.device:

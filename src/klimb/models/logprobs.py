@@ -30,10 +30,18 @@ class Head:
     bias: Tensor | None = None
     scale: float = 1.0
     softcap: float | None = None
+    panels: native.Panels | None = None
 
     def in_precision(self) -> Head:
         """The same head with its weight as it is computed with: for many calls, each of which would convert it."""
         return self if self.weight is None else replace(self, weight=self.weight.to(precision(self.weight)))
+
+    def for_decoding(self) -> Head:
+        """The same head for the many calls of a rollout."""
+        ready = self.in_precision()
+        if ready.weight is None or not native.takes(ready.weight) or native.too_large([ready.weight]):
+            return ready
+        return replace(self, panels=native.panels(ready.weight))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [M, d] → [M, V]."""
@@ -41,7 +49,10 @@ class Head:
         if self.weight is None:
             return hidden.to(dtype)
         bias = None if self.bias is None else self.bias.to(dtype)
-        logits = torch.nn.functional.linear(hidden.to(dtype), self.weight.to(dtype), bias)
+        if self.panels is not None:
+            logits = native.product(hidden.to(dtype), self.panels, bias)
+        else:
+            logits = torch.nn.functional.linear(hidden.to(dtype), self.weight.to(dtype), bias)
         if self.scale != 1.0:
             logits = logits * self.scale
         if self.softcap is not None:

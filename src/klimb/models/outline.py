@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from klimb import native
 from klimb.batch import Row, TokenBatch
 from klimb.models import attention, code, nf4
 from klimb.models.backbone import Backbone
@@ -89,6 +90,7 @@ class Outline:
                 self.weights -= nf4.saving(network)
             self.backbone = Backbone(network, None, lora)
             self.face = RewardModel(self.backbone) if classifier else Policy(self.backbone, "policy" if lora else None)
+        self.panels = self._panels(network, lora)
         trained = [*self.face.trainable().values()]
         self.trained = sum(p.numel() for p in trained)
         self.adapters = size(trained) if lora else 0
@@ -97,6 +99,15 @@ class Outline:
         self.config = config.get_text_config()
         self.dtype = dtype
         self.can_compute_again = any(isinstance(m, GradientCheckpointingLayer) for m in network.modules())
+
+    def _panels(self, network: nn.Module, lora: LoRA | None) -> int:
+        """What a rollout on a CPU holds of its layers a second time, see `fused.panels_of`."""
+        head = self.backbone.model.get_output_embeddings()
+        weights = [
+            module.weight for name, module in network.named_modules()
+            if type(module) is nn.Linear and module is not head and "lora_" not in name
+        ]  # fmt: skip
+        return 0 if native.too_large(weights) or (lora is not None and lora.base == "4bit") else size(weights)
 
     def training(self, shape: Shape, budget: int, *, checkpointing: bool) -> Held:
         """A micro-batch of `budget` tokens."""

@@ -7,9 +7,9 @@ goes. Whether they are used is decided when a run begins, and recorded, like the
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from ctypes import c_float, c_int64, c_void_p
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +17,9 @@ from torch import Tensor
 from klimb.native.build import Unavailable, identity, library
 
 _BLOCK = 16  # samples of a prompt that are computed together
+_LANES = 16  # float32 in the widest vector
 _GRAIN = 16_384  # numbers that a thread should have, or it is not worth waking
+_MOST = 2**32  # bytes of weights that are held a second time while they are decoded with
 _SUFFIX = {torch.float32: "", torch.bfloat16: "_bf16"}
 """Of the functions for tensors of a type. All compute in float32."""
 _on = True
@@ -77,6 +79,8 @@ _SIGNATURES = {
     "rope": [c_void_p] + [c_int64] * 2 + [c_void_p] * 3 + [c_int64] * 5,
     "swiglu_forward": [c_void_p] * 3 + [c_int64] * 2,
     "swiglu_backward": [c_void_p] * 5 + [c_int64] * 2,
+    "panels": [c_void_p] + [c_int64] * 2 + [c_void_p] + [c_int64] * 3,
+    "panels_product": [c_void_p] * 5 + [c_int64] * 4,
     "token_logps_forward": [c_void_p] * 2 + [c_float] + [c_void_p] * 3 + [c_int64] * 3,
     "token_logps_backward": [c_void_p] * 2 + [c_float] + [c_void_p] * 4 + [c_int64] * 3,
 }
@@ -259,6 +263,47 @@ def swiglu_backward(gate: Tensor, up: Tensor, grad: Tensor) -> tuple[Tensor, Ten
         _threads(gate.numel()),
     )  # fmt: skip
     return dgate, dup
+
+
+class Panels(NamedTuple):
+    """A weight [outputs, inputs] as `product` reads it."""
+
+    numbers: Tensor
+    outputs: int
+    inputs: int
+
+
+def too_large(weights: Iterable[Tensor]) -> bool:
+    """Would their panels take more room than they save time for?"""
+    return sum(weight.nbytes for weight in weights) > _MOST
+
+
+def panels(weight: Tensor) -> Panels:
+    """weight [N, K] in any order of memory."""
+    outputs, inputs = weight.shape
+    columns = 2 * _LANES
+    numbers = weight.new_empty(-(-outputs // columns) * columns * (inputs + inputs % 2))
+    _kernels(weight).panels(
+        weight.data_ptr(), *weight.stride(), numbers.data_ptr(), outputs, inputs, _threads(weight.numel())
+    )
+    return Panels(numbers, outputs, inputs)
+
+
+def product(x: Tensor, weight: Panels, bias: Tensor | None) -> Tensor:
+    """x [..., K] times a weight of [N, K]: [..., N]. A row's numbers do not depend on the other rows.
+
+    Raises ValueError where x is not as wide as the weight.
+    """
+    if x.shape[-1] != weight.inputs:
+        raise ValueError(f"a weight of {weight.inputs} inputs does not take {x.shape[-1]}")
+    rows = x.numel() // weight.inputs
+    x, y = x.contiguous(), x.new_empty(*x.shape[:-1], weight.outputs)
+    terms = x.new_empty(x.numel() + rows, dtype=torch.float32)
+    _kernels(x).panels_product(
+        x.data_ptr(), weight.numbers.data_ptr(), None if bias is None else bias.data_ptr(), y.data_ptr(),
+        terms.data_ptr(), rows, weight.outputs, weight.inputs, _threads(rows * weight.numbers.numel() // 4),
+    )  # fmt: skip
+    return y
 
 
 def token_logps_forward(

@@ -19,6 +19,7 @@ from torch import Tensor
 from klimb.errors import KlimbError
 from klimb.models.cache import Decode, KVCache, Prefill, Seats
 from klimb.models.faces import Policy
+from klimb.models.fused import Panels, decoding
 from klimb.models.logprobs import Head
 from klimb.rollout.engine import Request
 from klimb.rollout.mixture import Mixture
@@ -110,7 +111,8 @@ class LocalEngine:
         self.stored: dict[tuple[int, ...], tuple[int, Tensor]] = {}
         """Prompts that today's weights computed: place in the cache, and the state [d] that predicts what follows."""
         self._head: Head | None = None
-        """Today's, ready for many calls."""
+        self._panels: Panels | None = None
+        """Today's head and weights, ready for many calls."""
 
     # The protocol ---------------------------------------------------------------------------------------------------
 
@@ -233,20 +235,24 @@ class LocalEngine:
             cache.grow_slots(0, min(2 * cache.length, slots.tokens.shape[1]))
         slots.seats = slots.seats or Seats(slots.prompts, drawn.device)
         plan = Decode(cache, slots.seats, slots.prompt_lengths[rows], drawn, slots.longest)
-        self._draw(self._logits(self._states(slots.last[rows], plan.position, plan, plan.rows)), rows)
+        if self._panels is None:
+            self._panels = self.policy.panels()
+        with decoding(self._panels):
+            states = self._states(slots.last[rows], plan.position, plan, plan.rows)
+        self._draw(self._logits(states), rows)
         slots.longest += 1
 
     def _states(self, tokens: Tensor, positions: Tensor, plan: Prefill | Decode, keep: Tensor) -> Tensor:
         return self.policy.states(tokens, positions, plan, keep, keep if isinstance(plan, Prefill) else None)
 
     def _logits(self, states: Tensor) -> Tensor:
-        self._head = self._head or self.policy.head().in_precision()
+        self._head = self._head or self.policy.head().for_decoding()
         return self._head.logits(states)
 
     def _forget(self) -> None:
         """What was computed from the weights."""
         self.stored.clear()
-        self._head = None
+        self._head = self._panels = None
 
     def _draw(self, logits: Tensor, rows: slice) -> None:
         slots = self.slots

@@ -10,6 +10,7 @@ from torch import Tensor
 from klimb.errors import ConfigError
 from klimb.models.attention import AttentionPlan
 from klimb.models.faces import Policy
+from klimb.models.fused import Panels
 from klimb.models.logprobs import Head
 
 
@@ -48,6 +49,9 @@ class Mixture:
         beside = _Beside(plan)
         other = self.reference.head().logits(self.reference.states(tokens, positions, beside, keep, read))
         return torch.lerp(own, other, self.share)
+
+    def panels(self) -> Panels:
+        return {**self.policy.panels(), **self.reference.panels()}
 
     def head(self) -> Head:
         return Head(None)

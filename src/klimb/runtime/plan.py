@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
+from klimb import native
 from klimb.models.load import HALF, LoRA
 from klimb.models.outline import Outline, Shape
 from klimb.models.packing import flat_length, split_by_budget
@@ -125,7 +126,9 @@ def plan(work: Work, dtype: torch.dtype, budget: int, *, checkpointing: bool, he
     for name, model in work.frozen:
         held[name] = held.get(name, 0) + outline(model, dtype).weights
     if work.sampled:
-        phases["sampling"] = max((_sampling(policy, s) for s in work.sampled), key=lambda lines: sum(lines.values()))
+        panels = heap and native.why_not() is None
+        lines = [_sampling(policy, sampled, panels) for sampled in work.sampled]
+        phases["sampling"] = max(lines, key=lambda phase: sum(phase.values()))
     if work.compared_at_the_end is not None:
         reference = outline(Learning(work.compared_at_the_end), dtype).weights
         phases["measuring"] = {"reference": reference, **phases["sampling"]}
@@ -169,7 +172,8 @@ def _scoring(model: Outline, shape: Shape, budget: int) -> int:
     return model.scoring(shape, budget)
 
 
-def _sampling(model: Outline, sampled: Sampled) -> dict[str, int]:
+def _sampling(model: Outline, sampled: Sampled, panels: bool) -> dict[str, int]:
+    """panels: do the kernels decode?"""
     rows, prompt, completion, samples = sampled
     config = model.config
     heads = config.num_attention_heads
@@ -177,7 +181,8 @@ def _sampling(model: Outline, sampled: Sampled) -> dict[str, int]:
     stored = config.num_hidden_layers * 2 * (getattr(config, "num_key_value_heads", None) or heads) * width
     tokens = -(-rows // samples) * prompt + rows * completion
     logits = 4 * _DRAWING * rows * config.vocab_size
-    if model.dtype in HALF:  # the head's weight in fp32
+    if model.dtype in HALF or panels:  # the head's weight, in fp32
         logits += 4 * config.vocab_size * config.hidden_size
     prefill = _scoring(model, Shape(prompt, 1), min(_PREFILL, -(-rows // samples) * (prompt + 1)))
-    return {"KV cache": stored * tokens * model.dtype.itemsize, "logits": max(logits, prefill)}
+    lines = {"KV cache": stored * tokens * model.dtype.itemsize, "logits": max(logits, prefill)}
+    return {**lines, "weights as decoded": model.panels} if panels else lines
