@@ -122,7 +122,7 @@ def contest_of(
     for job in jobs:
         if job not in agreed:
             agreed[job] = check({**options, "job": job}, environment)
-    options = {**options, "dtype": row.dtype, "token_budget": JOBS[row.job].budget(row.dtype)}
+    options = {**options, "dtype": row.dtype, "token_budget": JOBS[row.job].budget(row.dtype, options["size"])}
     candidates = settings(jobs, row.dtype, row.precisions)
     tried = known or try_settings(options, environment, candidates, min(row.box, until - time.monotonic()))
     steps = in_turn(options, tried[0]["settings"], environment, row.pairs, until)

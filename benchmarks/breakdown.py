@@ -178,7 +178,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--token-budget", type=int, help="the micro-batch, in flat tokens; default: that of vs_trl.py")
     parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args()
-    arguments.token_budget = arguments.token_budget or JOBS["grpo"].budget(arguments.dtype)
+    arguments.token_budget = arguments.token_budget or JOBS["grpo"].budget(arguments.dtype, arguments.size)
     return arguments
 
 

@@ -54,7 +54,7 @@ def work_of(job: str, size: str, pairs: int, common: Options) -> Iterator[Option
     device, architecture, and beta or token_budget where they are not the job's own."""
     with tempfile.TemporaryDirectory(prefix="vs-trl-") as folder:
         parameters = prepare(Path(folder), size, JOBS[job], steps_needed(pairs), common["architecture"])
-        own = {"beta": JOBS[job].beta, "token_budget": JOBS[job].budget(common["dtype"])}
+        own = {"beta": JOBS[job].beta, "token_budget": JOBS[job].budget(common["dtype"], size)}
         yield {**own, **common, "folder": folder, "job": job, "size": size, "parameters": parameters}
 
 

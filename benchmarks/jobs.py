@@ -20,7 +20,7 @@ class Job(NamedTuple):
     """rows: of the file, in a step. beta: TRL's default, None where the job has no reference.
 
     micro_batches: tried for TRL, in what it counts (completions, examples, pairs, packed rows); `whole` of them
-    make a step. prompt_tokens: fewest and most. token_budget: klimb's micro-batch, in flat tokens of fp32.
+    make a step. prompt_tokens: fewest and most. token_budget: klimb's micro-batch, in flat tokens of fp32 on M.
     """
 
     kind: Literal["prompts", "examples", "pairs"]
@@ -47,9 +47,10 @@ class Job(NamedTuple):
         """Of the file, in the batch that has to give the same numbers: 16 sequences, which fit for every size."""
         return {"prompts": 16 // self.samples, "examples": 16, "pairs": 8}[self.kind]
 
-    def budget(self, dtype: str) -> int:
-        """Flat tokens of a micro-batch: in bf16 as many bytes of activations, so twice the tokens."""
-        return self.token_budget * (2 if dtype == "bf16" else 1)
+    def budget(self, dtype: str, size: str) -> int:
+        """Flat tokens of a micro-batch: in bf16 as many bytes of activations, so twice the tokens; of S, whose tokens
+        keep a quarter of M's, four times as many."""
+        return self.token_budget * (2 if dtype == "bf16" else 1) * (4 if size == "S" else 1)
 
     @property
     def context(self) -> int:

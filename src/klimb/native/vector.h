@@ -106,18 +106,28 @@ static inline float dot(const float *a, const num *b, I D) {
 
 /* Products of small matrices ------------------------------------------------------------------------------------- */
 
-/* c[r, 0:COLS] (+)= sum_k a[r*ar + k*ak] * b[k*ldb + 0:COLS] for r < rows <= 4. */
-static inline void tile(I rows, I depth, const float *a, I ar, I ak, const float *b, I ldb, float *c, I ldc, int add) {
-    const float *a1 = rows > 1 ? a + ar : a, *a2 = rows > 2 ? a + 2 * ar : a, *a3 = rows > 3 ? a + 3 * ar : a;
-    vec z = all(0.0f), s[4][2] = {{z, z}, {z, z}, {z, z}, {z, z}};
-    for (I k = 0; k < depth; k++) {
-        vec b0 = load(b + k * ldb), b1 = load(b + k * ldb + W), x;
-        x = all(a[k * ak]), s[0][0] += x * b0, s[0][1] += x * b1;
-        x = all(a1[k * ak]), s[1][0] += x * b0, s[1][1] += x * b1;
-        x = all(a2[k * ak]), s[2][0] += x * b0, s[2][1] += x * b1;
-        x = all(a3[k * ak]), s[3][0] += x * b0, s[3][1] += x * b1;
+#if W == 16
+#define TALL 8 /* rows that are multiplied at once: their sums have to fit into the registers */
+#else
+#define TALL 4
+#endif
+
+/* c[r, 0:COLS] (+)= sum_k a[r*ar + k*ak] * b[k*ldb + 0:COLS] for r < rows <= TALL. */
+static inline __attribute__((always_inline)) void
+tile(const int rows, I depth, const float *a, I ar, I ak, const float *b, I ldb, float *c, I ldc, int add) {
+    vec s[TALL][2];
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; r++) s[r][0] = s[r][1] = all(0.0f);
+    for (I k = 0; k < depth; k++, a += ak, b += ldb) {
+        vec b0 = load(b), b1 = load(b + W);
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; r++) {
+            vec x = all(a[r * ar]);
+            s[r][0] += x * b0, s[r][1] += x * b1;
+        }
     }
-    for (I r = 0; r < rows; r++) {
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; r++) {
         float *to = c + r * ldc;
         store(to, add ? load(to) + s[r][0] : s[r][0]);
         store(to + W, add ? load(to + W) + s[r][1] : s[r][1]);
@@ -127,9 +137,18 @@ static inline void tile(I rows, I depth, const float *a, I ar, I ak, const float
 /* c [rows, cols] (+)= a [rows, depth] b [depth, cols]; cols is a multiple of COLS, rows of a are ar apart. */
 static void product(
     I rows, I cols, I depth, const float *a, I ar, I ak, const float *b, I ldb, float *c, I ldc, int add) {
-    for (I j = 0; j < cols; j += COLS)
-        for (I i = 0; i < rows; i += 4)
-            tile(rows - i < 4 ? rows - i : 4, depth, a + i * ar, ar, ak, b + j, ldb, c + i * ldc + j, ldc, add);
+    for (I j = 0; j < cols; j += COLS) {
+        I i = 0;
+        for (; i + TALL <= rows; i += TALL) tile(TALL, depth, a + i * ar, ar, ak, b + j, ldb, c + i * ldc + j, ldc, add);
+#define REST(n) case n: tile(n, depth, a + i * ar, ar, ak, b + j, ldb, c + i * ldc + j, ldc, add); break;
+        switch (rows - i) {
+            REST(1) REST(2) REST(3)
+#if TALL == 8
+            REST(4) REST(5) REST(6) REST(7)
+#endif
+        }
+#undef REST
+    }
 }
 
 /* rows [n, D] -> [n, wide] in float32, zeros behind D. */
