@@ -44,9 +44,8 @@ from klimb.runtime.run import Run
 
 WARM_UP = 2
 LINES = (
-    "rollout: prefill", "rollout: decode, model", "rollout: decode, attention", "rollout: sampling",
-    "rollout: bookkeeping", "reward", "layout of rows", "forward", "backward", "optimiser", "run directory",
-    "everything else",
+    "rollout: prefill", "rollout: decode", "rollout: sampling", "rollout: bookkeeping", "reward", "layout of rows",
+    "forward", "backward", "optimiser", "run directory", "everything else",
 )  # fmt: skip
 
 
@@ -97,11 +96,11 @@ def wrap_all(clock: Clock, drawn: list[Work]) -> None:
     clock.wrap(
         LocalEngine, "_states",
         lambda engine, tokens, positions, plan, keep: (
-            "rollout: decode, model" if isinstance(plan, Decode) else "rollout: prefill"
+            "rollout: decode" if isinstance(plan, Decode) else "rollout: prefill"
         ),
     )  # fmt: skip
-    clock.wrap(LocalEngine, "_logits", "rollout: decode, model")
-    clock.wrap(Decode, "attend", "rollout: decode, attention")
+    clock.wrap(LocalEngine, "_logits", "rollout: decode")
+    clock.wrap(Backbone, "for_decoding", "rollout: decode")
     clock.wrap(local, "draw", "rollout: sampling")
     clock.wrap(local, "uniforms", "rollout: sampling")
     clock.wrap(Scorer, "score", "reward")

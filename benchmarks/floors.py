@@ -76,11 +76,11 @@ class Floors:
         prompt_pairs = sum(n * (n + 1) // 2 for n in work.prompts)
         prefill = s.forward_flops(sum(work.prompts), len(work.prompts), prompt_pairs)
         forward = s.forward_flops(work.flat, work.sampled, work.seen) / self.flops(self.rows)
+        decode = s.forward_flops(work.decoded, work.decoded, 0) / self.flops(running)
         cached = work.read * 2 * s.hidden * s.layers * self.width
         return {
             "rollout: prefill": prefill / self.flops(sum(work.prompts)),
-            "rollout: decode, model": s.forward_flops(work.decoded, work.decoded, 0) / self.flops(running),
-            "rollout: decode, attention": cached / self.bytes_per_second(cached // work.decode_steps),
+            "rollout: decode": decode + cached / self.bytes_per_second(cached // work.decode_steps),
             # The logits are read once and a number of each row is written.
             "rollout: sampling": work.sampled * s.vocabulary * 4 / self.bytes_per_second(running * s.vocabulary * 4),
             "forward": forward,

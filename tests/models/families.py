@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from klimb import native
 from klimb.batch import Row, TokenBatch
-from klimb.models import attention, fused
+from klimb.models import attention, decoder, fused
 
 VOCABULARY = 97
 _SHAPE = {
@@ -50,6 +50,7 @@ def tiny(family: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float3
     model = model.to(dtype).eval()
     if native.why_not() is None:
         fused.take_over(model)
+        decoder.take_over(model)
     return model
 
 

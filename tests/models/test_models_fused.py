@@ -18,17 +18,17 @@ from klimb.models.logprobs import Head, token_logps
 pytestmark = pytest.mark.skipif(native.why_not() is not None, reason=f"no kernels: {native.why_not()}")
 
 # What of each family is taken over: norms, gated MLPs, attentions by their rotary positions, GELUs, linear layers,
-# embeddings (Gemma scales its own; GPT-2 has positions besides).
+# embeddings (Gemma scales its own; GPT-2 has positions besides), whole decoder layers.
 TAKEN = {
-    "llama": (5, 2, 2, 0, 15, 1),
-    "llama-tied": (5, 2, 2, 0, 15, 1),
-    "qwen2": (5, 2, 2, 0, 15, 1),
-    "qwen3": (9, 2, 2, 0, 15, 1),
-    "mistral-window": (5, 2, 2, 0, 15, 1),
-    "gemma2": (9, 0, 2, 2, 15, 0),
-    "gemma3": (13, 0, 2, 2, 15, 0),
-    "cohere-scaled": (0, 2, 0, 0, 15, 1),
-    "gpt2": (0, 0, 0, 2, 1, 2),
+    "llama": (5, 2, 2, 0, 15, 1, 2),
+    "llama-tied": (5, 2, 2, 0, 15, 1, 2),
+    "qwen2": (5, 2, 2, 0, 15, 1, 2),
+    "qwen3": (9, 2, 2, 0, 15, 1, 2),
+    "mistral-window": (5, 2, 2, 0, 15, 1, 2),
+    "gemma2": (9, 0, 2, 2, 15, 0, 0),
+    "gemma3": (13, 0, 2, 2, 15, 0, 0),
+    "cohere-scaled": (0, 2, 0, 0, 15, 1, 0),
+    "gpt2": (0, 0, 0, 2, 1, 2, 0),
 }
 
 
@@ -47,7 +47,7 @@ def taken(model: nn.Module) -> list[nn.Module]:
 def test_what_is_taken_over(family: str) -> None:
     model = tiny(family)
     modules = taken(model)
-    names = ("RMSNorm", "MLP", "Attention", "GELU", "Linear", "Embedding")
+    names = ("RMSNorm", "MLP", "Attention", "GELU", "Linear", "Embedding", "DecoderLayer")
     kinds = [sum(word in type(module).__name__ for module in modules) for word in names]
     assert tuple(kinds) == TAKEN[family]
     assert len(modules) == sum(kinds)

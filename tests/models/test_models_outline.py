@@ -98,7 +98,7 @@ def test_what_a_rollout_holds_a_second_time_is_counted(lora: LoRA | None, tmp_pa
     model, policy = made("qwen2", tmp_path)
     fused.take_over(policy.backbone.model)
     backbone = Backbone(policy.backbone.model, None, lora)
-    layers = [layer for layer in backbone.panels() if isinstance(layer.weight, Tensor)]
+    layers = [layer for layer in backbone.for_decoding().panels if isinstance(layer.weight, Tensor)]
     assert len(layers) == 7 * LAYERS
     assert Outline(model, torch.float32, lora).panels == size(layer.weight for layer in layers)
 

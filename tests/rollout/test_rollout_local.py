@@ -243,7 +243,9 @@ def test_new_weights_are_drawn_from_at_once_though_the_head_was_made_ready() -> 
 def test_tokens_are_multiplied_by_panels_until_the_rollout_ends(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Seven products in each of two layers and the head's, laid out once a rollout; without the kernels none."""
+    """Seven products in each of two layers and the head's, laid out once a rollout, though samples start twice; without
+    the kernels none. Gemma's layers are not computed in one call."""
+    policy = Policy(Backbone(tiny("gemma2", dtype=dtype)), None)
     laid_out: list[native.Panels] = []
     read: list[native.Panels] = []
     panels, product = native.panels, native.product
@@ -258,12 +260,12 @@ def test_tokens_are_multiplied_by_panels_until_the_rollout_ends(
 
     monkeypatch.setattr(native, "panels", lay_out)
     monkeypatch.setattr(native, "product", multiply)
-    generator = LocalEngine(Policy(Backbone(tiny("qwen2", dtype=dtype)), None), str)
-    [_] = generate(generator, requests(SamplingParams(9, frozenset()), samples=2, n=1))
+    generator = LocalEngine(policy, str, max_rows=2)
+    [_] = generate(generator, requests(SamplingParams(9, frozenset()), samples=4, n=1))
     kernels = native.takes(torch.zeros(1))
     assert len(laid_out) == kernels * 15
-    assert len(read) == kernels * (8 * 15 + 1)  # the first token is drawn from the prompt's last state
-    assert generator._panels is None
+    assert len(read) == kernels * 2 * (8 * 15 + 1)  # a sample's first token is drawn from the prompt's last state
+    assert generator._weights is None
     assert generator._head is None
 
 
@@ -274,6 +276,18 @@ def test_weights_too_large_to_be_held_twice_are_not(monkeypatch: pytest.MonkeyPa
     [group] = generate(generator, requests(SamplingParams(9, frozenset()), samples=2, n=1))
     logps = policy_logps(generator.policy, as_batch([group]), budget=10_000).logps
     assert torch.allclose(logps.flatten(), as_batch([group])["behavior"].flatten(), atol=2e-5)
+
+
+def test_whoever_stops_asking_leaves_no_weights_behind() -> None:
+    generator = engine(max_rows=1)
+    generator.submit(requests(SamplingParams(9, frozenset()), samples=3, n=2))
+    stream = generator.stream()
+    next(stream)
+    assert generator._weights is not None
+    stream.close()
+    assert generator._weights is None
+    assert generator._head is None
+    assert len(list(generator.stream())) == 5
 
 
 def test_a_late_unordered_aborting_engine_still_gives_whole_groups() -> None:

@@ -119,9 +119,9 @@ class Backbone(nn.Module):
             return self.model(**inputs, logits_to_keep=keep).logits[0]
         return self.model.base_model(**inputs).last_hidden_state[0].index_select(0, keep)
 
-    def panels(self) -> fused.Panels:
+    def for_decoding(self) -> fused.Ready:
         """Its weights as a rollout multiplies by them, until they change."""
-        return fused.panels_of(self.model, self.model.get_output_embeddings())
+        return fused.ready_of(self.model, self.model.get_output_embeddings())
 
     def packed_states(self, packed: Packed, keep: Tensor, read: Tensor, *, logits: bool = False) -> Tensor:
         """`states` of a packed batch. Raises KlimbError where a row has more tokens than the model has positions."""

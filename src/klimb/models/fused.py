@@ -11,7 +11,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import FunctionType, MethodType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +19,10 @@ from torch.autograd.function import once_differentiable
 
 from klimb import native
 from klimb.models.gradients import sum_so_far
+from klimb.native.decoder import DecoderLayer
 
 _TOLERANCE = 1e-5
+_NORM = "taken_over_with"
 _ROTARY = "apply_rotary_pos_emb"
 _GATED = ("gate_proj", "up_proj", "down_proj")
 
@@ -60,6 +62,22 @@ def _proven(module: nn.Module, forward: Forward, x: Tensor, parts: Mapping[str, 
     return torch.allclose(forward(shadow, x), own, rtol=_TOLERANCE, atol=_TOLERANCE)
 
 
+def norm_of(module: nn.Module) -> tuple[float, float] | None:
+    """Offset of its weights and epsilon of an RMSNorm that was taken over."""
+    found: tuple[float, float] | None = vars(module).get(_NORM)
+    return found
+
+
+def is_gated_mlp(module: nn.Module) -> bool:
+    """Was it taken over as one?"""
+    return getattr(module.forward, "__func__", None) is _gated_mlp
+
+
+def is_rotary(module: nn.Module) -> bool:
+    """An attention whose rotary positions were taken over?"""
+    return "forward" in vars(module)
+
+
 # RMSNorm (Zhang & Sennrich 2019, eq. 4) -------------------------------------------------------------------------------
 
 
@@ -80,6 +98,7 @@ def _rms_norm_of(module: nn.Module) -> Forward | None:
             return _RMSNorm.apply(x, self.weight, offset, eps)
 
         if _proven(module, forward, x, {"weight": weight}):
+            vars(module)[_NORM] = (offset, float(eps))
             return forward
     return None
 
@@ -222,12 +241,18 @@ def _linear_of(module: nn.Module) -> Forward | None:
     return _linear if type(module) is nn.Linear else None
 
 
-Panels = Mapping[nn.Module, native.Panels]
-_panels: Panels = {}
-"""Of the layers that have them now."""
+class Ready(NamedTuple):
+    """Weights of linear layers as a rollout multiplies by them, and decoder layers that are computed in one call."""
+
+    panels: Mapping[nn.Module, native.Panels]
+    layers: dict[nn.Module, DecoderLayer | None]
+    """Filled by the first token."""
 
 
-def panels_of(model: nn.Module, head: nn.Module | None) -> Panels:
+_ready = Ready({}, {})
+
+
+def ready_of(model: nn.Module, head: nn.Module | None) -> Ready:
     """The weights of the layers that were taken over, but for the head's, as a rollout multiplies by them: once they
     are laid out in the order in which they are read, a few rows take half of the time or less."""
     weights: dict[nn.Module, Tensor] = {
@@ -236,23 +261,29 @@ def panels_of(model: nn.Module, head: nn.Module | None) -> Panels:
         and (module.bias is None or module.bias.dtype == module.weight.dtype)
     }  # fmt: skip
     if not weights or not native.takes(*weights.values()) or native.too_large(weights.values()):
-        return {}
-    return {module: native.panels(weight) for module, weight in weights.items()}
+        return Ready({}, {})
+    return Ready({module: native.panels(weight) for module, weight in weights.items()}, {})
 
 
 @contextmanager
-def decoding(panels: Panels) -> Iterator[None]:
-    """Within, these layers multiply by their panels."""
-    global _panels
-    before, _panels = _panels, panels
+def decoding(weights: Ready) -> Iterator[None]:
+    """Within, these layers are computed with what is ready of them."""
+    global _ready
+    before, _ready = _ready, weights
     try:
         yield
     finally:
-        _panels = before
+        _ready = before
+
+
+def ready() -> Ready:
+    """What `decoding` is given."""
+    return _ready
 
 
 def _linear(self: Any, x: Tensor) -> Tensor:
-    if (panels := _panels.get(self)) is not None and not torch.is_grad_enabled() and native.takes(x, panels.numbers):
+    panels = _ready.panels.get(self)
+    if panels is not None and not torch.is_grad_enabled() and native.takes(x, panels.numbers):
         return native.product(x, panels, self.bias)
     if not (torch.is_grad_enabled() and self.weight.requires_grad and native.takes(x, self.weight)):
         return nn.functional.linear(x, self.weight, self.bias)

@@ -19,7 +19,7 @@ from transformers import (
 
 from klimb import native
 from klimb.errors import KlimbError
-from klimb.models import attention, code, fused, nf4
+from klimb.models import attention, code, decoder, fused, nf4
 from klimb.models.place import base_of, check_place, first_line, is_classifier
 
 DTYPES = {
@@ -155,6 +155,7 @@ def _from_pretrained(
         _store_by_column(loaded)
     if device.type == "cpu" and dtype in (torch.float32, torch.bfloat16) and native.why_not() is None:
         fused.take_over(loaded)
+        decoder.take_over(loaded)
     return loaded
 
 

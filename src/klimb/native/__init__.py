@@ -81,6 +81,7 @@ _SIGNATURES = {
     "rope": [c_void_p] + [c_int64] * 2 + [c_void_p] * 3 + [c_int64] * 5,
     "swiglu_forward": [c_void_p] * 3 + [c_int64] * 2,
     "swiglu_backward": [c_void_p] * 5 + [c_int64] * 2,
+    "decoder_layer": [c_void_p] * 5 + [c_int64],
     "panels": [c_void_p] + [c_int64] * 2 + [c_void_p] + [c_int64] * 3,
     "panels_product": [c_void_p] * 5 + [c_int64] * 4,
     "token_logps_forward": [c_void_p] * 2 + [c_float] + [c_void_p] * 3 + [c_int64] * 3,
@@ -110,7 +111,7 @@ class _Kernels:
 _loaded: dict[torch.dtype, _Kernels] | Unavailable | None = None
 
 
-def _kernels(x: Tensor) -> _Kernels:
+def kernels(x: Tensor) -> _Kernels:
     """Those for numbers of x's type. Raises Unavailable."""
     return _all_kernels()[x.dtype]
 
@@ -161,7 +162,7 @@ def attention_forward(
     heads, tokens, width = q.shape
     out, lse = q.new_empty(tokens, heads, width), q.new_empty(heads, tokens, dtype=torch.float32)
     shape = _shape(q, k, v, scale, window)
-    _kernels(q).attention_forward(
+    kernels(q).attention_forward(
         q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), lse.data_ptr(), trees.spans.data_ptr(),
         trees.trees.data_ptr(), len(trees.trees) - 1, tokens, ctypes.byref(shape), torch.get_num_threads(),
     )  # fmt: skip
@@ -176,7 +177,7 @@ def attention_backward(
     grad = grad.contiguous()
     dq, dk, dv = q.new_empty(tokens, heads, width), *(q.new_empty(tokens, x.shape[0], width) for x in (k, v))
     shape = _shape(q, k, v, scale, window)
-    _kernels(q).attention_backward(
+    kernels(q).attention_backward(
         q.data_ptr(), k.data_ptr(), v.data_ptr(), lse.data_ptr(), grad.data_ptr(), dq.data_ptr(), dk.data_ptr(),
         dv.data_ptr(), trees.spans.data_ptr(), trees.trees.data_ptr(), len(trees.trees) - 1, tokens,
         ctypes.byref(shape), torch.get_num_threads(),
@@ -211,7 +212,7 @@ def attention_decode(
     heads, rows, width = q.shape
     out = q.new_empty(rows, heads, width)
     shape = _shape(q, k, v, scale, window)
-    _kernels(q).attention_decode(
+    kernels(q).attention_decode(
         q.data_ptr(), k.data_ptr(), v.data_ptr(), prompt_keys.data_ptr(), prompt_values.data_ptr(), keys.data_ptr(),
         values.data_ptr(), blocks.starts.data_ptr(), blocks.slots.data_ptr(), blocks.prompt_of.data_ptr(),
         prompt_lengths.data_ptr(), drawn.data_ptr(), prompt_keys.shape[2], keys.shape[1], out.data_ptr(),
@@ -223,7 +224,7 @@ def attention_decode(
 def rms_norm_forward(x: Tensor, weight: Tensor, offset: float, eps: float) -> tuple[Tensor, Tensor]:
     """x [n, d] / rms · (offset + weight), and 1 / rms [n], float32."""
     y, scale = torch.empty_like(x), x.new_empty(len(x), dtype=torch.float32)
-    _kernels(x).rms_norm_forward(
+    kernels(x).rms_norm_forward(
         x.data_ptr(), weight.data_ptr(), offset, eps, y.data_ptr(), scale.data_ptr(), *x.shape, _threads(x.numel())
     )
     return y, scale
@@ -233,7 +234,7 @@ def rms_norm_backward(x: Tensor, weight: Tensor, offset: float, scale: Tensor, g
     """Gradients of x and weight."""
     threads = _threads(x.numel())
     dx, partial = torch.empty_like(x), x.new_empty(threads, x.shape[1], dtype=torch.float32)
-    _kernels(x).rms_norm_backward(
+    kernels(x).rms_norm_backward(
         x.data_ptr(), weight.data_ptr(), offset, scale.data_ptr(), grad.data_ptr(), dx.data_ptr(), partial.data_ptr(),
         *x.shape, threads,
     )  # fmt: skip
@@ -244,7 +245,7 @@ def rope(x: Tensor, cosine: Tensor, sine: Tensor, inverse: bool = False) -> Tens
     """Rotary positions of x [H, N, D] by cos and sin [N, D] (each half against the other), or the transposed map."""
     heads, tokens, width = x.shape
     y = x.new_empty(tokens, heads, width)
-    _kernels(x).rope(
+    kernels(x).rope(
         x.data_ptr(), *x.stride()[:2], cosine.data_ptr(), sine.data_ptr(), y.data_ptr(), tokens, heads, width, inverse,
         _threads(x.numel()),
     )  # fmt: skip
@@ -254,13 +255,13 @@ def rope(x: Tensor, cosine: Tensor, sine: Tensor, inverse: bool = False) -> Tens
 def swiglu_forward(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) · up."""
     y = torch.empty_like(gate)
-    _kernels(gate).swiglu_forward(gate.data_ptr(), up.data_ptr(), y.data_ptr(), y.numel(), _threads(y.numel()))
+    kernels(gate).swiglu_forward(gate.data_ptr(), up.data_ptr(), y.data_ptr(), y.numel(), _threads(y.numel()))
     return y
 
 
 def swiglu_backward(gate: Tensor, up: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     dgate, dup = torch.empty_like(gate), torch.empty_like(up)
-    _kernels(gate).swiglu_backward(
+    kernels(gate).swiglu_backward(
         gate.data_ptr(), up.data_ptr(), grad.data_ptr(), dgate.data_ptr(), dup.data_ptr(), gate.numel(),
         _threads(gate.numel()),
     )  # fmt: skip
@@ -285,7 +286,7 @@ def panels(weight: Tensor) -> Panels:
     outputs, inputs = weight.shape
     columns = 2 * _LANES
     numbers = weight.new_empty(-(-outputs // columns) * columns * (inputs + inputs % 2))
-    _kernels(weight).panels(
+    kernels(weight).panels(
         weight.data_ptr(), *weight.stride(), numbers.data_ptr(), outputs, inputs, _threads(weight.numel())
     )
     return Panels(numbers, outputs, inputs)
@@ -301,7 +302,7 @@ def product(x: Tensor, weight: Panels, bias: Tensor | None) -> Tensor:
     rows = x.numel() // weight.inputs
     x, y = x.contiguous(), x.new_empty(*x.shape[:-1], weight.outputs)
     terms = x.new_empty(x.numel() + rows, dtype=torch.float32)
-    _kernels(x).panels_product(
+    kernels(x).panels_product(
         x.data_ptr(), weight.numbers.data_ptr(), None if bias is None else bias.data_ptr(), y.data_ptr(),
         terms.data_ptr(), rows, weight.outputs, weight.inputs, _threads(rows * weight.numbers.numel() // 4),
     )  # fmt: skip
@@ -317,7 +318,7 @@ def token_logps_forward(
         raise IndexError(f"targets from {targets.min()} to {targets.max()} of {logits.shape[1]} tokens")
     targets = targets.contiguous()
     logps, normalisers, entropies = (logits.new_empty(len(logits), dtype=torch.float32) for _ in range(3))
-    _kernels(logits).token_logps_forward(
+    kernels(logits).token_logps_forward(
         logits.data_ptr(), targets.data_ptr(), 1 / temperature, logps.data_ptr(), normalisers.data_ptr(),
         entropies.data_ptr() if with_entropy else None, *logits.shape, _threads(logits.numel()),
     )  # fmt: skip
@@ -331,7 +332,7 @@ def token_logps_backward_(
     """The gradient of the logits, written over them. The targets are those of the forward pass."""
     targets, grads = targets.contiguous(), grad_logps.contiguous()
     of_entropies = None if grad_entropies is None else grad_entropies.contiguous()
-    _kernels(logits).token_logps_backward(
+    kernels(logits).token_logps_backward(
         logits.data_ptr(), targets.data_ptr(), 1 / temperature, normalisers.data_ptr(), entropies.data_ptr(),
         grads.data_ptr(), None if of_entropies is None else of_entropies.data_ptr(), *logits.shape,
         _threads(logits.numel()),

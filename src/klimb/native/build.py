@@ -18,7 +18,7 @@ from pathlib import Path
 import torch  # noqa: F401  (its OpenMP runtime is the one that the library finds when it is loaded)
 
 _FOLDER = Path(__file__).parent
-_SOURCES = ("attention.c", "head.c", "layers.c", "panels.c")
+_SOURCES = ("attention.c", "decoder.c", "head.c", "layers.c", "panels.c")
 _KINDS = {"fp32": (), "bf16": ("-DBF16",)}
 """What tensors hold: each source is compiled for both."""
 # OpenMP when compiling, not when linking: a second runtime beside torch's would fight with it for the cores.

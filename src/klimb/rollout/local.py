@@ -19,7 +19,7 @@ from torch import Tensor
 from klimb.errors import KlimbError
 from klimb.models.cache import Decode, KVCache, Prefill, Seats
 from klimb.models.faces import Policy
-from klimb.models.fused import Panels, decoding
+from klimb.models.fused import Ready, decoding
 from klimb.models.logprobs import Head
 from klimb.rollout.engine import Request
 from klimb.rollout.mixture import Mixture
@@ -111,7 +111,7 @@ class LocalEngine:
         self.stored: dict[tuple[int, ...], tuple[int, Tensor]] = {}
         """Prompts that today's weights computed: place in the cache, and the state [d] that predicts what follows."""
         self._head: Head | None = None
-        self._panels: Panels | None = None
+        self._weights: Ready | None = None
         """Today's head and weights, ready for many calls."""
 
     # The protocol ---------------------------------------------------------------------------------------------------
@@ -150,20 +150,23 @@ class LocalEngine:
 
     @torch.inference_mode()  # fewer checks a call than no_grad; what leaves is plain numbers
     def stream(self) -> Iterator[tuple[Request, Sample]]:
-        while not self.paused and (self.queue or self._running):
-            yield from self._take_aborted()
-            free = self.max_rows - self._running
-            try:
-                if self.queue and (free >= self.refill_at or not self._running):
-                    self._prefill(free)
-                elif self._running:
-                    self._decode()
-                fits = True
-            except torch.OutOfMemoryError:
-                fits = False  # here what was computed is still held, below it is not
-            if not fits:
-                self._start_over()
-            yield from self._take_finished()
+        try:
+            while not self.paused and (self.queue or self._running):
+                yield from self._take_aborted()
+                free = self.max_rows - self._running
+                try:
+                    if self.queue and (free >= self.refill_at or not self._running):
+                        self._prefill(free)
+                    elif self._running:
+                        self._decode()
+                    fits = True
+                except torch.OutOfMemoryError:
+                    fits = False  # here what was computed is still held, below it is not
+                if not fits:
+                    self._start_over()
+                yield from self._take_finished()
+        finally:
+            self._head = self._weights = None  # whoever asked may never come back
         if not self._running:
             self.slots = self.cache = None  # until the next rollout the memory is the trainer's
             self._forget()
@@ -181,7 +184,6 @@ class LocalEngine:
 
     def _prefill(self, free: int) -> None:
         """Start as many waiting samples as there are free slots: a first token for each, each new prompt once."""
-        self._head = None  # prompts take the room; it is made ready again after them
         new = list(itertools.islice(self.queue, free))
         runs = [
             (tuple(prompt), len(list(run)))
@@ -235,9 +237,9 @@ class LocalEngine:
             cache.grow_slots(0, min(2 * cache.length, slots.tokens.shape[1]))
         slots.seats = slots.seats or Seats(slots.prompts, drawn.device)
         plan = Decode(cache, slots.seats, slots.prompt_lengths[rows], drawn, slots.longest)
-        if self._panels is None:
-            self._panels = self.policy.panels()
-        with decoding(self._panels):
+        if self._weights is None:
+            self._weights = self.policy.for_decoding()
+        with decoding(self._weights):
             states = self._states(slots.last[rows], plan.position, plan, plan.rows)
         self._draw(self._logits(states), rows)
         slots.longest += 1
@@ -252,7 +254,7 @@ class LocalEngine:
     def _forget(self) -> None:
         """What was computed from the weights."""
         self.stored.clear()
-        self._head = self._panels = None
+        self._head = self._weights = None
 
     def _draw(self, logits: Tensor, rows: slice) -> None:
         slots = self.slots

@@ -10,7 +10,7 @@ from torch import Tensor
 from klimb.errors import ConfigError
 from klimb.models.attention import AttentionPlan
 from klimb.models.faces import Policy
-from klimb.models.fused import Panels
+from klimb.models.fused import Ready
 from klimb.models.logprobs import Head
 
 
@@ -50,8 +50,9 @@ class Mixture:
         other = self.reference.head().logits(self.reference.states(tokens, positions, beside, keep, read))
         return torch.lerp(own, other, self.share)
 
-    def panels(self) -> Panels:
-        return {**self.policy.panels(), **self.reference.panels()}
+    def for_decoding(self) -> Ready:
+        faces = {id(face.backbone): face for face in (self.policy, self.reference)}  # adapters may share one
+        return Ready({layer: p for face in faces.values() for layer, p in face.for_decoding().panels.items()}, {})
 
     def head(self) -> Head:
         return Head(None)

@@ -126,7 +126,7 @@ def plan(work: Work, dtype: torch.dtype, budget: int, *, checkpointing: bool, he
     for name, model in work.frozen:
         held[name] = held.get(name, 0) + outline(model, dtype).weights
     if work.sampled:
-        panels = heap and native.why_not() is None
+        panels = heap and native.takes(torch.empty(0, dtype=dtype))
         lines = [_sampling(policy, sampled, panels) for sampled in work.sampled]
         phases["sampling"] = max(lines, key=lambda phase: sum(phase.values()))
     if work.compared_at_the_end is not None:
@@ -181,8 +181,9 @@ def _sampling(model: Outline, sampled: Sampled, panels: bool) -> dict[str, int]:
     stored = config.num_hidden_layers * 2 * (getattr(config, "num_key_value_heads", None) or heads) * width
     tokens = -(-rows // samples) * prompt + rows * completion
     logits = 4 * _DRAWING * rows * config.vocab_size
-    if model.dtype in HALF or panels:  # the head's weight, in fp32
-        logits += 4 * config.vocab_size * config.hidden_size
     prefill = _scoring(model, Shape(prompt, 1), min(_PREFILL, -(-rows // samples) * (prompt + 1)))
-    lines = {"KV cache": stored * tokens * model.dtype.itemsize, "logits": max(logits, prefill)}
-    return {**lines, "weights as decoded": model.panels} if panels else lines
+    head = 4 * config.vocab_size * config.hidden_size if panels or model.dtype in HALF else 0
+    return {
+        "KV cache": stored * tokens * model.dtype.itemsize, "logits": max(logits, prefill),
+        "weights as decoded": head + (model.panels if panels else 0),
+    }  # fmt: skip
