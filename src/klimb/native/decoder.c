@@ -56,25 +56,25 @@ static void add(num *x, const num *y, I count) {
 void NAME(decoder_layer)(num *x, const Layer *layer, const Running *running, num *room, float *terms, I threads) {
     const Layer z = *layer;
     const Running r = *running;
-    const I n = r.n, H = z.heads * z.groups, wide = H * z.D, few = z.heads * z.D;
-    num *normed = room, *q = normed + n * z.hidden, *k = q + n * wide, *v = k + n * few;
-    num *turned = v + n * few, *turned_k = turned + n * wide, *out = turned_k + n * few;
+    const I n = r.n, H = z.heads * z.groups, queries = H * z.D, keys = z.heads * z.D;
+    num *normed = room, *q = normed + n * z.hidden, *k = q + n * queries, *v = k + n * keys;
+    num *turned = v + n * keys, *turned_k = turned + n * queries, *out = turned_k + n * keys;
     num *gate = q, *up = gate + n * z.inner; /* attention is over by then */
     float *scales = terms; /* read by nobody here */
-    const Shape shape = {z.heads, z.groups, z.D, z.window, z.scale, z.D, wide, z.D, few, z.D, few};
+    const Shape shape = {z.heads, z.groups, z.D, z.window, z.scale, z.D, queries, z.D, keys, z.D, keys};
 
     NAME(rms_norm_forward)(x, z.before, z.offset, z.eps, normed, scales, n, z.hidden, awake(n * z.hidden, threads));
-    multiply(normed, z.q, z.q_bias, q, terms, n, wide, z.hidden, threads);
-    multiply(normed, z.k, z.k_bias, k, terms, n, few, z.hidden, threads);
-    multiply(normed, z.v, z.v_bias, v, terms, n, few, z.hidden, threads);
-    if (z.q_norm) NAME(rms_norm_forward)(q, z.q_norm, z.offset, z.eps, q, scales, n * H, z.D, awake(n * wide, threads));
-    if (z.k_norm) NAME(rms_norm_forward)(k, z.k_norm, z.offset, z.eps, k, scales, n * z.heads, z.D, awake(n * few, threads));
-    NAME(rope)(q, z.D, wide, r.cosine, r.sine, turned, n, H, z.D, 0, awake(n * wide, threads));
-    NAME(rope)(k, z.D, few, r.cosine, r.sine, turned_k, n, z.heads, z.D, 0, awake(n * few, threads));
+    multiply(normed, z.q, z.q_bias, q, terms, n, queries, z.hidden, threads);
+    multiply(normed, z.k, z.k_bias, k, terms, n, keys, z.hidden, threads);
+    multiply(normed, z.v, z.v_bias, v, terms, n, keys, z.hidden, threads);
+    if (z.q_norm) NAME(rms_norm_forward)(q, z.q_norm, z.offset, z.eps, q, scales, n * H, z.D, awake(n * queries, threads));
+    if (z.k_norm) NAME(rms_norm_forward)(k, z.k_norm, z.offset, z.eps, k, scales, n * z.heads, z.D, awake(n * keys, threads));
+    NAME(rope)(q, z.D, queries, r.cosine, r.sine, turned, n, H, z.D, 0, awake(n * queries, threads));
+    NAME(rope)(k, z.D, keys, r.cosine, r.sine, turned_k, n, z.heads, z.D, 0, awake(n * keys, threads));
     NAME(attention_decode)(turned, turned_k, v, r.prompt_keys, r.prompt_values, r.keys, r.values, r.blocks, r.slots,
                            r.prompt_of, r.prompt_length, r.drawn, r.longest_prompt, r.length, out, r.B, &shape,
-                           awake(n * wide * 64, threads));
-    multiply(out, z.o, z.o_bias, normed, terms, n, z.hidden, wide, threads);
+                           awake(n * queries * 64, threads));
+    multiply(out, z.o, z.o_bias, normed, terms, n, z.hidden, queries, threads);
     add(x, normed, n * z.hidden);
     NAME(rms_norm_forward)(x, z.between, z.offset, z.eps, normed, scales, n, z.hidden, awake(n * z.hidden, threads));
     multiply(normed, z.gate, z.gate_bias, gate, terms, n, z.inner, z.hidden, threads);
