@@ -7,7 +7,6 @@ after each of both. As everywhere no family has code: a copy with random weights
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from types import MethodType
 from typing import Any
@@ -94,6 +93,8 @@ def _of_known_parts(module: Any) -> bool:
     names = {f"{name}_proj" for name in PRODUCTS if name not in _OF_MLP}
     if not names <= set(attention._modules) <= names | set(_HEAD_NORMS) or attention._parameters:
         return False
+    if not all(isinstance(getattr(attention, fact, None), int) for fact in ("head_dim", "layer_idx")):
+        return False
     kinds = {fused.norm_of(norm) for norm in _norms(module) if norm is not None}
     return (
         len(kinds) == 1 and None not in kinds and fused.is_gated_mlp(mlp) and fused.is_rotary(attention)
@@ -102,16 +103,9 @@ def _of_known_parts(module: Any) -> bool:
 
 
 def _tried(module: Any) -> Attending | None:
-    """What the layer's attention is, if the kernels answer as the layer does."""
-    try:
-        return _proven(module, _copy_of(module), int(module.self_attn.head_dim))
-    except Exception:  # called otherwise, in whatever way: a layer of known names that is something else
-        return None
-
-
-def _proven(module: Any, shadow: Any, width: int) -> Attending | None:
-    """Three samples of two prompts, each with some tokens of its own, ask both ways."""
-    place = shadow.self_attn.layer_idx
+    """What the layer's attention is, if the kernels answer as the layer does: three samples of two prompts, each with
+    some tokens of its own, ask both ways."""
+    shadow, width, place = _copy_of(module), module.self_attn.head_dim, module.self_attn.layer_idx
     k = torch.zeros(1, _HEADS, 3, width)
     caches = [KVCache(), KVCache()]
     for cache in caches:
@@ -124,12 +118,17 @@ def _proven(module: Any, shadow: Any, width: int) -> Attending | None:
     plan = _Noting(caches[0], Seats([0, 1, 0], x.device), torch.tensor([4, 3, 4]), torch.tensor([2, 1, 4]), 4)
     # Attention takes its places from the plan. A layer that reads positions besides must not go unnoticed.
     positions = torch.tensor([[70_003, 1_000_001, 30_000_017]])
-    own = type(module).forward(
-        shadow, x, attention_mask=None, position_ids=positions, past_key_values=None, use_cache=False,
-        position_embeddings=(cosine, sine), attention_plan=plan,
-    )  # fmt: skip
+    try:
+        own = type(module).forward(
+            shadow, x, attention_mask=None, position_ids=positions, past_key_values=None, use_cache=False,
+            position_embeddings=(cosine, sine), attention_plan=plan,
+        )  # fmt: skip
+    except Exception:  # a family's own code, called as it may not expect it: of known names, and something else
+        return None
     norm = fused.norm_of(module.input_layernorm)
     if plan.noted is None or norm is None or plan.noted[2] is not None:
+        return None
+    if not isinstance(own, Tensor) or (own.shape, own.dtype) != (x.shape, x.dtype):
         return None
     attending = Attending(width, *plan.noted[:2], *norm)
     layer = _layer(shadow, attending, {name: native.panels(p.weight) for name, p in _linears(shadow).items()})
@@ -145,8 +144,8 @@ def _proven(module: Any, shadow: Any, width: int) -> Attending | None:
 
 def _copy_of(module: Any) -> Any:
     """A small one with random weights, which goes the layer's own way throughout."""
-    shadow = _shadow(module)
-    attention, mlp = _shadow(module.self_attn), _shadow(module.mlp)
+    shadow = fused.shadow_of(module)
+    attention, mlp = fused.shadow_of(module.self_attn), fused.shadow_of(module.mlp)
     shadow.self_attn, shadow.mlp = attention, mlp
     width = module.self_attn.head_dim
     keys = _HEADS * width
@@ -160,17 +159,9 @@ def _copy_of(module: Any) -> Any:
         (shadow, "input_layernorm", _HIDDEN), (shadow, "post_attention_layernorm", _HIDDEN),
         *((attention, name, width) for name in _HEAD_NORMS if name in attention._modules),
     ):  # fmt: skip
-        norm = _shadow(owner._modules[name])
+        norm = fused.shadow_of(owner._modules[name])
         norm.weight = nn.Parameter(torch.randn(wide))
         setattr(owner, name, norm)
-    return shadow
-
-
-def _shadow(module: nn.Module) -> Any:
-    """It shares nothing that is set on it, and answers by its class's `forward`."""
-    shadow = copy.copy(module)
-    shadow._parameters, shadow._modules = dict(module._parameters), dict(module._modules)
-    vars(shadow).pop("forward", None)
     return shadow
 
 

@@ -59,6 +59,7 @@ class Policy(nn.Module):
         return self.backbone.states(tokens, positions, plan, keep, read, logits=self.own_head)
 
     def for_decoding(self) -> Ready:
+        """See `Backbone.for_decoding`."""
         return self.backbone.for_decoding()
 
     @property

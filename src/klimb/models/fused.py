@@ -49,10 +49,17 @@ def take_over(model: nn.Module) -> None:
         native.use(was)
 
 
-def _proven(module: nn.Module, forward: Forward, x: Tensor, parts: Mapping[str, nn.Parameter | nn.Module]) -> bool:
-    """Does `forward` answer x as the layer's own does, with these parts in the place of its own?"""
+def shadow_of(module: nn.Module) -> Any:
+    """A copy that shares nothing that is set on it, and whose `forward` is its class's."""
     shadow = copy.copy(module)
     shadow._parameters, shadow._modules = dict(module._parameters), dict(module._modules)
+    vars(shadow).pop("forward", None)
+    return shadow
+
+
+def _proven(module: nn.Module, forward: Forward, x: Tensor, parts: Mapping[str, nn.Parameter | nn.Module]) -> bool:
+    """Does `forward` answer x as the layer's own does, with these parts in the place of its own?"""
+    shadow = shadow_of(module)
     for name, part in parts.items():
         setattr(shadow, name, part)
     try:

@@ -7,12 +7,6 @@
 /* spans [S, 4]: first query, queries, first token of the context, tokens of the context. trees [T + 1]: first span of
    each; the tokens of a tree are a dense range, and a context lies in the tree. */
 typedef struct {
-    I heads, groups, D, window; /* key heads, queries' heads to each of them; window 0: none */
-    float scale;
-    I qh, qn, kh, kn, vh, vn; /* strides by head and by token */
-} Shape;
-
-typedef struct {
     I first, queries, context, own; /* place of the block's first query in its span; places of keys in the tree */
     I before, behind;               /* columns of the scores: context, own tokens (both rounded up) */
     I length;                       /* tokens of the context */

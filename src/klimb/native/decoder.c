@@ -11,13 +11,6 @@ typedef struct {
     const num *q_bias, *k_bias, *v_bias, *o_bias, *gate_bias, *up_bias, *down_bias; /* or NULL */
 } Layer;
 
-/* As in attention.c. */
-typedef struct {
-    I heads, groups, D, window;
-    float scale;
-    I qh, qn, kh, kn, vh, vn;
-} Shape;
-
 /* The running samples, as attention_decode takes them. */
 typedef struct {
     I n, B, longest_prompt, length;

@@ -63,6 +63,13 @@ static inline num put(float x) { return x; }
 static inline vec load_num(const num *p) { return load(p); }
 #endif
 
+/* How attention is asked. */
+typedef struct {
+    I heads, groups, D, window; /* key heads, queries' heads to each of them; window 0: none */
+    float scale;
+    I qh, qn, kh, kn, vh, vn; /* strides by head and by token */
+} Shape;
+
 /* e^x within 2 units in the last place for -87 <= x <= 88, and that of the nearer end beyond. Range reduction by ln 2 in two parts, then a
    polynomial of degree 6; written without branches so that compilers vectorise the loops around it. */
 static inline float exp_(float x) {

@@ -51,6 +51,7 @@ class Mixture:
         return torch.lerp(own, other, self.share)
 
     def for_decoding(self) -> Ready:
+        """The weights of both, for the time in which they do not change."""
         faces = {id(face.backbone): face for face in (self.policy, self.reference)}  # adapters may share one
         return Ready({layer: p for face in faces.values() for layer, p in face.for_decoding().panels.items()}, {})
 
