@@ -10,7 +10,7 @@ from families import CONFIGS, ragged, tiny
 from torch import Tensor, nn
 
 from klimb import native
-from klimb.models import fused, gradients
+from klimb.models import fused, gradients, logprobs
 from klimb.models.backbone import Backbone
 from klimb.models.faces import Policy
 from klimb.models.logprobs import Head, token_logps
@@ -116,6 +116,64 @@ def test_gradients_of_several_micro_batches_are_added_in_place(family: str) -> N
         assert (gradient - expected[name]).norm() <= 1e-4 * expected[name].norm() + 1e-6, name
 
 
+class GatedMLP(nn.Module):
+    """As Llama writes it."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = (
+            nn.Linear(*shape, bias=False, dtype=dtype) for shape in ((24, 40), (24, 40), (40, 24))
+        )
+        self.act_fn = nn.SiLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_gated_mlp_is_one_step_of_autograd_and_keeps_less(dtype: torch.dtype) -> None:
+    """Two micro-batches against its parts, which are taken as soon as somebody looks in between."""
+    torch.manual_seed(0)
+    model = nn.Sequential(GatedMLP(dtype))
+    fused.take_over(model)
+    x, factor = torch.randn(1, 7, 24, dtype=dtype), torch.randn(1, 7, 24, dtype=dtype)
+    seen: list[Tensor] = []
+    found: list[list[Tensor]] = []
+    kept: list[int] = []
+    for looked_at in (False, True):
+        if looked_at:
+            model[0].down_proj.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
+        model.zero_grad()
+        given = x.clone().requires_grad_()
+        held: list[Tensor] = []
+
+        def hold(t: Tensor, held: list[Tensor] = held) -> Tensor:
+            held.append(t)
+            return t
+
+        for _ in range(2):
+            with torch.autograd.graph.saved_tensors_hooks(hold, lambda t: t):
+                y = model(given)
+            (y * factor).sum().backward()
+        found.append([y.detach(), given.grad, *(p.grad for p in model.parameters())])
+        kept.append(len({t.data_ptr() for t in held if t.shape[-1] == 40 and t.dim() == 3}))
+    assert [t.shape for t in seen] == [(1, 7, 40)] * 2
+    assert kept == [4, 6]  # gate and up of each micro-batch, not what they make together
+    assert found[0][0].equal(found[1][0])
+    close = {torch.float32: 1e-6, torch.bfloat16: 2**-7}[dtype]  # the input's gradients are summed in another order
+    for ours, theirs in zip(*found, strict=True):
+        assert (ours - theirs).norm() <= close * theirs.norm()
+
+
+@pytest.mark.parametrize("name", ["gate_proj", "down_proj"])
+def test_a_gated_mlp_of_which_a_part_is_frozen(name: str) -> None:
+    model = nn.Sequential(GatedMLP(torch.float32))
+    fused.take_over(model)
+    getattr(model[0], name).weight.requires_grad_(False)
+    model(torch.randn(1, 3, 24)).sum().backward()
+    assert [n for n, p in model[0].named_parameters() if p.grad is None] == [f"{name}.weight"]
+
+
 @pytest.mark.parametrize("padding", [None, 0, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_rows_that_were_looked_up_are_added_where_the_sum_is(dtype: torch.dtype, padding: int | None) -> None:
@@ -151,6 +209,37 @@ def test_the_heads_gradient_is_added_where_the_sum_is(on: bool) -> None:
     assert [gradient is not None for gradient in arrived] == [True, False, False]
     assert weight.grad is not None
     torch.testing.assert_close(weight.grad, plain.grad, rtol=1e-5, atol=1e-5)
+
+
+def test_few_logits_wait_for_the_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the bit the same gradient, a second time too; of many none wait."""
+    states, weight = torch.randn(300, 6, requires_grad=True), torch.randn(11, 6, requires_grad=True)
+    targets, head = torch.randint(0, 11, (300,)), Head(weight)
+    computed: list[int] = []
+    monkeypatch.setattr(logprobs, "_CHUNK_ELEMENTS", 1)  # three chunks
+    logits = Head.logits
+    monkeypatch.setattr(Head, "logits", lambda self, hidden: computed.append(len(hidden)) or logits(self, hidden))
+    gradients_of = lambda logps: torch.autograd.grad(logps.square().sum(), (states, weight), retain_graph=True)  # noqa: E731
+    logps, _ = token_logps(head, states, targets)
+    first = gradients_of(logps)
+    assert sum(computed) == 300
+    again = gradients_of(logps)
+    assert sum(computed) == 600  # their places are taken by now
+    monkeypatch.setattr(logprobs, "_KEPT_ELEMENTS", 300 * 11 - 1)
+    anew = gradients_of(token_logps(head, states, targets)[0])
+    assert sum(computed) == 1200
+    assert all(a.equal(b) and a.equal(c) for a, b, c in zip(first, again, anew, strict=True))
+
+
+def test_no_logits_wait_where_no_gradient_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[bool] = []
+    apply = logprobs._TokenLogps.apply
+    monkeypatch.setattr(logprobs._TokenLogps, "apply", lambda *given: kept.append(given[-1]) or apply(*given))
+    weight = torch.randn(11, 6, requires_grad=True)
+    token_logps(Head(weight), torch.randn(5, 6), torch.zeros(5, dtype=torch.long))
+    with torch.no_grad():
+        token_logps(Head(weight), torch.randn(5, 6), torch.zeros(5, dtype=torch.long))
+    assert kept == [True, False]
 
 
 @pytest.mark.parametrize("on", [True, False])

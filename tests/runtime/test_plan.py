@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 
+from klimb import native
 from klimb.models.load import LoRA
 from klimb.models.outline import Shape
 from klimb.models.packing import flat_length, split_by_budget
@@ -46,6 +47,18 @@ def test_full_weights_in_both_precisions(model: str) -> None:
     assert half.phases["training"]["gradients"] == 4 * PARAMETERS
     assert half.phases["training"]["activations"] + half.phases["training"]["head and backward"] >= 2 * PARAMETERS
     assert single.least == 16 * PARAMETERS
+
+
+@pytest.mark.skipif(native.why_not() is not None, reason=f"no kernels: {native.why_not()}")
+def test_logits_that_wait_for_the_backward_pass_are_counted(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    work = Work(Learning(model), Shape(8, 8, 2))
+    of = lambda kernels: plan(work, torch.float32, 64, checkpointing=False, heap=kernels).phases["training"]  # noqa: E731
+    few = [of(kernels)["activations"] for kernels in (False, True)]
+    assert (
+        few[1] - few[0] == 4 * 5 * 8 * V
+    )  # 64 tokens hold two prompts of 8 and five completions, of a vocabulary of V
+    monkeypatch.setattr(native, "takes", lambda *tensors: False)
+    assert of(True)["activations"] == few[0]
 
 
 def test_eight_bits_take_a_quarter_of_the_moments(model: str) -> None:

@@ -145,11 +145,46 @@ def _gated_mlp_of(module: nn.Module) -> Forward | None:
 def _gated_mlp(self: Any, x: Tensor) -> Tensor:
     if not native.takes(x):
         return type(self).forward(self, x)
+    weights = _trained_alone([getattr(self, name) for name in _GATED]) if torch.is_grad_enabled() else None
+    if weights and native.takes(x, *weights):
+        return _GatedMLP.apply(x, *weights)
     gate, up = self.gate_proj(x).contiguous(), self.up_proj(x).contiguous()
     if not native.takes(gate, up):
         return self.down_proj(self.act_fn(gate) * up)
     hidden = _SwiGLU.apply(gate, up) if torch.is_grad_enabled() else native.swiglu_forward(gate, up)
     return self.down_proj(hidden)
+
+
+def _trained_alone(linears: list[Any]) -> list[Tensor] | None:
+    """The weights, if these layers are nothing else, nobody looks in between, and all of them are trained."""
+    for m in linears:
+        hooks = (m._forward_pre_hooks, m._forward_hooks, m._backward_pre_hooks, m._backward_hooks)
+        if getattr(m.forward, "__func__", None) is not _linear or m.bias is not None or any(hooks):
+            return None
+    return [m.weight for m in linears] if all(m.weight.requires_grad for m in linears) else None
+
+
+class _GatedMLP(torch.autograd.Function):
+    """Keeps what it was given and what it was gated by; what its last product takes is computed again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gate_weight: Tensor, up_weight: Tensor, down_weight: Tensor) -> Tensor:
+        gate, up = nn.functional.linear(x, gate_weight), nn.functional.linear(x, up_weight)
+        ctx.save_for_backward(x, gate, up, gate_weight, up_weight, down_weight)
+        return nn.functional.linear(native.swiglu_forward(gate, up), down_weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, gate, up, gate_weight, up_weight, down_weight = ctx.saved_tensors
+        hidden = grad @ down_weight  # its gradient, which the kernel replaces by itself
+        dgate, dup = native.swiglu_backward(gate, up, hidden, again=True)
+        down = _weight_gradient(down_weight, hidden, grad)
+        del hidden
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = (dgate @ gate_weight).flatten(0, -2).addmm_(dup.flatten(0, -2), up_weight).view(x.shape)
+        return dx, _weight_gradient(gate_weight, x, dgate), _weight_gradient(up_weight, x, dup), down
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -298,10 +333,6 @@ def _linear(self: Any, x: Tensor) -> Tensor:
 
 
 class _Linear(torch.autograd.Function):
-    """From the second micro-batch on the weight's gradient is added where it is, within the product that computes it:
-    a matrix less to write, and two less to read.
-    """
-
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
@@ -314,19 +345,25 @@ class _Linear(torch.autograd.Function):
         needs_x, _, needs_bias = ctx.needs_input_grad
         dx = grad @ weight if needs_x else None
         dbias = grad.flatten(0, -2).sum(0) if needs_bias else None
-        rows, grads = x.flatten(0, -2), grad.flatten(0, -2)
-        by_row = weight.is_contiguous()  # a gradient that lies the other way round would be copied by autograd
-        total = sum_so_far(weight)
-        if total is None or total.dtype != rows.dtype or total.stride() != weight.stride():
-            product = grads.t() @ rows if by_row else (rows.t() @ grads).t()
-            if total is None:
-                return dx, product, dbias
-            total.add_(product)
-        elif by_row:
-            total.addmm_(grads.t(), rows)
-        else:
-            total.t().addmm_(rows.t(), grads)
-        return dx, None, dbias
+        return dx, _weight_gradient(weight, x, grad), dbias
+
+
+def _weight_gradient(weight: Tensor, x: Tensor, grad: Tensor) -> Tensor | None:
+    """From the second micro-batch on it is added where it is, within the product that computes it, and nothing is
+    returned: a matrix less to write, and two less to read."""
+    rows, grads = x.flatten(0, -2), grad.flatten(0, -2)
+    by_row = weight.is_contiguous()  # a gradient that lies the other way round would be copied by autograd
+    total = sum_so_far(weight)
+    if total is None or total.dtype != rows.dtype or total.stride() != weight.stride():
+        product = grads.t() @ rows if by_row else (rows.t() @ grads).t()
+        if total is None:
+            return product
+        total.add_(product)
+    elif by_row:
+        total.addmm_(grads.t(), rows)
+    else:
+        total.t().addmm_(rows.t(), grads)
+    return None
 
 
 # Embeddings -----------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from klimb.models.gradients import sum_so_far
 
 _CHUNK_ELEMENTS = 1 << 20  # logits held at once: 4 MB in fp32 stay in a core's cache
 _CHUNK_ROWS = 128  # but never fewer rows: each chunk reads the whole weight
+_KEPT_ELEMENTS = 1 << 23  # so few logits (32 MB) wait for the backward pass instead of being computed twice
 
 
 @dataclass(frozen=True)
@@ -66,14 +67,16 @@ def token_logps(
     """log π(target | state) at temperature, and the entropy of π(· | state) in nats.
 
     hidden [M, d], targets [M] → logps [M], entropies [M] or None; both carry gradients. The backward pass computes
-    the logits anew, chunk by chunk, so memory does not grow with M · V.
+    the logits anew, chunk by chunk, so memory does not grow with M · V; those of few are kept where the kernels turn
+    them into their gradient.
     """
     if head.weight is None:
         log_p = (head.logits(hidden) / temperature).log_softmax(-1)
         chosen = log_p.gather(1, targets[:, None]).squeeze(1)
         return chosen, -(log_p.exp() * log_p).sum(-1) if entropy else None
     bias = head.bias if head.bias is not None else torch.empty(0)
-    logps, entropies = _TokenLogps.apply(hidden, head.weight, bias, targets, head, temperature, entropy)
+    keep = torch.is_grad_enabled() and kept_logits(len(hidden), len(head.weight)) > 0
+    logps, entropies = _TokenLogps.apply(hidden, head.weight, bias, targets, head, temperature, entropy, keep)
     return logps, entropies if entropy else None
 
 
@@ -136,6 +139,11 @@ def log_collisions(head: Head, hidden: Tensor, temperature: float = 1.0) -> Tens
     return torch.cat(parts) if parts else hidden.new_zeros(0)
 
 
+def kept_logits(rows: int, vocabulary: int) -> int:
+    """Bytes of the logits that `token_logps` keeps for its backward pass where the kernels compute."""
+    return 4 * rows * vocabulary if rows * vocabulary <= _KEPT_ELEMENTS else 0
+
+
 def precision(states: Tensor) -> torch.dtype:
     """What is computed off hidden states is in fp32, or in float64 where they are."""
     return torch.float64 if states.dtype == torch.float64 else torch.float32
@@ -152,14 +160,17 @@ class _TokenLogps(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, head: Head, temperature: float,
-        with_entropy: bool,
+        with_entropy: bool, keep: bool,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         logps = torch.empty(len(hidden), dtype=precision(hidden), device=hidden.device)
         normalisers = torch.empty_like(logps)
         entropies = torch.zeros_like(logps)
         ready = head.in_precision()
+        ctx.kept = []
         for part in _chunks(len(hidden), weight.shape[0]):
             logits = ready.logits(hidden[part])
+            if keep and native.takes(logits):  # torch's own way writes over them
+                ctx.kept.append(logits)
             logps[part], normalisers[part], found = _from_logits(logits, targets[part], temperature, with_entropy)
             if found is not None:
                 entropies[part] = found
@@ -182,8 +193,9 @@ class _TokenLogps(torch.autograd.Function):
         total = sum_so_far(weight) if need_weight else None
         grad_weight = total if total is not None and total.dtype == dtype else None
         grad_bias = torch.zeros(bias.shape, dtype=dtype, device=bias.device) if need_bias else None
+        kept, ctx.kept = ctx.kept[::-1], []  # once: the gradient takes their place
         for part in _chunks(len(hidden), weight.shape[0]):
-            logits = head.logits(hidden[part])
+            logits = kept.pop() if kept else head.logits(hidden[part])
             slope = None if head.softcap is None else 1 - (logits / head.softcap).square()
             dz = _to_logits(
                 logits, targets[part], ctx.temperature, normalisers[part], entropies[part], grad_logps[part],
@@ -204,7 +216,7 @@ class _TokenLogps(torch.autograd.Function):
             grad_hidden,
             None if grad_weight is None or grad_weight is total else grad_weight.to(weight.dtype),
             None if grad_bias is None else grad_bias.to(bias.dtype),
-            None, None, None, None,
+            None, None, None, None, None,
         )  # fmt: skip
 
 

@@ -80,7 +80,7 @@ _SIGNATURES = {
     "rms_norm_backward": [c_void_p] * 2 + [c_float] + [c_void_p] * 4 + [c_int64] * 3,
     "rope": [c_void_p] + [c_int64] * 2 + [c_void_p] * 3 + [c_int64] * 5,
     "swiglu_forward": [c_void_p] * 3 + [c_int64] * 2,
-    "swiglu_backward": [c_void_p] * 5 + [c_int64] * 2,
+    "swiglu_backward": [c_void_p] * 5 + [c_int64] * 3,
     "decoder_layer": [c_void_p] * 5 + [c_int64],
     "panels": [c_void_p] + [c_int64] * 2 + [c_void_p] + [c_int64] * 3,
     "panels_product": [c_void_p] * 5 + [c_int64] * 4,
@@ -259,10 +259,11 @@ def swiglu_forward(gate: Tensor, up: Tensor) -> Tensor:
     return y
 
 
-def swiglu_backward(gate: Tensor, up: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+def swiglu_backward(gate: Tensor, up: Tensor, grad: Tensor, *, again: bool = False) -> tuple[Tensor, Tensor]:
+    """again: what `swiglu_forward` answered is written over grad."""
     dgate, dup = torch.empty_like(gate), torch.empty_like(up)
     kernels(gate).swiglu_backward(
-        gate.data_ptr(), up.data_ptr(), grad.data_ptr(), dgate.data_ptr(), dup.data_ptr(), gate.numel(),
+        gate.data_ptr(), up.data_ptr(), grad.data_ptr(), dgate.data_ptr(), dup.data_ptr(), gate.numel(), again,
         _threads(gate.numel()),
     )  # fmt: skip
     return dgate, dup

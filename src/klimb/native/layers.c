@@ -74,12 +74,13 @@ void NAME(swiglu_forward)(const num *gate, const num *up, num *y, I n, I threads
     for (I i = 0; i < n; i++) y[i] = put(get(gate[i]) / (1.0f + exp_(-get(gate[i]))) * get(up[i]));
 }
 
-void NAME(swiglu_backward)(
-    const num *gate, const num *up, const num *grad, num *dgate, num *dup, I n, I threads) {
+/* again: in the place of y's gradient y itself. */
+void NAME(swiglu_backward)(const num *gate, const num *up, num *grad, num *dgate, num *dup, I n, I again, I threads) {
 #pragma omp parallel for simd schedule(static) num_threads(threads)
     for (I i = 0; i < n; i++) {
-        float x = get(gate[i]), g = get(grad[i]), sigmoid = 1.0f / (1.0f + exp_(-x));
+        float x = get(gate[i]), g = get(grad[i]), below = 1.0f + exp_(-x), sigmoid = 1.0f / below;
         dup[i] = put(g * x * sigmoid);
         dgate[i] = put(g * get(up[i]) * sigmoid * (1.0f + x * (1.0f - sigmoid)));
+        if (again) grad[i] = put(x / below * get(up[i]));
     }
 }

@@ -11,7 +11,9 @@ from typing import Literal, NamedTuple
 import torch
 
 from klimb import native
+from klimb.models.faces import Policy
 from klimb.models.load import HALF, LoRA
+from klimb.models.logprobs import kept_logits
 from klimb.models.outline import Outline, Shape
 from klimb.models.packing import flat_length, split_by_budget
 
@@ -113,21 +115,21 @@ def plan(work: Work, dtype: torch.dtype, budget: int, *, checkpointing: bool, he
     held = {"weights": policy.weights}
     phases = {}
     micro_batch = work.micro_batch(budget)
+    kernels = heap and native.takes(torch.empty(0, dtype=dtype))
     if not work.trains:
         phases["scoring"] = {"activations": _scoring(policy, work.shape, budget)}
     else:
         held |= {"adapters": policy.adapters, "masters": policy.masters, "moments": _moments(policy, work.policy)}
-        phases["training"] = _training(policy, work.shape, micro_batch, checkpointing)
+        phases["training"] = _training(policy, work.shape, micro_batch, checkpointing, kernels)
     if work.critic is not None:
         critic = outline(work.critic, dtype)
         held["critic"] = critic.adapters + critic.masters + _moments(critic, work.critic)
         held["critic"] += 0 if work.critic.lora else critic.weights
-        phases["critic"] = _training(critic, work.shape, micro_batch, checkpointing)
+        phases["critic"] = _training(critic, work.shape, micro_batch, checkpointing, kernels)
     for name, model in work.frozen:
         held[name] = held.get(name, 0) + outline(model, dtype).weights
     if work.sampled:
-        panels = heap and native.takes(torch.empty(0, dtype=dtype))
-        lines = [_sampling(policy, sampled, panels) for sampled in work.sampled]
+        lines = [_sampling(policy, sampled, kernels) for sampled in work.sampled]
         phases["sampling"] = max(lines, key=lambda phase: sum(phase.values()))
     if work.compared_at_the_end is not None:
         reference = outline(Learning(work.compared_at_the_end), dtype).weights
@@ -157,11 +159,13 @@ def _moments(model: Outline, learning: Learning) -> int:
 
 
 @lru_cache(maxsize=64)
-def _training(model: Outline, shape: Shape, budget: int, checkpointing: bool) -> dict[str, int]:
+def _training(model: Outline, shape: Shape, budget: int, checkpointing: bool, kernels: bool) -> dict[str, int]:
     """As in `Learner`: gradients of earlier micro-batches lie in fp32 while one is computed; those of its own are in
     the precision of the weights, and grow while its activations go."""
     again = checkpointing and model.can_compute_again
     kept, besides = model.training(shape, budget, checkpointing=again)
+    if kernels and isinstance(model.face, Policy):
+        kept += kept_logits(shape.fitting(budget) * shape.completion, model.config.vocab_size)
     own = model.gradients - model.masters if model.masters else 0
     gradients = model.masters or model.gradients
     return {"gradients": gradients, "activations": kept, "head and backward": max(besides, own - kept)}
@@ -172,8 +176,7 @@ def _scoring(model: Outline, shape: Shape, budget: int) -> int:
     return model.scoring(shape, budget)
 
 
-def _sampling(model: Outline, sampled: Sampled, panels: bool) -> dict[str, int]:
-    """panels: do the kernels decode?"""
+def _sampling(model: Outline, sampled: Sampled, kernels: bool) -> dict[str, int]:
     rows, prompt, completion, samples = sampled
     config = model.config
     heads = config.num_attention_heads
@@ -182,8 +185,8 @@ def _sampling(model: Outline, sampled: Sampled, panels: bool) -> dict[str, int]:
     tokens = -(-rows // samples) * prompt + rows * completion
     logits = 4 * _DRAWING * rows * config.vocab_size
     prefill = _scoring(model, Shape(prompt, 1), min(_PREFILL, -(-rows // samples) * (prompt + 1)))
-    head = 4 * config.vocab_size * config.hidden_size if panels or model.dtype in HALF else 0
+    head = 4 * config.vocab_size * config.hidden_size if kernels or model.dtype in HALF else 0
     return {
         "KV cache": stored * tokens * model.dtype.itemsize, "logits": max(logits, prefill),
-        "weights as decoded": head + (model.panels if panels else 0),
+        "weights as decoded": head + (model.panels if kernels else 0),
     }  # fmt: skip
