@@ -108,7 +108,7 @@ def run_all(
                 keep(row.name, partial(contest_of, row, options, environment, until, agreed, known))
     for name in (name for name in SCALING if name in chosen):
         asked = {**common, "size": "M", "dtype": "fp32"}
-        keep(name, partial(scale, SCALING[name], asked, environment, pairs or ENOUGH))
+        keep(name, partial(scale, SCALING[name], asked, environment, pairs))
     return results
 
 

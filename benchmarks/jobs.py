@@ -36,7 +36,7 @@ class Job(NamedTuple):
     max_tokens: int = 128
     stop: float = STOP_PROBABILITY
     """0: completions of `max_tokens` each."""
-    token_budget: int = 640
+    token_budget: int = 768
 
     @property
     def has_rollout(self) -> bool:

@@ -7,6 +7,7 @@ grows like the work keeps seconds per FLOP; the ratio is that of the smallest st
 
 from __future__ import annotations
 
+import math
 import statistics
 import tempfile
 from pathlib import Path
@@ -24,7 +25,7 @@ AXES: dict[str, list[Job]] = {
     axis: [
         JOBS["grpo"]._replace(
             rows=prompts, prompt_tokens=(PROMPT - 1,) * 2, max_tokens=length, stop=0.0,
-            token_budget=max(640, PROMPT + length),
+            token_budget=max(JOBS["grpo"].token_budget, PROMPT + length),
         )
         for prompts, length in steps
     ]
@@ -34,12 +35,13 @@ AXES: dict[str, list[Job]] = {
     }.items()
 }  # fmt: skip
 """Prompts a step, of 8 completions each, and the length of these."""
+USUAL = 7
 BOX = 60.0
-"""Seconds for a point's steps; there are three at least."""
+"""Seconds for a point's steps, if nobody says how many; there are three at least."""
 
 
-def scale(axis: str, options: Options, environment: Environment, steps: int) -> dict[str, Any]:
-    """Up to `steps` timed steps of each point."""
+def scale(axis: str, options: Options, environment: Environment, steps: int | None) -> dict[str, Any]:
+    """Timed steps of each point; None: up to seven."""
     points = [point(job, options, environment, steps) for job in AXES[axis]]
     first, last = points[0], points[-1]
     return {
@@ -52,13 +54,14 @@ def scale(axis: str, options: Options, environment: Environment, steps: int) -> 
     }  # fmt: skip
 
 
-def point(job: Job, options: Options, environment: Environment, steps: int) -> dict[str, Any]:
+def point(job: Job, options: Options, environment: Environment, asked_for: int | None) -> dict[str, Any]:
+    steps = asked_for or USUAL
     with tempfile.TemporaryDirectory(prefix="scaling-") as folder:
         prepare(Path(folder), options["size"], job, steps_needed(steps), options["architecture"])
         change = {name: getattr(job, name) for name in ("rows", "prompt_tokens", "max_tokens", "stop")}
         asked = {**options, "folder": folder, "job": "grpo", "change": change, "beta": 0.0,
                  "token_budget": job.token_budget}  # fmt: skip
-        taken = alone(asked, environment, steps, BOX)
+        taken = alone(asked, environment, steps, math.inf if asked_for else BOX)
     work = Work([PROMPT] * job.rows, [[job.max_tokens] * job.samples] * job.rows)
     if any(step["tokens"] != work.sampled for step in taken):
         raise SystemExit("a completion stopped before its end: the work is not what it was taken for")

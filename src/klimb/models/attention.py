@@ -143,7 +143,7 @@ class PackedAttention:
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, softcap: float | None
     ) -> Tensor:
         if softcap is None and native.attends(q, k, v) and (trees := self.trees) is not None:
-            q, k, v = (native.dense_rows(x[0]) for x in (q, k, v))
+            q, k, v = (native.dense_rows(x.squeeze(0)) for x in (q, k, v))  # x[0] would fill zeros for its gradient
             if torch.is_grad_enabled():
                 return _NativeAttention.apply(q, k, v, trees, scale, window)[None]
             return native.attention_forward(q, k, v, trees, scale, window)[0][None]
@@ -218,7 +218,7 @@ class _Buckets:
     @staticmethod
     def _gather(x: Tensor, index: Tensor, shapes: Sequence[Tensor]) -> list[Tensor]:
         """[1, H, N, D] → one [R, H, L, D] a bucket."""
-        parts = x[0].transpose(0, 1).index_select(0, index).split([shape.numel() for shape in shapes])
+        parts = x.squeeze(0).transpose(0, 1).index_select(0, index).split([shape.numel() for shape in shapes])
         return [part.unflatten(0, shape.shape).transpose(1, 2) for part, shape in zip(parts, shapes, strict=True)]
 
 

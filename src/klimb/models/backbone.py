@@ -116,8 +116,8 @@ class Backbone(nn.Module):
             "use_cache": False,
         }
         if logits:
-            return self.model(**inputs, logits_to_keep=keep).logits[0]
-        return self.model.base_model(**inputs).last_hidden_state[0].index_select(0, keep)
+            return self.model(**inputs, logits_to_keep=keep).logits.squeeze(0)
+        return self.model.base_model(**inputs).last_hidden_state.squeeze(0).index_select(0, keep)
 
     def for_decoding(self) -> fused.Ready:
         """Its weights as a rollout multiplies by them, until they change."""
