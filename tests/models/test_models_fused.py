@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from klimb.models import fused, gradients, logprobs
 from klimb.models.backbone import Backbone
 from klimb.models.faces import Policy
 from klimb.models.logprobs import Head, token_logps
+from klimb.models.outline import Shape
 
 pytestmark = pytest.mark.skipif(native.why_not() is not None, reason=f"no kernels: {native.why_not()}")
 
@@ -165,13 +167,68 @@ def test_a_gated_mlp_is_one_step_of_autograd_and_keeps_less(dtype: torch.dtype) 
         assert (ours - theirs).norm() <= close * theirs.norm()
 
 
+@pytest.mark.parametrize("by_column", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_gated_mlp_adds_its_gradients_where_the_sums_are(dtype: torch.dtype, by_column: bool) -> None:
+    torch.manual_seed(0)
+    model, plain = nn.Sequential(GatedMLP(dtype)), GatedMLP(torch.float32).double()
+    plain.load_state_dict(model[0].state_dict())
+    if by_column:
+        for weight in model.parameters():
+            weight.data = weight.data.t().contiguous().t()
+    fused.take_over(model)
+    arrived: list[bool] = []
+    for weight in model.parameters():
+        weight.register_hook(lambda gradient: arrived.append(gradient is not None))
+    for seed in range(3):
+        x = torch.randn(1, 7, 24, generator=torch.Generator().manual_seed(seed)).to(dtype)
+        model(x).float().sum().backward()
+        plain(x.double()).sum().backward()
+        if dtype == torch.bfloat16 and not seed:
+            for weight in model.parameters():
+                assert weight.grad is not None
+                gradients.share(weight, weight.grad.float())
+    assert arrived == [True] * 3 + [False] * 6
+    for weight, exact in zip(model.parameters(), plain.parameters(), strict=True):
+        found = getattr(weight, "main_grad", weight.grad)
+        assert found.dtype == torch.float32
+        close = {torch.float32: 1e-6, torch.bfloat16: 2**-6}[dtype]
+        assert (found - exact.grad).norm() <= close * exact.grad.norm()
+
+
 @pytest.mark.parametrize("name", ["gate_proj", "down_proj"])
 def test_a_gated_mlp_of_which_a_part_is_frozen(name: str) -> None:
-    model = nn.Sequential(GatedMLP(torch.float32))
+    """A gradient that a frozen weight has from before is left alone."""
+    model, plain = nn.Sequential(GatedMLP(torch.float32)), GatedMLP(torch.float32)
+    plain.load_state_dict(model[0].state_dict())
     fused.take_over(model)
-    getattr(model[0], name).weight.requires_grad_(False)
-    model(torch.randn(1, 3, 24)).sum().backward()
-    assert [n for n, p in model[0].named_parameters() if p.grad is None] == [f"{name}.weight"]
+    frozen = getattr(model[0], name).weight.requires_grad_(False)
+    frozen.grad = before = torch.ones_like(frozen)
+    x = torch.randn(1, 3, 24)
+    for module in (model, plain):
+        module(x).square().sum().backward()
+    assert frozen.grad is before
+    assert before.eq(1).all()
+    for (which, ours), theirs in zip(model[0].named_parameters(), plain.parameters(), strict=True):
+        if which != f"{name}.weight":
+            torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_activations_that_are_computed_again_change_no_bit(family: str) -> None:
+    """Of long runs neither: there a product has its terms in several parts, and adding it to a sum is another order
+    than adding its parts."""
+    found = []
+    for again in (False, True):
+        policy = Policy(Backbone(tiny(family)), None)
+        if again:
+            policy.backbone.checkpoint_activations()
+        for seed in range(2):
+            policy(ragged(groups=8, samples=8, seed=seed)).logps.square().mean().backward()
+        found.append({n: p.grad for n, p in policy.named_parameters() if p.grad is not None})
+    kept, anew = found
+    assert kept.keys() == anew.keys()
+    assert [name for name in kept if not kept[name].equal(anew[name])] == []
 
 
 @pytest.mark.parametrize("padding", [None, 0, 4])
@@ -211,35 +268,53 @@ def test_the_heads_gradient_is_added_where_the_sum_is(on: bool) -> None:
     torch.testing.assert_close(weight.grad, plain.grad, rtol=1e-5, atol=1e-5)
 
 
-def test_few_logits_wait_for_the_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What autograd holds of each pass through a head, its `kept` logits among it."""
+    found: list[Any] = []
+    apply = logprobs._TokenLogps.apply
+
+    def applied(*given: Any) -> Any:
+        answer = apply(*given)
+        found.append(answer[0].grad_fn)
+        return answer
+
+    monkeypatch.setattr(logprobs._TokenLogps, "apply", applied)
+    return found
+
+
+def test_few_logits_wait_for_the_backward_pass(monkeypatch: pytest.MonkeyPatch, passes: list[Any]) -> None:
     """To the bit the same gradient, a second time too; of many none wait."""
     states, weight = torch.randn(300, 6, requires_grad=True), torch.randn(11, 6, requires_grad=True)
-    targets, head = torch.randint(0, 11, (300,)), Head(weight)
-    computed: list[int] = []
+    targets, bias = torch.randint(0, 11, (300,)), torch.randn(11, requires_grad=True)
     monkeypatch.setattr(logprobs, "_CHUNK_ELEMENTS", 1)  # three chunks
-    logits = Head.logits
-    monkeypatch.setattr(Head, "logits", lambda self, hidden: computed.append(len(hidden)) or logits(self, hidden))
-    gradients_of = lambda logps: torch.autograd.grad(logps.square().sum(), (states, weight), retain_graph=True)  # noqa: E731
-    logps, _ = token_logps(head, states, targets)
-    first = gradients_of(logps)
-    assert sum(computed) == 300
-    again = gradients_of(logps)
-    assert sum(computed) == 600  # their places are taken by now
+
+    def total() -> Tensor:
+        head = Head(weight, bias, scale=1.3, softcap=4.0)
+        logps, entropies = token_logps(head, states, targets, temperature=0.7, entropy=True)
+        assert entropies is not None
+        return (logps.square() + entropies).sum()
+
+    gradients_of = lambda loss: torch.autograd.grad(loss, (states, weight, bias), retain_graph=True)  # noqa: E731
+    loss = total()
+    assert [len(chunk) for chunk in passes[0].kept] == [128, 128, 44]
+    first = gradients_of(loss)
+    assert passes[0].kept == []  # their places are taken
+    again = gradients_of(loss)
     monkeypatch.setattr(logprobs, "_KEPT_ELEMENTS", 300 * 11 - 1)
-    anew = gradients_of(token_logps(head, states, targets)[0])
-    assert sum(computed) == 1200
-    assert all(a.equal(b) and a.equal(c) for a, b, c in zip(first, again, anew, strict=True))
+    loss = total()
+    assert passes[1].kept == []
+    assert all(a.equal(b) and a.equal(c) for a, b, c in zip(first, again, gradients_of(loss), strict=True))
 
 
-def test_no_logits_wait_where_no_gradient_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    kept: list[bool] = []
-    apply = logprobs._TokenLogps.apply
-    monkeypatch.setattr(logprobs._TokenLogps, "apply", lambda *given: kept.append(given[-1]) or apply(*given))
-    weight = torch.randn(11, 6, requires_grad=True)
-    token_logps(Head(weight), torch.randn(5, 6), torch.zeros(5, dtype=torch.long))
+def test_as_many_logits_wait_as_the_plan_says(passes: list[Any]) -> None:
+    shape, policy = Shape(8, 8, 2), Policy(Backbone(tiny()), None)
+    policy(shape.batch(shape.fitting(64)))
+    vocabulary = policy.backbone.model.config.vocab_size
+    assert sum(chunk.nbytes for chunk in passes[0].kept) == logprobs.kept_logits(5 * 8, vocabulary) > 0
     with torch.no_grad():
-        token_logps(Head(weight), torch.randn(5, 6), torch.zeros(5, dtype=torch.long))
-    assert kept == [True, False]
+        policy(shape.batch(2))
+    assert passes[1] is None  # nothing is held of what no gradient is asked of
 
 
 @pytest.mark.parametrize("on", [True, False])

@@ -54,9 +54,7 @@ def test_logits_that_wait_for_the_backward_pass_are_counted(model: str, monkeypa
     work = Work(Learning(model), Shape(8, 8, 2))
     of = lambda kernels: plan(work, torch.float32, 64, checkpointing=False, heap=kernels).phases["training"]  # noqa: E731
     few = [of(kernels)["activations"] for kernels in (False, True)]
-    assert (
-        few[1] - few[0] == 4 * 5 * 8 * V
-    )  # 64 tokens hold two prompts of 8 and five completions, of a vocabulary of V
+    assert few[1] - few[0] == 4 * 5 * 8 * V  # 64 tokens hold three prompts and five completions of 8 each
     monkeypatch.setattr(native, "takes", lambda *tensors: False)
     assert of(True)["activations"] == few[0]
 

@@ -156,7 +156,7 @@ def _gated_mlp(self: Any, x: Tensor) -> Tensor:
 
 
 def _trained_alone(linears: list[Any]) -> list[Tensor] | None:
-    """The weights, if these layers are nothing else, nobody looks in between, and all of them are trained."""
+    """The weights, if these layers are nothing else, without hooks of their own, and all of them are trained."""
     for m in linears:
         hooks = (m._forward_pre_hooks, m._forward_hooks, m._backward_pre_hooks, m._backward_hooks)
         if getattr(m.forward, "__func__", None) is not _linear or m.bias is not None or any(hooks):
@@ -169,22 +169,24 @@ class _GatedMLP(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gate_weight: Tensor, up_weight: Tensor, down_weight: Tensor) -> Tensor:
-        gate, up = nn.functional.linear(x, gate_weight), nn.functional.linear(x, up_weight)
+        gate, up = (nn.functional.linear(x, weight).contiguous() for weight in (gate_weight, up_weight))
         ctx.save_for_backward(x, gate, up, gate_weight, up_weight, down_weight)
+        ctx.weights = gate_weight, up_weight, down_weight
         return nn.functional.linear(native.swiglu_forward(gate, up), down_weight)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, gate, up, gate_weight, up_weight, down_weight = ctx.saved_tensors
-        hidden = grad @ down_weight  # its gradient, which the kernel replaces by itself
-        dgate, dup = native.swiglu_backward(gate, up, hidden, again=True)
-        down = _weight_gradient(down_weight, hidden, grad)
+        hidden = (grad @ down_weight).contiguous()  # its gradient, which the kernel replaces by itself
+        dgate, dup = native.swiglu_backward(gate, up, hidden, output_over_grad=True)
+        of_gate, of_up, of_down = ctx.weights
+        ddown = _weight_gradient(of_down, hidden, grad)
         del hidden
         dx = None
         if ctx.needs_input_grad[0]:
             dx = (dgate @ gate_weight).flatten(0, -2).addmm_(dup.flatten(0, -2), up_weight).view(x.shape)
-        return dx, _weight_gradient(gate_weight, x, dgate), _weight_gradient(up_weight, x, dup), down
+        return dx, _weight_gradient(of_gate, x, dgate), _weight_gradient(of_up, x, dup), ddown
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -336,6 +338,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
+        ctx.weight = weight
         return nn.functional.linear(x, weight, bias)
 
     @staticmethod
@@ -345,12 +348,15 @@ class _Linear(torch.autograd.Function):
         needs_x, _, needs_bias = ctx.needs_input_grad
         dx = grad @ weight if needs_x else None
         dbias = grad.flatten(0, -2).sum(0) if needs_bias else None
-        return dx, _weight_gradient(weight, x, grad), dbias
+        return dx, _weight_gradient(ctx.weight, x, grad), dbias
 
 
 def _weight_gradient(weight: Tensor, x: Tensor, grad: Tensor) -> Tensor | None:
     """From the second micro-batch on it is added where it is, within the product that computes it, and nothing is
-    returned: a matrix less to write, and two less to read."""
+    returned: a matrix less to write, and two less to read.
+
+    weight: itself. What autograd keeps of it may be a copy without a gradient, where activations are computed again.
+    """
     rows, grads = x.flatten(0, -2), grad.flatten(0, -2)
     by_row = weight.is_contiguous()  # a gradient that lies the other way round would be copied by autograd
     total = sum_so_far(weight)

@@ -2,7 +2,8 @@
 
 A weight of 32 bits has it in `grad`. One of 16 bits is a working copy, and the sum is its master's: the learner hangs
 it on the copy as `main_grad`, in float32. What a backward pass adds there itself is not written, read and added again
-for every micro-batch; for the large matrices at both ends of a model that takes as long as computing it.
+for every micro-batch; for the large matrices at both ends of a model that takes as long as computing it. So
+`torch.autograd.grad` through a model adds there, too.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Log-probabilities and entropies of chosen tokens without ever holding `[tokens, V]` logits."""
+"""Log-probabilities and entropies of chosen tokens without holding the `[tokens, V]` logits of many at once."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from klimb import native
 from klimb.models.gradients import sum_so_far
 
-_CHUNK_ELEMENTS = 1 << 20  # logits held at once: 4 MB in fp32 stay in a core's cache
+_CHUNK_ELEMENTS = 1 << 20  # logits computed at once: 4 MB in fp32 stay in a core's cache
 _CHUNK_ROWS = 128  # but never fewer rows: each chunk reads the whole weight
 _KEPT_ELEMENTS = 1 << 23  # so few logits (32 MB) wait for the backward pass instead of being computed twice
 

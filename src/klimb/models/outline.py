@@ -30,6 +30,7 @@ from klimb.models import attention, code, nf4
 from klimb.models.backbone import Backbone
 from klimb.models.faces import Policy, RewardModel
 from klimb.models.load import HALF, LoRA
+from klimb.models.logprobs import kept_logits
 from klimb.models.place import base_of, check_place
 
 META = torch.device("meta")
@@ -109,8 +110,8 @@ class Outline:
         ]  # fmt: skip
         return 0 if native.too_large(weights) or (lora is not None and lora.base == "4bit") else size(weights)
 
-    def training(self, shape: Shape, budget: int, *, checkpointing: bool) -> Held:
-        """A micro-batch of `budget` tokens."""
+    def training(self, shape: Shape, budget: int, *, checkpointing: bool, waiting: bool = False) -> Held:
+        """A micro-batch of `budget` tokens. waiting: do few logits wait for the backward pass, see `token_logps`?"""
 
         def once(batch: TokenBatch) -> tuple[int, int]:
             with _flash(), _Count() as count:
@@ -121,7 +122,10 @@ class Outline:
 
         with self._without_gradients():
             kept, peak = self._by_samples(shape, budget, once, checkpointing)
-        return Held(kept, peak - kept)
+        logits = 0
+        if waiting and isinstance(self.face, Policy) and not self.face.own_head:
+            logits = kept_logits(shape.fitting(budget) * shape.completion, self.config.vocab_size)
+        return Held(kept + logits, peak - kept)
 
     def scoring(self, shape: Shape, budget: int) -> int:
         """The most that a pass without gradient holds."""

@@ -259,12 +259,12 @@ def swiglu_forward(gate: Tensor, up: Tensor) -> Tensor:
     return y
 
 
-def swiglu_backward(gate: Tensor, up: Tensor, grad: Tensor, *, again: bool = False) -> tuple[Tensor, Tensor]:
-    """again: what `swiglu_forward` answered is written over grad."""
+def swiglu_backward(gate: Tensor, up: Tensor, grad: Tensor, *, output_over_grad: bool = False) -> tuple[Tensor, Tensor]:
+    """Their gradients. output_over_grad: what `swiglu_forward` answered is written where grad was."""
     dgate, dup = torch.empty_like(gate), torch.empty_like(up)
     kernels(gate).swiglu_backward(
-        gate.data_ptr(), up.data_ptr(), grad.data_ptr(), dgate.data_ptr(), dup.data_ptr(), gate.numel(), again,
-        _threads(gate.numel()),
+        gate.data_ptr(), up.data_ptr(), grad.data_ptr(), dgate.data_ptr(), dup.data_ptr(), gate.numel(),
+        output_over_grad, _threads(gate.numel()),
     )  # fmt: skip
     return dgate, dup
 

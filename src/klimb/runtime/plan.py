@@ -11,9 +11,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from klimb import native
-from klimb.models.faces import Policy
 from klimb.models.load import HALF, LoRA
-from klimb.models.logprobs import kept_logits
 from klimb.models.outline import Outline, Shape
 from klimb.models.packing import flat_length, split_by_budget
 
@@ -125,7 +123,7 @@ def plan(work: Work, dtype: torch.dtype, budget: int, *, checkpointing: bool, he
         critic = outline(work.critic, dtype)
         held["critic"] = critic.adapters + critic.masters + _moments(critic, work.critic)
         held["critic"] += 0 if work.critic.lora else critic.weights
-        phases["critic"] = _training(critic, work.shape, micro_batch, checkpointing, kernels)
+        phases["critic"] = _training(critic, work.shape, micro_batch, checkpointing, False)
     for name, model in work.frozen:
         held[name] = held.get(name, 0) + outline(model, dtype).weights
     if work.sampled:
@@ -159,13 +157,11 @@ def _moments(model: Outline, learning: Learning) -> int:
 
 
 @lru_cache(maxsize=64)
-def _training(model: Outline, shape: Shape, budget: int, checkpointing: bool, kernels: bool) -> dict[str, int]:
+def _training(model: Outline, shape: Shape, budget: int, checkpointing: bool, waiting: bool) -> dict[str, int]:
     """As in `Learner`: gradients of earlier micro-batches lie in fp32 while one is computed; those of its own are in
     the precision of the weights, and grow while its activations go."""
     again = checkpointing and model.can_compute_again
-    kept, besides = model.training(shape, budget, checkpointing=again)
-    if kernels and isinstance(model.face, Policy):
-        kept += kept_logits(shape.fitting(budget) * shape.completion, model.config.vocab_size)
+    kept, besides = model.training(shape, budget, checkpointing=again, waiting=waiting)
     own = model.gradients - model.masters if model.masters else 0
     gradients = model.masters or model.gradients
     return {"gradients": gradients, "activations": kept, "head and backward": max(besides, own - kept)}
