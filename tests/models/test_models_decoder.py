@@ -13,7 +13,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from klimb import native
-from klimb.models import decoder, fused
+from klimb.models import decoder, linears
 from klimb.models.backbone import Backbone
 from klimb.models.faces import Policy
 from klimb.models.load import LoRA
@@ -92,7 +92,7 @@ def test_an_adapter_keeps_its_layers_from_it(monkeypatch: pytest.MonkeyPatch) ->
             if "lora_B" in name:
                 parameter.normal_(std=0.3)
     found = samples(policy)
-    monkeypatch.setattr(fused, "ready_of", lambda *_: fused.Ready({}, {}))
+    monkeypatch.setattr(linears, "ready_of", lambda *_: linears.Ready({}, {}))
     exact = samples(policy)
     assert [s.tokens for s in found] == [s.tokens for s in exact]
     for mine, theirs in zip(found, exact, strict=True):

@@ -21,7 +21,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from klimb.batch import TokenBatch
 from klimb.errors import KlimbError
-from klimb.models import fused
+from klimb.models import linears
 from klimb.models.attention import AttentionPlan
 from klimb.models.last_layer import skip_unread, worth_skipping
 from klimb.models.load import HALF, LoRA
@@ -119,9 +119,9 @@ class Backbone(nn.Module):
             return self.model(**inputs, logits_to_keep=keep).logits.squeeze(0)
         return self.model.base_model(**inputs).last_hidden_state.squeeze(0).index_select(0, keep)
 
-    def for_decoding(self) -> fused.Ready:
+    def for_decoding(self) -> linears.Ready:
         """Its weights as a rollout multiplies by them, until they change."""
-        return fused.ready_of(self.model, self.model.get_output_embeddings())
+        return linears.ready_of(self.model, self.model.get_output_embeddings())
 
     def packed_states(self, packed: Packed, keep: Tensor, read: Tensor, *, logits: bool = False) -> Tensor:
         """`states` of a packed batch. Raises KlimbError where a row has more tokens than the model has positions."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from klimb import native
-from klimb.models import fused
+from klimb.models import fused, linears
 from klimb.models.cache import Decode, KVCache, Seats
 from klimb.native.decoder import PRODUCTS, Attending, DecoderLayer
 
@@ -54,7 +54,7 @@ def _forward(self: Any, hidden_states: Tensor, *args: Any, **named: Any) -> Any:
 
 def _ready(module: Any) -> DecoderLayer | None:
     """With today's weights; None: not all of them are laid out, or an adapter is on one."""
-    ready = fused.ready()
+    ready = linears.ready()
     if not ready.panels:
         return None
     if module not in ready.layers:

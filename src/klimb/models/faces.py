@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from klimb.batch import TokenBatch
 from klimb.models.attention import AttentionPlan
 from klimb.models.backbone import Backbone
-from klimb.models.fused import Ready
+from klimb.models.linears import Ready
 from klimb.models.load import score_head
 from klimb.models.logprobs import Head, full_divergence, full_kl, log_collisions, precision, token_logps
 from klimb.models.packing import Budget, Packed, in_parts

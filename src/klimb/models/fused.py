@@ -8,25 +8,21 @@ what the kernels do not take (another device or type, or `native.use(False)`) go
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from types import FunctionType, MethodType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from klimb import native
-from klimb.models.gradients import sum_so_far
-from klimb.native.decoder import DecoderLayer
+from klimb.models.linears import Forward, embedding_of, is_linear, linear_of, weight_gradient
 
 _TOLERANCE = 1e-5
 _NORM = "taken_over_with"
 _ROTARY = "apply_rotary_pos_emb"
 _GATED = ("gate_proj", "up_proj", "down_proj")
-
-Forward = Callable[..., Any]
 
 
 def take_over(model: nn.Module) -> None:
@@ -41,7 +37,7 @@ def take_over(model: nn.Module) -> None:
             for module in model.modules():
                 forward = (
                     _rms_norm_of(module) or _gated_mlp_of(module) or _gelu_of(module) or _with_rotary(module)
-                    or _linear_of(module) or _embedding_of(module)
+                    or linear_of(module) or embedding_of(module)
                 )  # fmt: skip
                 if forward is not None:
                     module.forward = MethodType(forward, module)
@@ -159,7 +155,7 @@ def _trained_alone(linears: list[Any]) -> list[Tensor] | None:
     """The weights, if these layers are nothing else, without hooks of their own, and all of them are trained."""
     for m in linears:
         hooks = (m._forward_pre_hooks, m._forward_hooks, m._backward_pre_hooks, m._backward_hooks)
-        if getattr(m.forward, "__func__", None) is not _linear or m.bias is not None or any(hooks):
+        if not is_linear(m) or m.bias is not None or any(hooks):
             return None
     return [m.weight for m in linears] if all(m.weight.requires_grad for m in linears) else None
 
@@ -181,12 +177,12 @@ class _GatedMLP(torch.autograd.Function):
         hidden = (grad @ down_weight).contiguous()  # its gradient, which the kernel replaces by itself
         dgate, dup = native.swiglu_backward(gate, up, hidden, output_over_grad=True)
         of_gate, of_up, of_down = ctx.weights
-        ddown = _weight_gradient(of_down, hidden, grad)
+        ddown = weight_gradient(of_down, hidden, grad)
         del hidden
         dx = None
         if ctx.needs_input_grad[0]:
             dx = (dgate @ gate_weight).flatten(0, -2).addmm_(dup.flatten(0, -2), up_weight).view(x.shape)
-        return dx, _weight_gradient(of_gate, x, dgate), _weight_gradient(of_up, x, dup), ddown
+        return dx, weight_gradient(of_gate, x, dgate), weight_gradient(of_up, x, dup), ddown
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -276,133 +272,3 @@ class _Rotary(torch.autograd.Function):
         cosine, sine = ctx.saved_tensors
         dq, dk = (native.rope(native.dense_rows(g[0]), cosine, sine, inverse=True)[None] for g in grads)
         return dq, dk, None, None
-
-
-# Linear layers --------------------------------------------------------------------------------------------------------
-
-
-def _linear_of(module: nn.Module) -> Forward | None:
-    return _linear if type(module) is nn.Linear else None
-
-
-class Ready(NamedTuple):
-    """Weights of linear layers as a rollout multiplies by them, and decoder layers that are computed in one call."""
-
-    panels: Mapping[nn.Module, native.Panels]
-    layers: dict[nn.Module, DecoderLayer | None]
-    """Filled by the first token."""
-
-
-_ready = Ready({}, {})
-
-
-def ready_of(model: nn.Module, head: nn.Module | None) -> Ready:
-    """The weights of the layers that were taken over, but for the head's, as a rollout multiplies by them: once they
-    are laid out in the order in which they are read, a few rows take half of the time or less."""
-    weights: dict[nn.Module, Tensor] = {
-        module: module.weight for module in model.modules()
-        if type(module) is nn.Linear and module is not head and getattr(module.forward, "__func__", None) is _linear
-        and (module.bias is None or module.bias.dtype == module.weight.dtype)
-    }  # fmt: skip
-    if not weights or not native.takes(*weights.values()) or native.too_large(weights.values()):
-        return Ready({}, {})
-    return Ready({module: native.panels(weight) for module, weight in weights.items()}, {})
-
-
-@contextmanager
-def decoding(weights: Ready) -> Iterator[None]:
-    """Within, these layers are computed with what is ready of them."""
-    global _ready
-    before, _ready = _ready, weights
-    try:
-        yield
-    finally:
-        _ready = before
-
-
-def ready() -> Ready:
-    """What `decoding` is given."""
-    return _ready
-
-
-def _linear(self: Any, x: Tensor) -> Tensor:
-    panels = _ready.panels.get(self)
-    if panels is not None and not torch.is_grad_enabled() and native.takes(x, panels.numbers):
-        return native.product(x, panels, self.bias)
-    if not (torch.is_grad_enabled() and self.weight.requires_grad and native.takes(x, self.weight)):
-        return nn.functional.linear(x, self.weight, self.bias)
-    return _Linear.apply(x, self.weight, self.bias)
-
-
-class _Linear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.weight = weight
-        return nn.functional.linear(x, weight, bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        needs_x, _, needs_bias = ctx.needs_input_grad
-        dx = grad @ weight if needs_x else None
-        dbias = grad.flatten(0, -2).sum(0) if needs_bias else None
-        return dx, _weight_gradient(ctx.weight, x, grad), dbias
-
-
-def _weight_gradient(weight: Tensor, x: Tensor, grad: Tensor) -> Tensor | None:
-    """From the second micro-batch on it is added where it is, within the product that computes it, and nothing is
-    returned: a matrix less to write, and two less to read.
-
-    weight: itself. What autograd keeps of it may be a copy without a gradient, where activations are computed again.
-    """
-    rows, grads = x.flatten(0, -2), grad.flatten(0, -2)
-    by_row = weight.is_contiguous()  # a gradient that lies the other way round would be copied by autograd
-    total = sum_so_far(weight)
-    if total is None or total.dtype != rows.dtype or total.stride() != weight.stride():
-        product = grads.t() @ rows if by_row else (rows.t() @ grads).t()
-        if total is None:
-            return product
-        total.add_(product)
-    elif by_row:
-        total.addmm_(grads.t(), rows)
-    else:
-        total.t().addmm_(rows.t(), grads)
-    return None
-
-
-# Embeddings -----------------------------------------------------------------------------------------------------------
-
-
-def _embedding_of(module: nn.Module) -> Forward | None:
-    plain = type(module) is nn.Embedding and module.max_norm is None and not module.scale_grad_by_freq
-    return _embedding if plain and not module.sparse else None
-
-
-def _embedding(self: Any, tokens: Tensor) -> Tensor:
-    if not (torch.is_grad_enabled() and self.weight.requires_grad and native.takes(self.weight)):
-        return nn.functional.embedding(tokens, self.weight, self.padding_idx)
-    return _Embedding.apply(tokens, self.weight, -1 if self.padding_idx is None else self.padding_idx)
-
-
-class _Embedding(torch.autograd.Function):
-    """From the second micro-batch on the rows that were looked up are added where the sum is: torch makes a matrix of
-    zeros for them, as large as the vocabulary, and adds that."""
-
-    @staticmethod
-    def forward(ctx: Any, tokens: Tensor, weight: Tensor, padding: int) -> Tensor:
-        ctx.save_for_backward(tokens, weight)
-        ctx.padding = padding
-        return nn.functional.embedding(tokens, weight)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        tokens, weight = ctx.saved_tensors
-        total = sum_so_far(weight)
-        if total is None or total.dtype != torch.float32:
-            return None, torch.ops.aten.embedding_dense_backward(grad, tokens, len(weight), ctx.padding, False), None
-        rows = grad.masked_fill((tokens == ctx.padding)[..., None], 0).flatten(0, -2)
-        total.index_add_(0, tokens.flatten(), rows.float())
-        return None, None, None

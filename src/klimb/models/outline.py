@@ -102,7 +102,7 @@ class Outline:
         self.can_compute_again = any(isinstance(m, GradientCheckpointingLayer) for m in network.modules())
 
     def _panels(self, network: nn.Module, lora: LoRA | None) -> int:
-        """What a rollout on a CPU holds of its layers a second time, see `fused.ready_of`."""
+        """What a rollout on a CPU holds of its layers a second time, see `linears.ready_of`."""
         head = self.backbone.model.get_output_embeddings()
         weights = [
             module.weight for name, module in network.named_modules()

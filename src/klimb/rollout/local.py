@@ -19,7 +19,7 @@ from torch import Tensor
 from klimb.errors import KlimbError
 from klimb.models.cache import Decode, KVCache, Prefill, Seats
 from klimb.models.faces import Policy
-from klimb.models.fused import Ready, decoding
+from klimb.models.linears import Ready, decoding
 from klimb.models.logprobs import Head
 from klimb.rollout.engine import Request
 from klimb.rollout.mixture import Mixture

@@ -10,7 +10,7 @@ from torch import Tensor
 from klimb.errors import ConfigError
 from klimb.models.attention import AttentionPlan
 from klimb.models.faces import Policy
-from klimb.models.fused import Ready
+from klimb.models.linears import Ready
 from klimb.models.logprobs import Head
 
 
