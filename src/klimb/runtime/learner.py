@@ -197,11 +197,15 @@ class Learner:
         """Once, when a sample (or pair) is longer than the budget."""
         if self._named_longest:
             return
-        longest = max(micro_batches, key=lambda index: _length(batch, index))
-        if (length := _length(batch, longest)) > self.budget:
+        lengths = [_length(batch, index) for index in micro_batches]
+        length = max(lengths)
+        if length > self.budget:
             self._named_longest = True
-            self.say(f"token_budget={self.budget}: {_names(batch, longest)} has {length} tokens and runs alone; it "
-                     "decides how much memory is needed")  # fmt: skip
+            longer = sum(other > self.budget for other in lengths)
+            longest = f"{_names(batch, micro_batches[lengths.index(length)])}, {length} tokens"
+            self.say(f"token_budget={self.budget} is less than {longer} of {len(lengths)} micro-batches hold (longest: "
+                     f"{longest}): each is computed alone, which is slow, and the longest decides the memory; ways "
+                     f"out: token_budget={length} or more, shorter sequences")  # fmt: skip
 
     def _share_gradients(self) -> None:
         """Sum over the ranks. A parameter that no rank used keeps no gradient, so that AdamW does not decay it."""
