@@ -371,7 +371,7 @@ def _print_table(rows: Sequence[Mapping[str, Any]]) -> None:
 
 def main() -> None:
     """Entry point: what a person did wrong is one line on standard error and exit code 1."""
-    from klimb.errors import Interrupted, KlimbError
+    from klimb.errors import Interrupted, KlimbError, one_line, out_of_memory
 
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its load reports explain nothing to a person
     if sys.argv[1:2] in ([], ["-h"]):
@@ -389,6 +389,11 @@ def main() -> None:
         _leave(str(error), 1, error)
     except OSError as error:  # no room, no permission, a pipe that was closed
         _leave(f"{error.filename}: {error.strerror}" if error.filename else str(error), 1, error)
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        told = f"the memory ran out: {one_line(error)}; `klimb doctor STAGE KEY=VALUE …` plans what settings take"
+        _leave(f"{told}; with more memory the same command continues from the last checkpoint", 1, error)
     except (KeyboardInterrupt, typer.Abort) as error:
         _leave("interrupted; what was saved at the last checkpoint is kept", 130, error)
 

@@ -45,6 +45,15 @@ def one_line(text: object) -> str:
     return " ".join(str(text).split())
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether it says that memory ran out. On a GPU torch has a type for that, on a CPU (where ulimit or the system
+    sets a limit) only a text."""
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or _REFUSED in str(error)
+
+
+_REFUSED = "DefaultCPUAllocator: can't allocate memory"
+
+
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """The known name that `name` was probably meant to be, if any."""
     by_lower = {candidate.lower(): candidate for candidate in known}

@@ -77,7 +77,7 @@ class Narrow(Policy):
 
     def forward(self, batch: TokenBatch, *, temperature: float = 1.0, entropy: bool = False) -> PolicyOutputs:
         if len(batch) > self.most:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            torch.empty(1 << 60, dtype=torch.uint8)  # the error of a CPU
         return super().forward(batch, temperature=temperature, entropy=entropy)
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -114,6 +117,15 @@ def test_a_limit_of_the_control_group_holds(tmp_path: Path) -> None:
     assert _of_control_groups(tmp_path, process) == [500]
     assert _of_control_groups(tmp_path, tmp_path / "missing") == []
     assert 0 < available(torch.device("cpu")) < 1 << 50
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells how much address space is taken")
+def test_a_limit_of_the_shell_holds() -> None:
+    """In a process of its own: `ulimit -v` bounds what it may still take."""
+    code = "import torch; from klimb.runtime.memory import available; print(available(torch.device('cpu')))"
+    limited = f"ulimit -v {6 << 20}; exec {shlex.quote(sys.executable)} -c {shlex.quote(code)}"
+    left = int(subprocess.run(["sh", "-c", limited], capture_output=True, text=True, check=True).stdout)
+    assert 0 < left < 6 << 30
 
 
 def test_sizes_are_said_as_memory_is_sold() -> None:

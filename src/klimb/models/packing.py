@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from klimb.batch import Row, TokenBatch
-from klimb.errors import KlimbError
+from klimb.errors import KlimbError, out_of_memory
 from klimb.models.attention import PackedAttention
 
 T = TypeVar("T")
@@ -158,7 +158,9 @@ def in_parts(
     while parts:
         try:
             found = compute(batch.select(parts[0]))
-        except torch.OutOfMemoryError:
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
             found = None  # here what was computed is still held, below it is not
         if found is not None:
             yield parts.popleft(), found

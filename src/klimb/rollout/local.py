@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from klimb.errors import KlimbError
+from klimb.errors import KlimbError, out_of_memory
 from klimb.models.cache import Decode, KVCache, Prefill, Seats
 from klimb.models.faces import Policy
 from klimb.models.linears import Ready, decoding
@@ -160,7 +160,9 @@ class LocalEngine:
                     elif self._running:
                         self._decode()
                     fits = True
-                except torch.OutOfMemoryError:
+                except (RuntimeError, MemoryError) as error:
+                    if not out_of_memory(error):
+                        raise
                     fits = False  # here what was computed is still held, below it is not
                 if not fits:
                     self._start_over()

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from klimb import metrics
 from klimb.batch import BatchTotals, TokenBatch
 from klimb.config import StageConfig
-from klimb.errors import KlimbError
+from klimb.errors import KlimbError, out_of_memory
 from klimb.metrics import Metric, Metrics
 from klimb.models import gradients
 from klimb.models.packing import flat_length, split_by_budget
@@ -167,7 +167,9 @@ class Learner:
             try:
                 value, measured = loss(batch.select(index).to(self.device), totals)
                 (value if self.scale is None else value * self.scale.factor).backward()
-            except torch.OutOfMemoryError:
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error):
+                    raise
                 return parts, index
             parts.append({**measured, "objective": metrics.total(value)})
             for name, parameter in self.working.items():
@@ -185,7 +187,7 @@ class Learner:
             raise KlimbError(
                 f"{_names(batch, index)} does not fit into the memory of {self.device}", where=place,
                 why=f"{length} tokens at once are the least that it takes",
-                fix="use shorter sequences, lora, or a device with more memory",
+                fix="use shorter sequences, checkpointing=on, lora, or a device with more memory",
             )  # fmt: skip
         self.budget = length // 2
         if self.device.type == "cuda":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import resource
 import sys
 from collections.abc import Callable
 from functools import cache
@@ -25,14 +26,13 @@ def _trim() -> Callable[[int], int]:
 
 
 def available(device: torch.device) -> int:
-    """Bytes that this process can still take on a device; of a CPU, within the bounds of its control group."""
+    """Bytes that this process can still take on a device; of a CPU, within its control group and ulimit."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
     if device.type == "mps":
         return int(torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
-    found = [_of_the_system(), *_of_control_groups()]
-    return min(found)
+    return min(_of_the_system(), *_of_control_groups(), *_of_the_process())
 
 
 def _of_the_system() -> int:
@@ -43,6 +43,16 @@ def _of_the_system() -> int:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     kilobytes = {line.split(":")[0]: int(line.split()[1]) for line in lines}
     return 1024 * (kilobytes["MemAvailable"] + kilobytes["SwapFree"])
+
+
+def _of_the_process() -> list[int]:
+    """What is left of the address space below `ulimit -v`, where one is set and Linux tells how much is taken."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    try:
+        taken = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return []
+    return [max(limit - taken, 0)] if limit != resource.RLIM_INFINITY else []
 
 
 def _of_control_groups(root: Path = Path("/sys/fs/cgroup"), process: Path = Path("/proc/self/cgroup")) -> list[int]:

@@ -62,7 +62,9 @@ class RunConfig(StageConfig):
     dtype: str = Field("auto", description="auto: bfloat16 on a GPU that computes in it, else float32")
     threads: int | None = Field(None, ge=1, description="CPU threads; default: all cores")
     token_budget: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
-        "auto", description="flat tokens in a micro-batch; changes memory, not results. auto: 1024 on a CPU, else 8192"
+        "auto",
+        description="flat tokens in a micro-batch: memory, not results. auto: 1024 on a CPU, else 8192; "
+        "for long prompts of RL up to four times the longest",
     )
     kernels: Literal["auto", "native", "torch"] = Field(
         "auto", description="who computes attention and small layers on a CPU; auto: klimb's C, else torch"

@@ -173,6 +173,24 @@ def _fit(config: Any, target: Target) -> Fit:
     return Fit(found, wanted == "on")
 
 
+def for_groups(config: Any, target: Target, checkpointing: bool, shape: Shape) -> dict[str, int]:
+    """The budget of micro-batches that share long prompts: four times the prompt, or what of that there is memory for;
+    and the peak that goes with it, none where the budget stays what it is.
+
+    A group torn into parts computes its prompt in each of them: so it is a quarter of the work at most.
+    """
+    whole, chosen = shape.prompt + shape.samples * shape.completion, {"tokens": target.budget}
+    with permitted(config):
+        work = replace(config.work(declared_context(config.model)), shape=shape)
+        for times in (2, 3, 4):
+            if (tokens := min(whole, times * shape.prompt)) <= chosen["tokens"]:
+                continue
+            peak = plan(work, target.dtype, tokens, checkpointing=checkpointing, heap=target.place == "cpu").peak
+            if peak <= target.free:
+                chosen = {"tokens": tokens, "peak": peak}
+    return chosen
+
+
 def admitted(config: Any, target: Target, say: Callable[[str], None]) -> Fit | None:
     """The plan, said in a line; None where none can be made. Raises KlimbError, with what would fit, where not even
     what the stage holds between its micro-batches does."""

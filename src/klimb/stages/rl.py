@@ -20,6 +20,7 @@ from klimb.errors import RewardError
 from klimb.metrics import Metrics
 from klimb.models.faces import Policy, policy_logps
 from klimb.models.load import HALF
+from klimb.models.outline import Shape
 from klimb.objective.advantage import Draws
 from klimb.objective.algorithm import Algorithm
 from klimb.objective.credit import assign_credit
@@ -33,6 +34,8 @@ from klimb.rewards.scorer import Scorer, dry_run
 from klimb.rollout.engine import RolloutEngine
 from klimb.rollout.mixture import Mixture
 from klimb.runtime.memory import give_back
+from klimb.runtime.plan import gigabytes
+from klimb.runtime.ranks import share
 from klimb.runtime.run import Run
 from klimb.runtime.samples import sample_records
 from klimb.runtime.signals import Interrupt
@@ -40,6 +43,7 @@ from klimb.stages.actors import Actors, RlConfig, resolved
 from klimb.stages.common import Session, stream_seed
 from klimb.stages.evaluate import Judges, local_engine, open_reward
 from klimb.stages.experience import experience, is_stale, look_up, rollout
+from klimb.stages.memory import Target, for_groups
 from klimb.stages.mismatch import Mismatch
 from klimb.stages.models import load_critic, load_policy, load_reference, load_texts, prompt_room
 
@@ -110,6 +114,7 @@ def prepare(config: RlConfig, session: Session) -> Actors:
     renderer, context = load_texts(config.model)
     room = prompt_room(context, config.max_tokens)
     data = session.read(load_prompts, config.data, config, renderer, min(config.max_prompt_tokens or room, room))
+    share_prompts(config, session, data.report.spread("prompt")[-1])
     running: list[Normalised] = []
     reward = open_reward(config.reward, session, renderer, running)
     for line in dry_run(reward, data.items).lines()[:2]:
@@ -146,6 +151,23 @@ def prepare(config: RlConfig, session: Session) -> Actors:
         running, gold, policy_learner, critic_learner,
         None if others is None else engine_of(others),
     )  # fmt: skip
+
+
+def share_prompts(config: RlConfig, session: Session, longest: int) -> None:
+    """Where nobody set a token budget, one for the longest prompt of the data and the samples that share it."""
+    run, samples = session.run, config.samples_per_prompt
+    planned = run.manifest["decisions"].get("memory")
+    if config.token_budget != "auto" or planned is None:
+        return
+    target = Target(session.dtype, session.token_budget, planned["free"], str(session.device))
+    shape = Shape(longest, config.max_tokens, samples)
+    found = share(run.decide("groups", lambda: for_groups(config, target, session.checkpointing, shape)))
+    if "peak" in found:
+        session.token_budget = session.scoring.tokens = found["tokens"]
+        session.say(
+            f"token_budget={found['tokens']}: {samples} samples share a prompt of up to {longest} tokens; "
+            f"memory: about {gigabytes(found['peak'])} (token_budget={target.budget}: less, and slower)"
+        )
 
 
 def who_draws(draws: Draws | None, policy: Policy, reference: Policy | None) -> Policy | Mixture | None:
