@@ -27,7 +27,7 @@ def test_it_says_what_is_here_and_that_klimb_can_train() -> None:
     said = klimb("doctor")
     assert said.code == 0
     assert said.out.splitlines()[-1] == "klimb can train here"
-    for part in ("klimb", "torch", "transformers", "cpu", "free"):
+    for part in ("klimb", "torch", "transformers", "cpu", "free", "kernels"):
         assert part in said.out
     found = {row["part"]: row for row in json.loads(klimb("doctor", "--json").out)}
     assert found["torch"]["ok"] is True

@@ -369,7 +369,7 @@ def test_a_sample_longer_than_the_budget_is_named_once_and_trained_on() -> None:
     length = lengths[longest]
     assert said[0].startswith(f"token_budget={length - 1} is less than 1 of ")
     assert f"(longest: row {longest}, {length} tokens): each is computed alone" in said[0]
-    assert said[0].endswith(f"token_budget={length} or more, shorter sequences")
+    assert said[0].endswith(f"token_budget={length} or more computes fewer, larger parts")
     quiet = learner_of(weights, budget=lengths[longest])
     quiet.say = said.append
     step(quiet, batch)

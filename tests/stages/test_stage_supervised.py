@@ -20,7 +20,7 @@ from world import World, lines, play, write
 
 import klimb
 from klimb import native
-from klimb.errors import DataError, Interrupted, RewardError
+from klimb.errors import DataError, Interrupted, KlimbError, RewardError
 from klimb.rollout.engine import finished_groups
 from klimb.stages.evaluate import best_of_curve, best_of_row
 from klimb.stages.sample import Keep, comparisons, demonstrations
@@ -342,6 +342,16 @@ def test_the_kernels_are_decided_once_and_stay(world: World, tmp_path: Path) -> 
     assert (run / "model/model.safetensors").read_bytes() == (torch_run / "model/model.safetensors").read_bytes()
     assert "the kernels that it began with are not here" in again(run, "native 0123")
     assert (run / "model/model.safetensors").read_bytes() == weights
+
+
+def test_kernels_that_cannot_be_had_are_named(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "why_not", lambda: "no C compiler was found; install gcc")
+    options = {"model": world.model, "data": world.demonstrations, "steps": 1, "batch_size": 8}
+    told = "kernels: torch's operators, slower than klimb's own (no C compiler was found; install gcc)"
+    assert told in play("sft", tmp_path / "auto", **options).said
+    assert not [line for line in play("sft", tmp_path / "torch", kernels="torch", **options).said if "kernels:" in line]
+    with pytest.raises(KlimbError, match="kernels=native cannot be had: no C compiler was found; install gcc; set"):
+        play("sft", tmp_path / "native", kernels="native", **options)
 
 
 def test_prepared_data_that_is_found_again_trains_to_the_same_bits(

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from packaging.requirements import Requirement
 
+from klimb import native
 from klimb.errors import ConfigError, RewardError, did_you_mean, one_line
 from klimb.models.load import resolve_dtype, without_bfloat16
 from klimb.objective.algorithms import ALGORITHMS
@@ -43,6 +44,7 @@ def examine() -> list[Finding]:
         Finding("klimb", f"{metadata.version('klimb')}, Python {platform.python_version()}, {platform.platform()}"),
         *packages(metadata.requires("klimb") or []),
         *devices(),
+        kernels(),
         sandbox(),
     ]
 
@@ -84,6 +86,13 @@ def devices() -> Iterator[Finding]:
         yield Finding("mps", f"{gigabytes(available(torch.device('mps')))} free")
     if not torch.cuda.is_available() and not torch.backends.mps.is_available():
         yield Finding("gpu", f"torch {torch.__version__} sees none: device=auto is cpu", None)
+
+
+def kernels() -> Finding:
+    """Who computes attention and the small layers on a CPU."""
+    reason = native.why_not()
+    found = "klimb's own, compiled here" if reason is None else f"torch's operators, slower than klimb's own: {reason}"
+    return Finding("kernels", found, True if reason is None else None)
 
 
 def sandbox() -> Finding:

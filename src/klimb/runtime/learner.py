@@ -206,8 +206,8 @@ class Learner:
             longer = sum(other > self.budget for other in lengths)
             longest = f"{_names(batch, micro_batches[lengths.index(length)])}, {length} tokens"
             self.say(f"token_budget={self.budget} is less than {longer} of {len(lengths)} micro-batches hold (longest: "
-                     f"{longest}): each is computed alone, which is slow, and the longest decides the memory; ways "
-                     f"out: token_budget={length} or more, shorter sequences")  # fmt: skip
+                     f"{longest}): each is computed alone; the longest decides the memory, shorter ones take less; "
+                     f"token_budget={length} or more computes fewer, larger parts")  # fmt: skip
 
     def _share_gradients(self) -> None:
         """Sum over the ranks. A parameter that no rank used keeps no gradient, so that AdamW does not decay it."""

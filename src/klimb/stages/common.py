@@ -16,7 +16,6 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from klimb import native
 from klimb.config import StageConfig
 from klimb.data.load import Transcripts
 from klimb.data.mix import parts_of
@@ -35,6 +34,7 @@ from klimb.runtime.ranks import gather, share
 from klimb.runtime.rehearsal import FEW
 from klimb.runtime.run import Run
 from klimb.runtime.signals import Interrupt
+from klimb.stages import kernels
 from klimb.stages.given import Data
 from klimb.stages.memory import Target, admitted
 from klimb.stages.moment import Moment, leave
@@ -131,24 +131,6 @@ def token_budget(config: RunConfig, device: torch.device) -> int:
     return 1024 if device.type == "cpu" else 8192
 
 
-def kernels(config: RunConfig, device: torch.device) -> str:
-    """`torch`, or which build of klimb's own. Raises ConfigError when those are asked for and cannot be had."""
-    reason = f"device={device.type}: they compute on a CPU" if device.type != "cpu" else native.why_not()
-    if config.kernels == "native" and reason is not None:
-        raise ConfigError("kernels=native cannot be had", why=reason, fix="set kernels=auto")
-    return "torch" if config.kernels == "torch" or reason is not None else f"native {native.made_of()}"
-
-
-def use_kernels(run: Run, decided: str) -> None:
-    """As when the run began, or as near to that as this machine comes."""
-    native.use(decided != "torch")
-    if decided not in ("torch", f"native {native.made_of()}"):
-        reason = native.why_not() or "those of today come from another compiler, processor or version of klimb"
-        run.report(
-            f"the kernels that it began with are not here: the bits may differ from an uninterrupted run ({reason})"
-        )
-
-
 def device_of(config: RunConfig) -> torch.device:
     """Where a stage runs, by what it does there."""
     measures = any(getattr(config, key, None) is not None for key in ("measure", "until"))
@@ -202,7 +184,7 @@ class Session:
         torch.set_num_threads(int(threads))
         dtype = share(run.decide("dtype", lambda: str(resolve_dtype(config.dtype, device)).removeprefix("torch.")))
         budget = share(run.decide("token_budget", lambda: token_budget(config, device)))
-        use_kernels(run, str(share(run.decide("kernels", lambda: kernels(config, device)))))
+        kernels.use(run, str(share(run.decide("kernels", lambda: kernels.choose(config.kernels, device, say)))))
         checkpointing = _planned(
             config, run, Target(getattr(torch, dtype), int(budget), available(device), str(device)), say
         )
