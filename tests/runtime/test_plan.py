@@ -12,9 +12,11 @@ import torch
 import transformers
 
 from klimb import native
+from klimb.models import logprobs
 from klimb.models.load import LoRA
 from klimb.models.outline import Shape
 from klimb.models.packing import flat_length, split_by_budget
+from klimb.runtime import plan as runtime_plan
 from klimb.runtime.memory import _of_control_groups, available
 from klimb.runtime.plan import Learning, Plan, Sampled, Work, gigabytes, plan
 
@@ -55,11 +57,26 @@ def test_full_weights_in_both_precisions(model: str) -> None:
 @pytest.mark.skipif(native.why_not() is not None, reason=f"no kernels: {native.why_not()}")
 def test_logits_that_wait_for_the_backward_pass_are_counted(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     work = Work(Learning(model), Shape(8, 8, 2))
-    of = lambda kernels: plan(work, torch.float32, 64, checkpointing=False, heap=kernels).phases["training"]  # noqa: E731
-    few = [of(kernels)["activations"] for kernels in (False, True)]
-    assert few[1] - few[0] == 4 * 5 * 8 * V  # 64 tokens hold three prompts and five completions of 8 each
-    monkeypatch.setattr(native, "takes", lambda *tensors: False)
-    assert of(True)["activations"] == few[0]
+    few = plan(work, torch.float32, 64, checkpointing=False, heap=True).phases["training"]["activations"]
+    monkeypatch.setattr(logprobs, "_KEPT_ELEMENTS", 0)
+    runtime_plan._training.cache_clear()
+    none = plan(work, torch.float32, 64, checkpointing=False, heap=True).phases["training"]["activations"]
+    runtime_plan._training.cache_clear()
+    assert few - none == 4 * 5 * 8 * V  # 64 tokens hold three prompts and five completions of 8 each
+
+
+@pytest.mark.skipif(native.why_not() is not None, reason=f"no kernels: {native.why_not()}")
+def test_what_computes_is_what_is_counted(model: str) -> None:
+    """On a CPU the kernels, if the run has them, elsewhere torch."""
+    work = Work(Learning(model), Shape(8, 8, 2))
+    of = lambda heap: plan(work, torch.float32, 64, checkpointing=False, heap=heap).phases["training"]  # noqa: E731
+    here, elsewhere = of(True)["activations"], of(False)["activations"]
+    assert here < 0.8 * elsewhere
+    native.use(False)
+    try:
+        assert of(True)["activations"] == elsewhere
+    finally:
+        native.use(True)
 
 
 def test_eight_bits_take_a_quarter_of_the_moments(model: str) -> None:

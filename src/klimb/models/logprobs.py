@@ -75,7 +75,8 @@ def token_logps(
         chosen = log_p.gather(1, targets[:, None]).squeeze(1)
         return chosen, -(log_p.exp() * log_p).sum(-1) if entropy else None
     bias = head.bias if head.bias is not None else torch.empty(0)
-    keep = torch.is_grad_enabled() and kept_logits(len(hidden), len(head.weight)) > 0
+    few = not hidden.is_meta and kept_logits(len(hidden), len(head.weight)) > 0  # a plan counts them by itself
+    keep = few and torch.is_grad_enabled()
     logps, entropies = _TokenLogps.apply(hidden, head.weight, bias, targets, head, temperature, entropy, keep)
     return logps, entropies if entropy else None
 

@@ -11,7 +11,7 @@ import json
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,7 +26,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from klimb import native
 from klimb.batch import Row, TokenBatch
-from klimb.models import attention, code, nf4
+from klimb.models import attention, code, fused, nf4
 from klimb.models.backbone import Backbone
 from klimb.models.faces import Policy, RewardModel
 from klimb.models.load import HALF, LoRA
@@ -72,8 +72,14 @@ class Held(NamedTuple):
 class Outline:
     """A policy (or reward model) without weights, with new adapters where `lora` is given."""
 
-    def __init__(self, model: str, dtype: torch.dtype, lora: LoRA | None = None, *, classifier: bool = False) -> None:
-        """Raises KlimbError, OSError, ValueError or KeyError where the config cannot be read."""
+    def __init__(
+        self, model: str, dtype: torch.dtype, lora: LoRA | None = None, *, classifier: bool = False,
+        kernels: bool = False,
+    ) -> None:  # fmt: skip
+        """kernels: is it computed by klimb's own, which have to be there?
+
+        Raises KlimbError, OSError, ValueError or KeyError where the config cannot be read.
+        """
         check_place(model)
         adapter = Path(model) / "adapter_config.json"
         if lora is not None and adapter.is_file():  # training goes on with that adapter, whatever is asked for
@@ -86,6 +92,9 @@ class Outline:
             building = {"dtype": dtype, "attn_implementation": attention.NAME, **code.building(base)}
             network = kind.from_config(config, **building).eval()
             network.config.pad_token_id = None  # transformers would look for it among tokens without numbers
+            if kernels:
+                with torch.device("cpu"):
+                    fused.take_over(network)
             self.weights = size(network.parameters())
             if lora is not None and lora.base == "4bit":
                 self.weights -= nf4.saving(network)
@@ -98,7 +107,7 @@ class Outline:
         self.masters = sum(4 * p.numel() for p in trained if p.dtype in HALF)
         self.gradients = size(trained) + self.masters
         self.config = config.get_text_config()
-        self.dtype = dtype
+        self.dtype, self.kernels = dtype, kernels
         self.can_compute_again = any(isinstance(m, GradientCheckpointingLayer) for m in network.modules())
 
     def _panels(self, network: nn.Module, lora: LoRA | None) -> int:
@@ -110,11 +119,11 @@ class Outline:
         ]  # fmt: skip
         return 0 if native.too_large(weights) or (lora is not None and lora.base == "4bit") else size(weights)
 
-    def training(self, shape: Shape, budget: int, *, checkpointing: bool, waiting: bool = False) -> Held:
-        """A micro-batch of `budget` tokens. waiting: do few logits wait for the backward pass, see `token_logps`?"""
+    def training(self, shape: Shape, budget: int, *, checkpointing: bool) -> Held:
+        """A micro-batch of `budget` tokens."""
 
         def once(batch: TokenBatch) -> tuple[int, int]:
-            with _flash(), _Count() as count:
+            with self._as_computed(), _Count() as count:
                 outputs = self.face(batch)
                 kept = count.live
                 (outputs if isinstance(outputs, Tensor) else outputs.logps).sum().backward()
@@ -122,8 +131,8 @@ class Outline:
 
         with self._without_gradients():
             kept, peak = self._by_samples(shape, budget, once, checkpointing)
-        logits = 0
-        if waiting and isinstance(self.face, Policy) and not self.face.own_head:
+        logits = 0  # few wait for the backward pass, see `token_logps`
+        if self.kernels and isinstance(self.face, Policy) and not self.face.own_head:
             logits = kept_logits(shape.fitting(budget) * shape.completion, self.config.vocab_size)
         return Held(kept + logits, peak - kept)
 
@@ -131,7 +140,7 @@ class Outline:
         """The most that a pass without gradient holds."""
 
         def once(batch: TokenBatch) -> tuple[int, int]:
-            with torch.no_grad(), _flash(), _Count() as count:
+            with torch.no_grad(), self._as_computed(), _Count() as count:
                 self.face(batch)
             return 0, count.peak
 
@@ -172,6 +181,12 @@ class Outline:
         for layer, forward in zip(layers, forwards, strict=True):
             layer.forward = forward
         return found
+
+    @contextmanager
+    def _as_computed(self) -> Iterator[None]:
+        """By the kernels, or by torch with an attention that does not hold its scores."""
+        with _flash(), native.counting() if self.kernels else nullcontext():
+            yield
 
     @contextmanager
     def _without_gradients(self) -> Iterator[None]:

@@ -7,7 +7,8 @@ goes. Whether they are used is decided when a run begins, and recorded, like the
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from ctypes import c_float, c_int64, c_void_p
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ _MOST = 2**32  # bytes of weights that are held a second time while they are dec
 _SUFFIX = {torch.float32: "", torch.bfloat16: "_bf16"}
 """Of the functions for tensors of a type. All compute in float32."""
 _on = True
+_counted = False
 
 
 def use(on: bool) -> bool:
@@ -46,13 +48,25 @@ def why_not() -> str | None:
     return None
 
 
+@contextmanager
+def counting() -> Iterator[None]:
+    """Within, tensors of torch's meta device go the way of the kernels, too: nothing is computed, and what the kernels
+    would be given to write on can be counted."""
+    global _counted
+    was, _counted = _counted, True
+    try:
+        yield
+    finally:
+        _counted = was
+
+
 def takes(*tensors: Tensor) -> bool:
     """Do the kernels compute with these tensors? They have to hold numbers of one type, float32 or bfloat16."""
     dtype = tensors[0].dtype
     if not _on or dtype not in _SUFFIX:
         return False
     for x in tensors:  # asked for every layer of every token: a generator would take three times as long
-        if x.dtype != dtype or not x.is_cpu:
+        if x.dtype != dtype or not (x.is_cpu or (_counted and x.is_meta)):
             return False
     return why_not() is None
 
@@ -93,6 +107,13 @@ _HEADS = ("token_logps_forward", "token_logps_backward")
 """For float32 alone."""
 
 
+class _Nothing:
+    """Each of the functions, for tensors without numbers."""
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *arguments: None
+
+
 class _Kernels:
     """The functions of the library for tensors of one type, with their signatures."""
 
@@ -108,12 +129,13 @@ class _Kernels:
         raise AttributeError(name)
 
 
+_NOTHING = _Nothing()
 _loaded: dict[torch.dtype, _Kernels] | Unavailable | None = None
 
 
-def kernels(x: Tensor) -> _Kernels:
+def kernels(x: Tensor) -> _Kernels | _Nothing:
     """Those for numbers of x's type. Raises Unavailable."""
-    return _all_kernels()[x.dtype]
+    return _NOTHING if x.is_meta else _all_kernels()[x.dtype]
 
 
 def _all_kernels() -> dict[torch.dtype, _Kernels]:
@@ -315,7 +337,7 @@ def token_logps_forward(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Of softmax(logits / temperature), logits [m, V] float32 and dense, targets [m] int64: log-probs of the targets,
     logs of the normalising sums, entropies; [m] each. Raises IndexError for a target that no logit belongs to."""
-    if len(targets) and not 0 <= int(targets.min()) <= int(targets.max()) < logits.shape[1]:
+    if len(targets) and not targets.is_meta and not 0 <= int(targets.min()) <= int(targets.max()) < logits.shape[1]:
         raise IndexError(f"targets from {targets.min()} to {targets.max()} of {logits.shape[1]} tokens")
     targets = targets.contiguous()
     logps, normalisers, entropies = (logits.new_empty(len(logits), dtype=torch.float32) for _ in range(3))

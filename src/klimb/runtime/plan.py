@@ -109,25 +109,25 @@ def gigabytes(count: float) -> str:
 
 def plan(work: Work, dtype: torch.dtype, budget: int, *, checkpointing: bool, heap: bool = False) -> Plan:
     """heap: is memory taken from glibc, as on a CPU? Raises what `Outline` raises where a config cannot be read."""
-    policy = outline(work.policy, dtype)
+    kernels = heap and native.takes(torch.empty(0, dtype=dtype))
+    policy = outline(work.policy, dtype, kernels)
     held = {"weights": policy.weights}
     phases = {}
     micro_batch = work.micro_batch(budget)
-    kernels = heap and native.takes(torch.empty(0, dtype=dtype))
     if not work.trains:
         phases["scoring"] = {"activations": _scoring(policy, work.shape, budget)}
     else:
         held |= {"adapters": policy.adapters, "masters": policy.masters, "moments": _moments(policy, work.policy)}
-        phases["training"] = _training(policy, work.shape, micro_batch, checkpointing, kernels)
+        phases["training"] = _training(policy, work.shape, micro_batch, checkpointing)
     if work.critic is not None:
-        critic = outline(work.critic, dtype)
+        critic = outline(work.critic, dtype, kernels)
         held["critic"] = critic.adapters + critic.masters + _moments(critic, work.critic)
         held["critic"] += 0 if work.critic.lora else critic.weights
-        phases["critic"] = _training(critic, work.shape, micro_batch, checkpointing, False)
+        phases["critic"] = _training(critic, work.shape, micro_batch, checkpointing)
     for name, model in work.frozen:
         held[name] = held.get(name, 0) + outline(model, dtype).weights
     if work.sampled:
-        lines = [_sampling(policy, sampled, kernels) for sampled in work.sampled]
+        lines = [_sampling(policy, sampled) for sampled in work.sampled]
         phases["sampling"] = max(lines, key=lambda phase: sum(phase.values()))
     if work.compared_at_the_end is not None:
         reference = outline(Learning(work.compared_at_the_end), dtype).weights
@@ -139,16 +139,17 @@ def plan(work: Work, dtype: torch.dtype, budget: int, *, checkpointing: bool, he
     return Plan(held, phases)
 
 
-def outline(model: Learning, dtype: torch.dtype) -> Outline:
+def outline(model: Learning, dtype: torch.dtype, kernels: bool = False) -> Outline:
     config = Path(model.model) / "config.json"
     stamp = config.stat().st_mtime_ns if config.is_file() else 0
-    return _outline(model.model, stamp, dtype, model.lora and model.lora.model_dump_json(), model.classifier)
+    lora = model.lora and model.lora.model_dump_json()
+    return _outline(model.model, stamp, dtype, lora, model.classifier, kernels)
 
 
 @lru_cache(maxsize=8)
-def _outline(model: str, stamp: int, dtype: torch.dtype, lora: str | None, classifier: bool) -> Outline:
+def _outline(model: str, stamp: int, dtype: torch.dtype, lora: str | None, classifier: bool, kernels: bool) -> Outline:
     adapters = LoRA.model_validate_json(lora) if lora else None
-    return Outline(model, dtype, adapters, classifier=classifier)
+    return Outline(model, dtype, adapters, classifier=classifier, kernels=kernels)
 
 
 def _moments(model: Outline, learning: Learning) -> int:
@@ -157,11 +158,11 @@ def _moments(model: Outline, learning: Learning) -> int:
 
 
 @lru_cache(maxsize=64)
-def _training(model: Outline, shape: Shape, budget: int, checkpointing: bool, waiting: bool) -> dict[str, int]:
+def _training(model: Outline, shape: Shape, budget: int, checkpointing: bool) -> dict[str, int]:
     """As in `Learner`: gradients of earlier micro-batches lie in fp32 while one is computed; those of its own are in
     the precision of the weights, and grow while its activations go."""
     again = checkpointing and model.can_compute_again
-    kept, besides = model.training(shape, budget, checkpointing=again, waiting=waiting)
+    kept, besides = model.training(shape, budget, checkpointing=again)
     own = model.gradients - model.masters if model.masters else 0
     gradients = model.masters or model.gradients
     return {"gradients": gradients, "activations": kept, "head and backward": max(besides, own - kept)}
@@ -172,7 +173,7 @@ def _scoring(model: Outline, shape: Shape, budget: int) -> int:
     return model.scoring(shape, budget)
 
 
-def _sampling(model: Outline, sampled: Sampled, kernels: bool) -> dict[str, int]:
+def _sampling(model: Outline, sampled: Sampled) -> dict[str, int]:
     rows, prompt, completion, samples = sampled
     config = model.config
     heads = config.num_attention_heads
@@ -181,8 +182,8 @@ def _sampling(model: Outline, sampled: Sampled, kernels: bool) -> dict[str, int]
     tokens = -(-rows // samples) * prompt + rows * completion
     logits = 4 * _DRAWING * rows * config.vocab_size
     prefill = _scoring(model, Shape(prompt, 1), min(_PREFILL, -(-rows // samples) * (prompt + 1)))
-    head = 4 * config.vocab_size * config.hidden_size if kernels or model.dtype in HALF else 0
+    head = 4 * config.vocab_size * config.hidden_size if model.kernels or model.dtype in HALF else 0
     return {
         "KV cache": stored * tokens * model.dtype.itemsize, "logits": max(logits, prefill),
-        "weights as decoded": head + (model.panels if kernels else 0),
+        "weights as decoded": head + (model.panels if model.kernels else 0),
     }  # fmt: skip
