@@ -25,19 +25,25 @@ def test_a_command_may_be_imported_before_the_command_line() -> None:
     assert "A folder to begin with" in said.stdout
 
 
-@pytest.mark.parametrize("words", ["1 << 60, dtype=torch.uint8", "2, 'three'"])
-def test_memory_that_ran_out_is_said_in_a_line_and_a_fault_of_ours_is_not(words: str) -> None:
-    code = (
-        "import torch, klimb.cli as cli\n"
-        f"def app(standalone_mode): torch.empty({words})\n"
-        "cli.app = app\n"
-        "cli.main()"
-    )  # fmt: skip
-    said = subprocess.run([sys.executable, "-c", code, "doctor"], capture_output=True, text=True)
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [
+        ("torch.empty(1 << 60, dtype=torch.uint8)", "klimb: the memory ran out: [enforce fail"),
+        ("bytearray(1 << 60)", "klimb: the memory ran out: MemoryError; `klimb doctor"),
+        ("torch.empty(2, 'three')", "Traceback"),
+    ],
+    ids=["torch", "python", "fault"],
+)
+def test_memory_that_ran_out_is_said_in_a_line(fault: str, told: str) -> None:
+    run = f"import torch, klimb.cli as cli\ndef app(standalone_mode): {fault}\ncli.app = app\ncli.main()"
+    said = subprocess.run([sys.executable, "-c", run, "doctor"], capture_output=True, text=True)
     assert said.returncode == 1
-    if "uint8" in words:
-        assert said.stderr.startswith("klimb: the memory ran out: ")
-        assert "klimb doctor" in said.stderr
-        assert said.stderr.count("\n") == 1
-    else:
-        assert "Traceback" in said.stderr
+    assert said.stderr.startswith(told)
+    assert (said.stderr.count("\n") == 1) == told.startswith("klimb")
+
+
+def test_a_command_that_is_broken_off_is_no_fault() -> None:
+    """typer's Abort, which an end of the input becomes, is a RuntimeError."""
+    run = "import klimb.cli as cli\ndef app(standalone_mode): raise cli.typer.Abort\ncli.app = app\ncli.main()"
+    said = subprocess.run([sys.executable, "-c", run, "doctor"], capture_output=True, text=True)
+    assert (said.returncode, said.stderr.count("\n")) == (130, 1)

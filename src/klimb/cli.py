@@ -389,13 +389,13 @@ def main() -> None:
         _leave(str(error), 1, error)
     except OSError as error:  # no room, no permission, a pipe that was closed
         _leave(f"{error.filename}: {error.strerror}" if error.filename else str(error), 1, error)
+    except (KeyboardInterrupt, typer.Abort) as error:
+        _leave("interrupted; what was saved at the last checkpoint is kept", 130, error)
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
-        told = f"the memory ran out: {one_line(error)}; `klimb doctor STAGE KEY=VALUE …` plans what settings take"
-        _leave(f"{told}; with more memory the same command continues from the last checkpoint", 1, error)
-    except (KeyboardInterrupt, typer.Abort) as error:
-        _leave("interrupted; what was saved at the last checkpoint is kept", 130, error)
+        told = f"the memory ran out: {one_line(error) or type(error).__name__}"
+        _leave(f"{told}; `klimb doctor STAGE KEY=VALUE …` plans what settings take", 1, error)
 
 
 USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]

@@ -48,10 +48,14 @@ def one_line(text: object) -> str:
 def out_of_memory(error: BaseException) -> bool:
     """Whether it says that memory ran out. On a GPU torch has a type for that, on a CPU (where ulimit or the system
     sets a limit) only a text."""
-    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or _REFUSED in str(error)
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or any(text in str(error) for text in _REFUSED)
+    )
 
 
-_REFUSED = "DefaultCPUAllocator: can't allocate memory"
+_REFUSED = ("DefaultCPUAllocator: can't allocate memory", "std::bad_alloc")
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:

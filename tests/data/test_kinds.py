@@ -154,7 +154,8 @@ def test_a_file_in_which_nothing_fits_says_what_it_has_and_proposes_names(
     rows = [dict.fromkeys(names, "x y")] * 3
     with pytest.raises(BadRows) as said:
         read_table(rows, wanted=wanted)
-    assert f"none of the 3 rows can be used: each {'has no' if 'prompt' not in names else 'is of'}" in str(said.value)
+    reason = "has no" if "prompt" not in names else "is of"
+    assert f"none of the 3 rows can be used, for one reason: {reason}" in str(said.value)
     assert f"it has: {', '.join(names)}; needed: " in str(said.value)
     assert str(said.value).endswith(f"columns={renaming}")
     assert "\n" not in str(said.value)

@@ -102,7 +102,7 @@ def test_a_template_that_may_not_or_cannot_is_an_error_of_the_model_and_not_of_r
 
 def test_a_template_that_drops_turns_is_refused_row_by_row() -> None:
     last_alone = toy.CHATML.replace("for m in messages", "for m in messages[-1:]")
-    with pytest.raises(DataError, match="none of the 2000 rows can be used: in each the chat template"):
+    with pytest.raises(DataError, match="none of the 2000 rows can be used, for one reason: the chat template"):
         load_examples(ROWS, Renderer(toy.chatml(last_alone)), on_bad="drop")
 
 

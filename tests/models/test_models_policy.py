@@ -74,14 +74,21 @@ class Narrow(Policy):
     """On a device that holds so many samples at a time."""
 
     most = 3
+    on_a_gpu = False
 
     def forward(self, batch: TokenBatch, *, temperature: float = 1.0, entropy: bool = False) -> PolicyOutputs:
         if len(batch) > self.most:
+            if self.on_a_gpu:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
             torch.empty(1 << 60, dtype=torch.uint8)  # the error of a CPU
         return super().forward(batch, temperature=temperature, entropy=entropy)
 
 
-def test_what_does_not_fit_is_computed_in_halves_to_the_same_result() -> None:
+@pytest.mark.parametrize("on_a_gpu", [False, True], ids=["cpu", "gpu"])
+def test_what_does_not_fit_is_computed_in_halves_to_the_same_result(
+    on_a_gpu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Narrow, "on_a_gpu", on_a_gpu)
     backbone, batch, said = Backbone(tiny()), ragged(groups=5), list[str]()
     budget = Budget(10_000, said.append)
     narrow = policy_logps(Narrow(backbone, None), batch, budget=budget).logps

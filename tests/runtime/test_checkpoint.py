@@ -306,6 +306,16 @@ def test_absurd_contents_are_refused_even_with_the_right_hash(tmp_path: Path, na
         load(path)
 
 
+def test_a_machine_without_memory_makes_no_checkpoint_a_damaged_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Passed over, it would be trained again from an older one."""
+    save(tmp_path, 1, tensors(1), STATE)
+    monkeypatch.setattr(checkpoint, "_assemble", lambda *_: torch.empty(1 << 60, dtype=torch.uint8))
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        load_latest(tmp_path, silent)
+
+
 def test_absurd_sizes_are_refused_before_they_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = save(tmp_path, 1, tensors(1), STATE)
     monkeypatch.setattr(checkpoint, "_JSON_BYTES", 600)

@@ -367,9 +367,9 @@ def test_a_sample_longer_than_the_budget_is_named_once_and_trained_on() -> None:
     step(learner, batch)
     assert len(said) == 1
     length = lengths[longest]
-    assert said[0].startswith(f"token_budget={length - 1} is less than 1 of ")
-    assert f"(longest: row {longest}, {length} tokens): each is computed alone" in said[0]
-    assert said[0].endswith(f"token_budget={length} or more computes fewer, larger parts")
+    assert said[0].startswith(f"token_budget={length - 1}: 1 of ")
+    assert f"the longest, {length} tokens (row {longest}), decides how much memory is needed" in said[0]
+    assert said[0].endswith(f"with token_budget={length} shorter ones are computed together")
     quiet = learner_of(weights, budget=lengths[longest])
     quiet.say = said.append
     step(quiet, batch)

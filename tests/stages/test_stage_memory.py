@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from world import CONTEXT, SMALL_RL, WORDS, Played, World, play
 
 from klimb.errors import KlimbError
 from klimb.lab.scratch import make_model, word_tokenizer
-from klimb.models.outline import Outline, Shape
+from klimb.models.outline import Outline
 from klimb.runtime import plan
 from klimb.stages import common
 from klimb.stages.memory import fit, for_groups, proposals
@@ -140,36 +141,51 @@ def test_proposals_are_the_nearest_first_and_each_fits(world: World) -> None:
 
 
 def test_micro_batches_for_long_prompts_grow_as_far_as_there_is_memory(world: World) -> None:
-    # Training is the peak, not sampling.
-    few = {"prompts_per_step": 2, "samples_per_prompt": 16, "max_tokens": 4, "max_prompt_tokens": 10}
-    values = {"model": world.model, "data": world.prompts, "reward": "exact", "device": "cpu"}
-    config = stage_config("rl", {**values, **few})
-    target, group = common.target_of(config)._replace(budget=12), Shape(10, 4, 16)
-    found = for_groups(config, target, False, group)
+    given = {"model": world.model, "data": world.prompts, "reward": "exact", "device": "cpu"}
+    given |= {"algorithm": "reinforce", "prompts_per_step": 2, "max_tokens": 4}  # training is the peak
+
+    def config(samples: int = 16) -> Any:
+        return stage_config("rl", {**given, "samples_per_prompt": samples})
+
+    target = common.target_of(config())._replace(budget=12)
+    found = for_groups(config(), target, False, 10, 10)
     assert found["tokens"] == 40  # four prompts: one part in four is prompt
-    assert for_groups(config, target._replace(free=found["peak"]), False, group) == found
-    less = for_groups(config, target._replace(free=found["peak"] - 1), False, group)
+    enough = -(-found["peak"] * 10 // 8)
+    assert for_groups(config(), target._replace(free=enough), False, 10, 10) == found
+    less = for_groups(config(), target._replace(free=enough - 10), False, 10, 10)
     assert (less["tokens"], less["peak"] < found["peak"]) == (30, True)
-    assert for_groups(config, target._replace(free=0), False, group) == {"tokens": 12}
-    assert for_groups(config, target._replace(budget=40), False, group) == {"tokens": 40}
-    assert for_groups(config, target, False, Shape(10, 4, 3))["tokens"] == 22  # the whole group
+    assert for_groups(config(), target._replace(free=0), False, 10, 10) == {"tokens": 12}
+    assert for_groups(config(), target._replace(budget=40), False, 10, 10) == {"tokens": 40}
+    assert for_groups(config(3), target, False, 10, 10)["tokens"] == 22  # the whole group
+    assert for_groups(config(1), target, False, 10, 10) == {"tokens": 12}  # nobody to share with
+    even, outlier = (for_groups(config(), target, False, 5, longest) for longest in (5, 20))
+    assert even["tokens"] == outlier["tokens"] == 20
+    assert outlier["peak"] > even["peak"]  # planned for, and no measure
 
 
 def test_samples_share_a_long_prompt_unless_a_budget_is_typed(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(common, "token_budget", lambda config, _: 4)
-    stage, values = job(world, "grpo")
+    stage, values = job(world, "ppo")
     grown, typed = (play(stage, tmp_path / name, model=world.model, **values, **more)
                     for name, more in (("grown", {}), ("typed", {"token_budget": 4})))  # fmt: skip
     tokens = decisions(grown)["groups"]["tokens"]
     assert tokens > 4
-    assert [line for line in grown.said if line.startswith(f"token_budget={tokens}: ")] != []
+    assert [line for line in grown.said if line.startswith(f"token_budget={tokens}, not 4, so that samples")] != []
     assert "groups" not in decisions(typed)
-    assert [line for line in typed.said if line.startswith("token_budget=4 is less than ")] != []
+    assert [line for line in typed.said if line.startswith("token_budget=4: ")] != []
     one, other = (json.loads((run.path / "metrics.jsonl").read_text().splitlines()[0]) for run in (grown, typed))
-    assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)  # other parts, the same sum
-    assert one["grad_norm"] > 0
+    for norm in ("grad_norm", "critic/grad_norm"):
+        assert one[norm] == pytest.approx(other[norm], rel=1e-4)  # other parts, the same sum
+        assert one[norm] > 0
+    whole = remains(grown.path)
+    (grown.path / "result.json").unlink()
+    shutil.rmtree(grown.path / "checkpoints")
+    short_of(decisions(grown)["memory"]["peak"], monkeypatch)  # today there would be no room to grow
+    again = play(stage, tmp_path / "grown", model=world.model, **values)
+    assert decisions(again)["groups"]["tokens"] == tokens
+    assert remains(again.path)["metrics.jsonl"] == whole["metrics.jsonl"]
 
 
 def test_a_plan_that_cannot_be_made_stops_nothing(

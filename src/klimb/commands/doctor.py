@@ -160,12 +160,15 @@ def asked(words: Sequence[str], memory: float | None) -> Answer:
         dtype = torch.bfloat16 if config.dtype == "auto" else resolve_dtype(config.dtype, torch.device("cpu"))
         budget = 8192 if config.token_budget == "auto" else config.token_budget
         target = Target(dtype, budget, int(memory * 2**30), "a GPU")
-    found = fit(config, target)
-    lacking = found.plan.peak > target.free
+    was = native.use(config.kernels != "torch")
+    try:
+        found = fit(config, target)
+        proposed = proposals(config, target) if found.plan.peak > target.free else []
+    finally:
+        native.use(was)
     return Answer(
         f"{name} of {config.model}, {str(target.dtype).removeprefix('torch.')}, token_budget={target.budget}",
-        target.place, target.free, found.plan.peak, found.checkpointing, found.plan.lines,
-        proposals(config, target) if lacking else [],
+        target.place, target.free, found.plan.peak, found.checkpointing, found.plan.lines, proposed,
     )  # fmt: skip
 
 

@@ -49,9 +49,9 @@ class BadRows(DataError):
     def __init__(self, source: str, problems: list[Problem], total: int) -> None:
         self.problems, self.rows = problems, total
         if len(problems) == total > 1 and len({problem.reason for problem in problems}) == 1:
-            reason = problems[0].reason
-            each = "in each" if reason.startswith("the ") else "each"  # has no column …, is of type …
-            super().__init__(f"none of the {total} rows can be used: {each} {reason}", where=source)
+            super().__init__(
+                f"none of the {total} rows can be used, for one reason: {problems[0].reason}", where=source
+            )
             return
         listed = "".join(f"\n  {problem}" for problem in problems[:LISTED])
         more = f"\n  and {len(problems) - LISTED} more" if len(problems) > LISTED else ""

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from klimb import native
-from klimb.errors import KlimbError
+from klimb.errors import KlimbError, out_of_memory
 from klimb.models import attention, code, decoder, fused, nf4
 from klimb.models.place import base_of, check_place, first_line, is_classifier
 
@@ -142,6 +142,8 @@ def _from_pretrained(
             model, dtype=dtype, attn_implementation=attention.NAME, **code.loading(model), **options
         )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        if out_of_memory(error):
+            raise
         raise KlimbError(f"model={model}: cannot be loaded ({first_line(error)})") from None
     if getattr(loaded, "hf_quantizer", None) is not None and "quantization_config" not in options:
         raise KlimbError(f"model={model}: its weights are stored quantised, klimb quantises dense ones itself",

@@ -119,8 +119,8 @@ class Outline:
         ]  # fmt: skip
         return 0 if native.too_large(weights) or (lora is not None and lora.base == "4bit") else size(weights)
 
-    def training(self, shape: Shape, budget: int, *, checkpointing: bool) -> Held:
-        """A micro-batch of `budget` tokens."""
+    def training(self, shape: Shape, budget: int, *, checkpointing: bool, waiting: bool = False) -> Held:
+        """A micro-batch of `budget` tokens. waiting: do few logits wait for the backward pass, see `token_logps`?"""
 
         def once(batch: TokenBatch) -> tuple[int, int]:
             with self._as_computed(), _Count() as count:
@@ -131,8 +131,8 @@ class Outline:
 
         with self._without_gradients():
             kept, peak = self._by_samples(shape, budget, once, checkpointing)
-        logits = 0  # few wait for the backward pass, see `token_logps`
-        if self.kernels and isinstance(self.face, Policy) and not self.face.own_head:
+        logits = 0
+        if waiting and isinstance(self.face, Policy) and not self.face.own_head:
             logits = kept_logits(shape.fitting(budget) * shape.completion, self.config.vocab_size)
         return Held(kept + logits, peak - kept)
 

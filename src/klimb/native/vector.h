@@ -9,6 +9,7 @@
 
 #include <math.h>
 #include <stdint.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -98,7 +99,10 @@ static float *scratch(size_t floats) {
         free(held);
         held = aligned_alloc(64, (floats * sizeof(float) + 63) / 64 * 64);
         size = floats;
-        if (!held) abort();
+        if (!held) {
+            fputs("klimb: the memory ran out in a kernel\n", stderr);
+            abort();
+        }
     }
     return held;
 }

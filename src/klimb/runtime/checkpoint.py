@@ -25,7 +25,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from klimb.errors import RunError
+from klimb.errors import RunError, out_of_memory
 from klimb.runtime import durable
 
 Tensors = Mapping[str, Mapping[str, Tensor]]
@@ -94,6 +94,8 @@ def load(path: Path) -> Checkpoint:
         }
         tensors = {part: _assemble(entries, shards) for part, entries in index.items()}
     except (OSError, LookupError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+        if out_of_memory(error):
+            raise
         raise RunError("the checkpoint is damaged", where=path, why=error) from error
     return Checkpoint(int(path.name.removeprefix("step-")), tensors, state)
 

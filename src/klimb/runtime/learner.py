@@ -204,10 +204,12 @@ class Learner:
         if length > self.budget:
             self._named_longest = True
             longer = sum(other > self.budget for other in lengths)
-            longest = f"{_names(batch, micro_batches[lengths.index(length)])}, {length} tokens"
-            self.say(f"token_budget={self.budget} is less than {longer} of {len(lengths)} micro-batches hold (longest: "
-                     f"{longest}): each is computed alone; the longest decides the memory, shorter ones take less; "
-                     f"token_budget={length} or more computes fewer, larger parts")  # fmt: skip
+            longest = _names(batch, micro_batches[lengths.index(length)])
+            self.say(
+                f"token_budget={self.budget}: {longer} of {len(lengths)} micro-batches are longer, one sample or pair "
+                f"each; the longest, {length} tokens ({longest}), decides how much memory is needed; with "
+                f"token_budget={length} shorter ones are computed together"
+            )
 
     def _share_gradients(self) -> None:
         """Sum over the ranks. A parameter that no rank used keeps no gradient, so that AdamW does not decay it."""

@@ -118,12 +118,12 @@ def plan(work: Work, dtype: torch.dtype, budget: int, *, checkpointing: bool, he
         phases["scoring"] = {"activations": _scoring(policy, work.shape, budget)}
     else:
         held |= {"adapters": policy.adapters, "masters": policy.masters, "moments": _moments(policy, work.policy)}
-        phases["training"] = _training(policy, work.shape, micro_batch, checkpointing)
+        phases["training"] = _training(policy, work.shape, micro_batch, checkpointing, kernels)
     if work.critic is not None:
         critic = outline(work.critic, dtype, kernels)
         held["critic"] = critic.adapters + critic.masters + _moments(critic, work.critic)
         held["critic"] += 0 if work.critic.lora else critic.weights
-        phases["critic"] = _training(critic, work.shape, micro_batch, checkpointing)
+        phases["critic"] = _training(critic, work.shape, micro_batch, checkpointing, False)
     for name, model in work.frozen:
         held[name] = held.get(name, 0) + outline(model, dtype).weights
     if work.sampled:
@@ -158,11 +158,11 @@ def _moments(model: Outline, learning: Learning) -> int:
 
 
 @lru_cache(maxsize=64)
-def _training(model: Outline, shape: Shape, budget: int, checkpointing: bool) -> dict[str, int]:
+def _training(model: Outline, shape: Shape, budget: int, checkpointing: bool, waiting: bool) -> dict[str, int]:
     """As in `Learner`: gradients of earlier micro-batches lie in fp32 while one is computed; those of its own are in
     the precision of the weights, and grow while its activations go."""
     again = checkpointing and model.can_compute_again
-    kept, besides = model.training(shape, budget, checkpointing=again)
+    kept, besides = model.training(shape, budget, checkpointing=again, waiting=waiting)
     own = model.gradients - model.masters if model.masters else 0
     gradients = model.masters or model.gradients
     return {"gradients": gradients, "activations": kept, "head and backward": max(besides, own - kept)}

@@ -63,8 +63,8 @@ class RunConfig(StageConfig):
     threads: int | None = Field(None, ge=1, description="CPU threads; default: all cores")
     token_budget: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         "auto",
-        description="flat tokens in a micro-batch: memory, not results. auto: 1024 on a CPU, else 8192; "
-        "for long prompts of RL up to four times the longest",
+        description="flat tokens in a micro-batch: bounds memory, changes no result. auto: 1024 on a CPU, else "
+        "8192, and up to four prompts where groups share long ones",
     )
     kernels: Literal["auto", "native", "torch"] = Field(
         "auto", description="who computes attention and small layers on a CPU; auto: klimb's C, else torch"

@@ -23,6 +23,8 @@ _SMALL = 1024
 _ENGINE_ROWS = 128
 """Samples side by side when a policy is measured."""
 _SHOWN = 3
+_SPARE = 0.8
+"""Share of the free memory that a larger micro-batch, which only saves time, may take."""
 
 
 # What the stages hold, from their configs -----------------------------------------------------------------------------
@@ -173,20 +175,24 @@ def _fit(config: Any, target: Target) -> Fit:
     return Fit(found, wanted == "on")
 
 
-def for_groups(config: Any, target: Target, checkpointing: bool, shape: Shape) -> dict[str, int]:
-    """The budget of micro-batches that share long prompts: four times the prompt, or what of that there is memory for;
-    and the peak that goes with it, none where the budget stays what it is.
+def for_groups(config: Any, target: Target, checkpointing: bool, typical: int, longest: int) -> dict[str, int]:
+    """The budget of micro-batches whose samples share prompts of `typical` tokens: four of these, or what of that fits
+    with room to spare; and the peak that goes with it, none where the budget stays what it is.
 
     A group torn into parts computes its prompt in each of them: so it is a quarter of the work at most.
     """
-    whole, chosen = shape.prompt + shape.samples * shape.completion, {"tokens": target.budget}
+    chosen, samples = {"tokens": target.budget}, config.samples_per_prompt
+    whole = typical + samples * config.max_tokens
+    if samples == 1 or min(whole, 4 * typical) <= target.budget:
+        return chosen
     with permitted(config):
-        work = replace(config.work(declared_context(config.model)), shape=shape)
-        for times in (2, 3, 4):
-            if (tokens := min(whole, times * shape.prompt)) <= chosen["tokens"]:
-                continue
+        work = config.work(declared_context(config.model))
+        drawn, *others = work.sampled
+        shape, sampled = Shape(longest, config.max_tokens, samples), (drawn._replace(prompt=longest), *others)
+        work = replace(work, shape=shape, sampled=sampled)
+        for tokens in (min(whole, times * typical) for times in (2, 3, 4)):
             peak = plan(work, target.dtype, tokens, checkpointing=checkpointing, heap=target.place == "cpu").peak
-            if peak <= target.free:
+            if tokens > chosen["tokens"] and peak <= _SPARE * target.free:
                 chosen = {"tokens": tokens, "peak": peak}
     return chosen
 

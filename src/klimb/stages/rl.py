@@ -10,17 +10,17 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from klimb import metrics
 from klimb.batch import BatchTotals, TokenBatch
 from klimb.data.load import load_prompts
 from klimb.data.sampler import Sampler
-from klimb.errors import RewardError
+from klimb.errors import KlimbError, RewardError
 from klimb.metrics import Metrics
 from klimb.models.faces import Policy, policy_logps
 from klimb.models.load import HALF
-from klimb.models.outline import Shape
 from klimb.objective.advantage import Draws
 from klimb.objective.algorithm import Algorithm
 from klimb.objective.credit import assign_credit
@@ -35,7 +35,7 @@ from klimb.rollout.engine import RolloutEngine
 from klimb.rollout.mixture import Mixture
 from klimb.runtime.memory import give_back
 from klimb.runtime.plan import gigabytes
-from klimb.runtime.ranks import share
+from klimb.runtime.ranks import share, world
 from klimb.runtime.run import Run
 from klimb.runtime.samples import sample_records
 from klimb.runtime.signals import Interrupt
@@ -114,7 +114,7 @@ def prepare(config: RlConfig, session: Session) -> Actors:
     renderer, context = load_texts(config.model)
     room = prompt_room(context, config.max_tokens)
     data = session.read(load_prompts, config.data, config, renderer, min(config.max_prompt_tokens or room, room))
-    share_prompts(config, session, data.report.spread("prompt")[-1])
+    share_prompts(config, session, data.report.lengths["prompt"])
     running: list[Normalised] = []
     reward = open_reward(config.reward, session, renderer, running)
     for line in dry_run(reward, data.items).lines()[:2]:
@@ -153,21 +153,29 @@ def prepare(config: RlConfig, session: Session) -> Actors:
     )  # fmt: skip
 
 
-def share_prompts(config: RlConfig, session: Session, longest: int) -> None:
-    """Where nobody set a token budget, one for the longest prompt of the data and the samples that share it."""
-    run, samples = session.run, config.samples_per_prompt
+def share_prompts(config: RlConfig, session: Session, prompts: np.ndarray) -> None:
+    """Where nobody set a token budget, one for prompts as long as these [rows] and the samples that share them."""
+    run = session.run
     planned = run.manifest["decisions"].get("memory")
     if config.token_budget != "auto" or planned is None:
         return
-    target = Target(session.dtype, session.token_budget, planned["free"], str(session.device))
-    shape = Shape(longest, config.max_tokens, samples)
-    found = share(run.decide("groups", lambda: for_groups(config, target, session.checkpointing, shape)))
-    if "peak" in found:
-        session.token_budget = session.scoring.tokens = found["tokens"]
-        session.say(
-            f"token_budget={found['tokens']}: {samples} samples share a prompt of up to {longest} tokens; "
-            f"memory: about {gigabytes(found['peak'])} (token_budget={target.budget}: less, and slower)"
-        )
+    free = planned["free"] // (world() if session.device.type == "cpu" else 1)  # ranks share the memory of a machine
+    target = Target(session.dtype, session.token_budget, free, str(session.device))
+    typical = int(np.quantile(prompts, 0.9, method="higher"))
+
+    def grown() -> dict[str, int]:
+        try:
+            found = for_groups(config, target, session.checkpointing, typical, int(prompts.max()))
+        except (KlimbError, OSError, ValueError, KeyError):  # as of any plan: whoever loads the model says it
+            return {"tokens": target.budget}
+        if "peak" in found:
+            session.say(
+                f"token_budget={found['tokens']}, not {target.budget}, so that samples of a group share prompts "
+                f"of {typical} tokens; memory: about {gigabytes(found['peak'])}"
+            )
+        return found
+
+    session.token_budget = session.scoring.tokens = share(run.decide("groups", grown))["tokens"]
 
 
 def who_draws(draws: Draws | None, policy: Policy, reference: Policy | None) -> Policy | Mixture | None:
