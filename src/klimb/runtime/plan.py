@@ -24,7 +24,7 @@ _MOMENTS = {"fp32": 8.0, "8bit": 2 * (1 + 4 / 256)}
 
 _HEAP = {(False, False): 1.3, (False, True): 1.1, (True, False): 2.3, (True, True): 1.75}
 """By LoRA, and by sampling between updates: what glibc keeps of freed blocks between those in use, as a share of these,
-measured with glibc 2.36 on models of 1 and 11 M parameters (docs/LOG.md). A GPU's allocator hands its blocks out again."""
+measured with glibc 2.36 on models of 1 and 11 M parameters (docs/LOG.md). A GPU's allocator hands blocks out again."""
 
 
 class Sampled(NamedTuple):
