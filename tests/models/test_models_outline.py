@@ -23,15 +23,20 @@ SHAPE, BUDGET, LAYERS = Shape(24, 40, 3), 1100, 6
 """More samples and layers than are computed."""
 
 
-def made(family: str, folder: Path, layers: int = LAYERS) -> tuple[str, Policy]:
+def made(
+    family: str, folder: Path, layers: int = LAYERS, dtype: torch.dtype = torch.float32, kernels: bool = False,
+    lora: LoRA | None = None,
+) -> tuple[str, Policy]:  # fmt: skip
     """A config alone in a folder, and a model of it."""
     config = CONFIGS[family]()
     config.num_hidden_layers = layers
     if getattr(config, "layer_types", None):
         config.layer_types = (config.layer_types * layers)[:layers]
     config.save_pretrained(folder)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME).eval()
-    return str(folder), Policy(Backbone(model), None)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME, dtype=dtype).eval()
+    if kernels:
+        fused.take_over(model)
+    return str(folder), Policy(Backbone(model, None, lora), "policy" if lora else None)
 
 
 def kept(policy: Policy) -> int:
@@ -53,15 +58,24 @@ def kept(policy: Policy) -> int:
 @pytest.mark.parametrize("family", CONFIGS)
 def test_activations_are_those_of_the_real_model(family: str, tmp_path: Path, kernels: str) -> None:
     """Within 8 %: tables of positions and places live as well, and are not autograd's."""
-    path, policy = made(family, tmp_path)
+    path, policy = made(family, tmp_path, kernels=kernels == "native")
     outline = Outline(path, torch.float32, kernels=kernels == "native")
-    counted = outline.training(SHAPE, BUDGET, checkpointing=False).kept
-    if kernels == "native":
-        fused.take_over(policy.backbone.model)
-        counted -= kept_logits(SHAPE.fitting(BUDGET) * SHAPE.completion, outline.config.vocab_size)  # not autograd's
-    assert counted == pytest.approx(kept(policy), rel=0.08)
+    assert outline.training(SHAPE, BUDGET, checkpointing=False).kept == pytest.approx(kept(policy), rel=0.08)
     assert outline.weights == size(policy.parameters())
     assert outline.trained == sum(p.numel() for p in policy.parameters())
+
+
+@pytest.mark.skipif(native.why_not() is not None, reason=f"no kernels: {native.why_not()}")
+@pytest.mark.parametrize("lora", [None, LoRA(rank=4)], ids=["full", "lora"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_the_kernels_keep_is_counted(dtype: torch.dtype, lora: LoRA | None, tmp_path: Path) -> None:
+    """In 16 bits and with adapters, too. Logits that wait are not autograd's, and come on top."""
+    path, policy = made("qwen2", tmp_path, dtype=dtype, kernels=True, lora=lora)
+    outline = Outline(path, dtype, lora, kernels=True)
+    counted, waiting = (outline.training(SHAPE, BUDGET, checkpointing=False, waiting=w).kept for w in (False, True))
+    assert counted == pytest.approx(kept(policy), rel=0.05)
+    logits = kept_logits(SHAPE.fitting(BUDGET) * SHAPE.completion, outline.config.vocab_size)
+    assert waiting - counted == logits > 0
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
