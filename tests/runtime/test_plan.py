@@ -66,6 +66,13 @@ def test_logits_that_wait_for_the_backward_pass_are_counted(model: str, monkeypa
 
 
 @pytest.mark.skipif(native.why_not() is not None, reason=f"no kernels: {native.why_not()}")
+def test_a_critic_has_no_logits(model: str) -> None:
+    found = plan(Work(Learning(model), Shape(8, 8, 2), critic=Learning(model)), torch.float32, 64,
+                 checkpointing=False, heap=True).phases  # fmt: skip
+    assert found["training"]["activations"] - found["critic"]["activations"] == 4 * 5 * 8 * V
+
+
+@pytest.mark.skipif(native.why_not() is not None, reason=f"no kernels: {native.why_not()}")
 def test_what_computes_is_what_is_counted(model: str) -> None:
     """On a CPU the kernels, if the run has them, elsewhere torch."""
     work = Work(Learning(model), Shape(8, 8, 2))
