@@ -107,13 +107,16 @@ def test_adapters_are_counted_and_the_frozen_base_has_no_gradients(tmp_path: Pat
 
 
 @pytest.mark.skipif(native.why_not() is not None, reason=f"no kernels: {native.why_not()}")
+@pytest.mark.parametrize(("family", "a_layer"), [("qwen2", 7), ("gpt2", 4)])
 @pytest.mark.parametrize("lora", [None, LoRA(rank=2)], ids=["full", "lora"])
-def test_what_a_rollout_holds_a_second_time_is_counted(lora: LoRA | None, tmp_path: Path) -> None:
-    model, policy = made("qwen2", tmp_path)
+def test_what_a_rollout_holds_a_second_time_is_counted(
+    lora: LoRA | None, family: str, a_layer: int, tmp_path: Path
+) -> None:
+    model, policy = made(family, tmp_path)
     fused.take_over(policy.backbone.model)
     backbone = Backbone(policy.backbone.model, None, lora)
     layers = [layer for layer in backbone.for_decoding().panels if isinstance(layer.weight, Tensor)]
-    assert len(layers) == 7 * LAYERS
+    assert len(layers) == a_layer * LAYERS
     assert Outline(model, torch.float32, lora).panels == size(layer.weight for layer in layers)
 
 

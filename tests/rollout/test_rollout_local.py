@@ -240,12 +240,13 @@ def test_new_weights_are_drawn_from_at_once_though_the_head_was_made_ready() -> 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("family", "products"), [("gemma2", 15), ("gpt2", 9)])
 def test_tokens_are_multiplied_by_panels_until_the_rollout_ends(
-    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    family: str, products: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Seven products in each of two layers and the head's, laid out once a rollout, though samples start twice; without
-    the kernels none. Gemma's layers are not computed in one call."""
-    policy = Policy(Backbone(tiny("gemma2", dtype=dtype)), None)
+    """Seven products in each of two layers (GPT-2: four) and the head's, laid out once a rollout, though samples start
+    twice; without the kernels none. Layers of neither family are computed in one call."""
+    policy = Policy(Backbone(tiny(family, dtype=dtype)), None)
     laid_out: list[native.Panels] = []
     read: list[native.Panels] = []
     panels, product = native.panels, native.product
@@ -263,8 +264,8 @@ def test_tokens_are_multiplied_by_panels_until_the_rollout_ends(
     generator = LocalEngine(policy, str, max_rows=2)
     [_] = generate(generator, requests(SamplingParams(9, frozenset()), samples=4, n=1))
     kernels = native.takes(torch.zeros(1))
-    assert len(laid_out) == kernels * 15
-    assert len(read) == kernels * 2 * (8 * 15 + 1)  # a sample's first token is drawn from the prompt's last state
+    assert len(laid_out) == kernels * products
+    assert len(read) == kernels * 2 * (8 * products + 1)  # a sample's first token is drawn from the prompt's last state
     assert generator._weights is None
     assert generator._head is None
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from transformers.pytorch_utils import Conv1D
 
 from klimb import native
 from klimb.models.gradients import sum_so_far
@@ -23,12 +24,24 @@ Forward = Callable[..., Any]
 
 def linear_of(module: nn.Module) -> Forward | None:
     """How a linear layer is computed; None: it is none."""
-    return _linear if type(module) is nn.Linear else None
+    return {nn.Linear: _linear, Conv1D: _turned_linear}.get(type(module))
+
+
+def weight_of(module: Any) -> Tensor | None:
+    """A linear layer's, [outputs, inputs] whichever way it lies in memory (GPT-2's the other way round); None: it is
+    none."""
+    if type(module) is nn.Linear:
+        return module.weight
+    return module.weight.t() if type(module) is Conv1D else None
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Was it taken over as one?"""
+    """Was it taken over as one whose weight is [outputs, inputs]?"""
     return getattr(module.forward, "__func__", None) is _linear
+
+
+def _taken_over(module: nn.Module) -> bool:
+    return is_linear(module) or getattr(module.forward, "__func__", None) is _turned_linear
 
 
 class Ready(NamedTuple):
@@ -46,9 +59,9 @@ def ready_of(model: nn.Module, head: nn.Module | None) -> Ready:
     """The weights of the layers that were taken over, but for the head's, as a rollout multiplies by them: once they
     are laid out in the order in which they are read, a few rows take half of the time or less."""
     weights: dict[nn.Module, Tensor] = {
-        module: module.weight for module in model.modules()
-        if type(module) is nn.Linear and module is not head and is_linear(module)
-        and (module.bias is None or module.bias.dtype == module.weight.dtype)
+        module: weight for module in model.modules()
+        if module is not head and (weight := weight_of(module)) is not None and _taken_over(module)
+        and (module.bias is None or module.bias.dtype == weight.dtype)
     }  # fmt: skip
     if not weights or not native.takes(*weights.values()) or native.too_large(weights.values()):
         return Ready({}, {})
@@ -71,30 +84,37 @@ def ready() -> Ready:
     return _ready
 
 
-def _linear(self: Any, x: Tensor) -> Tensor:
+def _linear(self: Any, x: Tensor, turned: bool = False) -> Tensor:
     panels = _ready.panels.get(self)
     if panels is not None and not torch.is_grad_enabled() and native.takes(x, panels.numbers):
         return native.product(x, panels, self.bias)
-    if not (torch.is_grad_enabled() and self.weight.requires_grad and native.takes(x, self.weight)):
-        return nn.functional.linear(x, self.weight, self.bias)
-    return _Linear.apply(x, self.weight, self.bias)
+    if torch.is_grad_enabled() and self.weight.requires_grad and native.takes(x, self.weight):
+        return _Linear.apply(x, self.weight, self.bias, turned)
+    return nn.functional.linear(x, self.weight.t() if turned else self.weight, self.bias)
+
+
+def _turned_linear(self: Any, x: Tensor) -> Tensor:
+    return _linear(self, x, turned=True)
 
 
 class _Linear(torch.autograd.Function):
+    """turned: the weight is [inputs, outputs], so in its gradient the two factors change places."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, turned: bool) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.weight = weight
-        return nn.functional.linear(x, weight, bias)
+        ctx.weight, ctx.turned = weight, turned
+        return nn.functional.linear(x, weight.t() if turned else weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        needs_x, _, needs_bias = ctx.needs_input_grad
-        dx = grad @ weight if needs_x else None
+        needs_x, _, needs_bias, _ = ctx.needs_input_grad
+        dx = grad @ (weight.t() if ctx.turned else weight) if needs_x else None
         dbias = grad.flatten(0, -2).sum(0) if needs_bias else None
-        return dx, weight_gradient(ctx.weight, x, grad), dbias
+        factors = (grad, x) if ctx.turned else (x, grad)
+        return dx, weight_gradient(ctx.weight, *factors), dbias, None
 
 
 def weight_gradient(weight: Tensor, x: Tensor, grad: Tensor) -> Tensor | None:

@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from klimb.errors import KlimbError
+from klimb.models.linears import weight_of
 
 NOTE = "base_quantization.json"
 """Beside an adapter: what transformers.BitsAndBytesConfig takes to load the base that it was trained on."""
@@ -29,13 +28,13 @@ _BYTES = 0.516
 
 def saving(model: PreTrainedModel) -> int:
     """Bytes less than this dense model would take."""
-    return int(sum(m.weight.numel() * (m.weight.element_size() - _BYTES) for m in _quantised(model)))
+    return int(sum(weight.numel() * (weight.element_size() - _BYTES) for weight in _quantised(model)))
 
 
-def _quantised(model: PreTrainedModel) -> list[Any]:
-    """The layers whose weights are stored in 4 bits."""
+def _quantised(model: PreTrainedModel) -> list[torch.Tensor]:
+    """The weights that are stored in 4 bits, each [outputs, inputs]."""
     head = model.get_output_embeddings()
-    return [m for m in model.modules() if type(m) in (nn.Linear, Conv1D) and m is not head]
+    return [weight for m in model.modules() if m is not head and (weight := weight_of(m)) is not None]
 
 
 def loading(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
@@ -66,8 +65,7 @@ def round_weights(model: PreTrainedModel) -> None:
     Merging into the 4-bit layers would round the sum again and lose most of a small adapter.
     """
     functional = _bitsandbytes().functional
-    for module in _quantised(model):
-        weight = module.weight if isinstance(module, nn.Linear) else module.weight.T  # [out, in]
+    for weight in _quantised(model):
         codes, state = functional.quantize_4bit(weight.contiguous(), compress_statistics=True, quant_type="nf4")
         weight.copy_(functional.dequantize_4bit(codes, state))
 

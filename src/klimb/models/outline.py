@@ -29,6 +29,7 @@ from klimb.batch import Row, TokenBatch
 from klimb.models import attention, code, fused, nf4
 from klimb.models.backbone import Backbone
 from klimb.models.faces import Policy, RewardModel
+from klimb.models.linears import weight_of
 from klimb.models.load import HALF, LoRA
 from klimb.models.logprobs import kept_logits
 from klimb.models.place import base_of, check_place
@@ -114,8 +115,8 @@ class Outline:
         """What a rollout on a CPU holds of its layers a second time, see `linears.ready_of`."""
         head = self.backbone.model.get_output_embeddings()
         weights = [
-            module.weight for name, module in network.named_modules()
-            if type(module) is nn.Linear and module is not head and "lora_" not in name
+            weight for name, module in network.named_modules()
+            if module is not head and "lora_" not in name and (weight := weight_of(module)) is not None
         ]  # fmt: skip
         return 0 if native.too_large(weights) or (lora is not None and lora.base == "4bit") else size(weights)
 
